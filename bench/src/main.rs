@@ -1,0 +1,2 @@
+//! Bellwire.
+fn main() {}
