@@ -1,0 +1,1 @@
+//! One device's undelivered notifications.

@@ -1,0 +1,54 @@
+//! The limits and waits that the core keeps, each with its default and its reason.
+
+use std::time::Duration;
+
+/// What a full mailbox does with a newcomer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OverflowRule {
+    /// Lowest urgency first, oldest first within it, makes room; a newcomer that ranks lowest is `refused`.
+    #[default]
+    Evict,
+    /// The newcomer is not accepted (429 `mailbox_full`).
+    Refuse,
+}
+
+/// The settings of the delivery core. All of them may change between two events.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// Most notifications that a mailbox holds. Default 1,000.
+    pub mailbox_notifications: u32,
+    /// Most content bytes that a mailbox holds. Default 1 MiB.
+    pub mailbox_bytes: u64,
+    /// What happens when either is reached.
+    pub overflow: OverflowRule,
+    /// Longest time that a row of an attached device is kept from the disk, waiting for its acknowledgement.
+    /// Default 50 ms; zero turns holding back off. Longer saves disk work on slow networks and makes the 2xx later.
+    pub defer_max: Duration,
+    /// Quick acknowledgements in a row after which a session's rows are held back. Default 8.
+    pub defer_after: u8,
+    /// How long a notification may be in flight without a verdict before the session is closed. Default 5 min.
+    pub ack_timeout: Duration,
+    /// Replacements by different instances within [`Policy::replacement_span`] after which newcomers are
+    /// refused. Default 3: two clones of one installation would otherwise cut each other for ever.
+    pub replacements: u8,
+    /// The span in which replacements are counted, and for which newcomers are then refused. Default 60 s.
+    pub replacement_span: Duration,
+    /// The number of this run, kept by the store and raised at each start: a row of another run may have been sent.
+    pub run: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy {
+            mailbox_notifications: 1_000,
+            mailbox_bytes: 1 << 20,
+            overflow: OverflowRule::Evict,
+            defer_max: Duration::from_millis(50),
+            defer_after: 8,
+            ack_timeout: Duration::from_secs(300),
+            replacements: 3,
+            replacement_span: Duration::from_secs(60),
+            run: 1,
+        }
+    }
+}

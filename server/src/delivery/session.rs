@@ -1,0 +1,1 @@
+//! What a mailbox knows of its session.

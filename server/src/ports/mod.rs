@@ -1,0 +1,14 @@
+//! What the runtime asks of the outside, in our words: a store, a clock, entropy.
+
+mod clock;
+mod entropy;
+mod records;
+mod store;
+
+pub use clock::{Clock, ClockState};
+pub use entropy::Entropy;
+pub use records::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord, Scopes};
+pub use store::{
+    Batch, Committed, DeviceFilter, ExpiredRow, ExpiryCursor, Grant, Op, Page, PairState,
+    ReadError, SourceId, Store, StoreHealth, StoreStats,
+};

@@ -1,0 +1,265 @@
+//! The store: what is promised lives here.
+
+use std::sync::Arc;
+
+use super::records::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord};
+use crate::delivery::{
+    AppId, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Notification, Outcome,
+    PingId, RowKey,
+};
+
+/// One thing to write. Values are absolute: applying an operation twice changes nothing.
+#[derive(Clone)]
+pub enum Op {
+    /// What a mailbox decided.
+    Mailbox(Change),
+    /// An app, new or changed.
+    PutApp(AppRecord),
+    /// A device record, new or changed. `fresh`: its empty mailbox is made with it.
+    PutDevice {
+        /// The record.
+        record: DeviceRecord,
+        /// Make the mailbox as well.
+        fresh: bool,
+        /// The user it belonged to before, if that changes.
+        previous_user: Option<String>,
+    },
+    /// A device record that goes. Its mailbox was emptied before ([`Change::Forget`]).
+    DropDevice(DeviceRecord),
+    /// An API key, new or changed.
+    PutKey(KeyRecord),
+    /// An API key that goes.
+    DropKey(AppId, [u8; 10]),
+    /// An idempotency key that was used.
+    PutIdempotency(IdempotencyRecord),
+}
+
+/// What one source wants in the next frame; all of it becomes safe together or not at all.
+pub type Batch = Vec<Op>;
+
+/// Whether a batch is safe: written and synced in the log.
+pub type Committed = Result<(), CommitFailure>;
+
+/// A shard, as the committer knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SourceId(pub usize);
+
+/// What the committer tells a source. Called on the committer's thread: hand it over and return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grant {
+    /// The place that [`Store::want`] asked for is there: [`Store::submit`] now, once, even an empty batch.
+    Ready,
+    /// What became of the batch submitted last.
+    Committed(Committed),
+}
+
+/// A read that could not be done. Details go to the log of the operator; the caller can only try later.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReadError {
+    /// The engine could not be read.
+    #[error("the store could not be read: {0}")]
+    Engine(String),
+    /// A record of a newer format than this program knows.
+    #[error("the store holds a record of format {0}, newer than this program")]
+    Newer(u8),
+}
+
+/// A page of a list, and where the next one starts.
+#[derive(Debug, Clone)]
+pub struct Page<T, C> {
+    /// The entries.
+    pub items: Vec<T>,
+    /// Pass this to get the next page; `None` at the end.
+    pub next: Option<C>,
+}
+
+/// What is known of one notification of a ping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PairState {
+    /// It waits in the mailbox.
+    Waiting {
+        /// When it expires, Unix milliseconds.
+        expires_ms: u64,
+    },
+    /// It ended.
+    Ended {
+        /// How.
+        outcome: Outcome,
+        /// When, Unix milliseconds.
+        at_ms: u64,
+    },
+}
+
+/// Which devices to list.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceFilter {
+    /// Only those of this user.
+    pub user: Option<String>,
+}
+
+/// A row past its expiry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpiredRow {
+    /// In whose mailbox.
+    pub device: DeviceId,
+    /// Which row.
+    pub key: RowKey,
+    /// When it expired, Unix milliseconds.
+    pub expires_ms: u64,
+}
+
+/// Where a sweep stopped, so that the next one does not walk over what was just removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExpiryCursor(pub Vec<u8>);
+
+/// Whether the store can promise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreHealth {
+    /// Yes.
+    Open,
+    /// Free space is below the reserve: removals only.
+    Full {
+        /// Free bytes seen.
+        free: u64,
+        /// The reserve, bytes.
+        reserve: u64,
+    },
+    /// The engine is too far behind the log; new work waits.
+    Behind,
+    /// A write or sync failed; nothing is promised until a restart.
+    Failed(String),
+}
+
+/// Figures for status and metrics. Bytes unless the name says otherwise.
+#[derive(Debug, Clone, Default)]
+pub struct StoreStats {
+    /// The engine's name.
+    pub engine: &'static str,
+    /// The number of this run, raised at each start.
+    pub run: u32,
+    /// Frames written in this run.
+    pub frames: u64,
+    /// Syncs done in this run.
+    pub syncs: u64,
+    /// The last frame that is safe.
+    pub last_frame: u64,
+    /// The last frame that the engine has.
+    pub applied_frame: u64,
+    /// How far the engine is behind, bytes.
+    pub lag_bytes: u64,
+    /// How far the engine is behind, milliseconds since the oldest frame not applied.
+    pub lag_ms: u64,
+    /// Size of all log segments.
+    pub log_bytes: u64,
+    /// Number of log segments.
+    pub log_segments: u64,
+    /// Size of the engine's files.
+    pub engine_bytes: u64,
+    /// Free bytes on the volume.
+    pub free_bytes: u64,
+    /// Microseconds that the last syncs took: median and worst of the last 1,024.
+    pub sync_us: (u64, u64),
+    /// Frame at which the newest verified snapshot starts.
+    pub snapshot_frame: u64,
+    /// Records that could not be read and were set aside.
+    pub set_aside: u64,
+}
+
+/// Where accepted notifications are kept.
+///
+/// Reads block and belong on a reading thread; every read is the engine plus the frames that it has not applied yet,
+/// so it sees all that was answered as safe. Writes go through the committer:
+/// a source [wants](Store::want) a place, gets it, and submits what it has by then. So an operation stays its
+/// owner's until the moment a frame is sealed, and one sync serves everybody.
+pub trait Store: Send + Sync + 'static {
+    /// Registers a source of batches, before any traffic. `grant` is called on the committer's thread.
+    fn register(&self, grant: Box<dyn Fn(Grant) + Send + Sync>) -> SourceId;
+
+    /// Asks for a place in the next frame. `true`: granted, submit at once (the committer waits for it). `false`: a
+    /// frame is being written; [`Grant::Ready`] follows. Asking again while one is pending changes nothing.
+    fn want(&self, source: SourceId) -> bool;
+
+    /// Hands over the batch for a granted place. [`Grant::Committed`] follows, for an empty batch too.
+    fn submit(&self, source: SourceId, batch: Batch);
+
+    /// Commits a batch that stands alone, such as a registration. `done` is called on the committer's thread.
+    fn commit(&self, batch: Batch, done: Box<dyn FnOnce(Committed) + Send>);
+
+    /// Adds something that nobody waits for to whatever frame is written next; lost if none is.
+    fn ride_along(&self, op: Op);
+
+    /// Reads what a mailbox needs to know.
+    fn read_mailbox(&self, request: &MailboxRead) -> Result<MailboxView, ReadError>;
+
+    /// Reads bodies. A row that is gone or rotten yields `None`; rotten ones are set aside and reported.
+    fn read_bodies(
+        &self,
+        device: DeviceId,
+        rows: &[RowKey],
+    ) -> Result<Vec<(RowKey, Option<Arc<Notification>>)>, ReadError>;
+
+    /// What is known of a ping, device by device.
+    fn pairs(
+        &self,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError>;
+
+    /// Rows that expired up to `until_ms`, oldest first, from where the last call stopped.
+    fn expired(
+        &self,
+        until_ms: u64,
+        after: &ExpiryCursor,
+        limit: usize,
+    ) -> Result<Page<ExpiredRow, ExpiryCursor>, ReadError>;
+
+    /// Forgets outcomes and idempotency keys older than `before_ms`, at most `limit` of them, and commits that.
+    /// Answers how many it dropped.
+    fn drop_receipts(&self, before_ms: u64, limit: usize) -> Result<usize, ReadError>;
+
+    /// One device.
+    fn device(&self, id: DeviceId) -> Result<Option<DeviceRecord>, ReadError>;
+
+    /// Devices of an app by id, a page at a time.
+    fn devices(
+        &self,
+        app: AppId,
+        filter: &DeviceFilter,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<DeviceRecord, DeviceId>, ReadError>;
+
+    /// The ids of a user's devices, at most `limit`.
+    fn user_devices(
+        &self,
+        app: AppId,
+        user: &str,
+        limit: usize,
+    ) -> Result<Vec<DeviceId>, ReadError>;
+
+    /// One API key by its public part.
+    fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError>;
+
+    /// All API keys (a few hundred at most).
+    fn keys(&self) -> Result<Vec<KeyRecord>, ReadError>;
+
+    /// All apps (a few thousand at most).
+    fn apps(&self) -> Result<Vec<AppRecord>, ReadError>;
+
+    /// What an idempotency key was used with, if that is still known.
+    fn idempotency(
+        &self,
+        app: AppId,
+        key_hash: [u8; 32],
+    ) -> Result<Option<IdempotencyRecord>, ReadError>;
+
+    /// Whether it can promise now. Cheap; asked often.
+    fn health(&self) -> StoreHealth;
+
+    /// Figures for status and metrics.
+    fn stats(&self) -> StoreStats;
+
+    /// Commits what was handed over, applies it to the engine, closes files. Blocks. Reads still work, writes fail.
+    fn close(&self);
+}

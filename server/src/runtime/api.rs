@@ -1,0 +1,349 @@
+//! The words between the runtime and its neighbours: what transports and front doors ask for and are answered.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use std::sync::Arc;
+
+use crate::delivery::{
+    AppId, Closing, CollapseKey, DeviceId, Notification, Outcome, PingId, Refusal, Rejection,
+    SessionId, Urgency, Verdict,
+};
+use crate::ports::{PairState, Scopes};
+
+// ---- Links -------------------------------------------------------------------------------------------------------
+
+/// What a device showed to prove who it is.
+pub enum Identity<'a> {
+    /// The secret of the hello frame.
+    Secret(&'a str),
+}
+
+/// Proof that a device is who it says. Only [`Handle::authenticate`](super::Handle::authenticate) makes one.
+#[derive(Debug, Clone, Copy)]
+pub struct Authenticated {
+    pub(super) device: DeviceId,
+}
+
+impl Authenticated {
+    /// Which device.
+    #[must_use]
+    pub fn device(&self) -> DeviceId {
+        self.device
+    }
+}
+
+/// Why somebody is not let in. Wrong secret and unknown id look the same from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WhoError {
+    /// Unknown, or the secret does not fit.
+    #[error("not known here, or the secret does not fit")]
+    Unauthorized,
+    /// The store could not be read; nothing is known about the caller.
+    #[error("the store could not be read; try again later")]
+    StoreUnavailable,
+    /// The server is going down.
+    #[error("the server is draining; connect again")]
+    Draining,
+}
+
+/// A device's hello, checked.
+#[derive(Debug)]
+pub struct AttachRequest {
+    /// The new session, from [`Handle::next_session`](super::Handle::next_session).
+    pub session: SessionId,
+    /// Random per client process.
+    pub instance: u128,
+    /// Rising per instance.
+    pub attempt: u64,
+    /// Granted window, 1..=256.
+    pub window: u16,
+    /// Less urgent ones stay in the mailbox.
+    pub min_urgency: Urgency,
+    /// Verdicts whose acknowledgement may have been lost.
+    pub seen: Vec<(PingId, Verdict)>,
+    /// `quic` or `websocket`, for presence and metrics.
+    pub carrier: &'static str,
+}
+
+/// What the runtime tells a link, in order.
+#[derive(Debug)]
+pub enum Out {
+    /// Attached: greet the device.
+    Welcome {
+        /// How many wait.
+        pending: u32,
+        /// Granted window.
+        window: u16,
+    },
+    /// Not attached: say why and close. Nothing follows.
+    Refuse(Refusal),
+    /// Send this.
+    Send {
+        /// Number in this session.
+        seq: u64,
+        /// It may have been sent before.
+        redelivered: bool,
+        /// What.
+        notification: Arc<Notification>,
+    },
+    /// These, sent before, were taken back.
+    Withdraw(Vec<PingId>),
+    /// The mailbox has let go: say why and close. Nothing follows.
+    Close(Closing),
+    /// The server goes down: `goaway drain` with this advice in milliseconds, then close.
+    Drain {
+        /// Earliest return.
+        min_ms: u64,
+        /// Latest return.
+        max_ms: u64,
+    },
+}
+
+/// The link's end of the wire between runtime and transport: a bounded queue that wakes its task. It holds at most
+/// `window` notifications and a few control words, because the core sends no more. Pushing never blocks; after the
+/// link is gone it does nothing.
+pub trait Outlet: Send + Sync + 'static {
+    /// Queues one word for the device.
+    fn push(&self, out: Out);
+}
+
+/// Limits of the links that come from configuration.
+#[derive(Debug, Clone)]
+pub struct LinkSettings {
+    /// TLS and hello together. Default 10 s.
+    pub hello_deadline: Duration,
+    /// A send that the peer's transport has not taken for so long detaches. Default 30 s.
+    pub write_deadline: Duration,
+    /// Connections per address before hello. Default 256; loopback and `exempt` are not counted.
+    pub per_address: u32,
+    /// Unauthenticated connections in all. Default 10,000.
+    pub unauthenticated: u32,
+    /// Networks that are not counted per address, as `address/prefix`.
+    pub exempt: Vec<(std::net::IpAddr, u8)>,
+    /// Advised keep-alive over QUIC, seconds. Default 20..120.
+    pub keep_alive_quic_s: (u32, u32),
+    /// Advised keep-alive over WebSocket, seconds. Default 60..900.
+    pub keep_alive_websocket_s: (u32, u32),
+    /// Largest content of one notification, bytes. Default 4,096.
+    pub content_max: u32,
+}
+
+impl Default for LinkSettings {
+    fn default() -> LinkSettings {
+        LinkSettings {
+            hello_deadline: Duration::from_secs(10),
+            write_deadline: Duration::from_secs(30),
+            per_address: 256,
+            unauthenticated: 10_000,
+            exempt: Vec::new(),
+            keep_alive_quic_s: (20, 120),
+            keep_alive_websocket_s: (60, 900),
+            content_max: 4_096,
+        }
+    }
+}
+
+// ---- Pings -------------------------------------------------------------------------------------------------------
+
+/// Whom a ping addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// One device; unknown is an error (404).
+    Device(DeviceId),
+    /// Up to 1,000 devices; unknown ones are refused one by one.
+    Devices(Vec<DeviceId>),
+    /// Users, in this order; unknown ones and those without devices count 0. A device is pinged once.
+    Users(Vec<String>),
+}
+
+/// Content, as the front door encoded it.
+#[derive(Debug, Clone)]
+pub struct Content {
+    /// The encoded map that transports understand.
+    pub encoded: Bytes,
+    /// Its size as limits count it.
+    pub size: u32,
+}
+
+/// One publish request, checked by a front door.
+#[derive(Debug, Clone)]
+pub struct PingRequest {
+    /// Whose.
+    pub app: AppId,
+    /// To whom.
+    pub target: Target,
+    /// What.
+    pub content: Content,
+    /// Asked TTL in seconds; `None` = default. Lowered to the ceiling.
+    pub ttl_s: Option<u64>,
+    /// How much it matters.
+    pub urgency: Urgency,
+    /// Replacement key.
+    pub collapse: Option<CollapseKey>,
+    /// The `Idempotency-Key` with the SHA-256 of the raw body.
+    pub idempotency: Option<(String, [u8; 32])>,
+    /// Wait so long for verdicts after acceptance.
+    pub wait_acknowledged: Option<Duration>,
+}
+
+/// What became of a publish request: everything in it is promised.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PingAnswer {
+    /// Its id.
+    pub id: PingId,
+    /// How many devices it addresses.
+    pub devices: u32,
+    /// Granted TTL in seconds.
+    pub ttl_s: u64,
+    /// Devices that did not accept theirs, when there are several.
+    pub rejected: Vec<(DeviceId, Rejection)>,
+    /// With `wait_acknowledged`: the outcomes so far.
+    pub outcomes: Vec<PairView>,
+}
+
+/// One device's part of a ping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PairView {
+    /// Which device.
+    pub device: DeviceId,
+    /// Waiting, or how and when it ended.
+    pub state: PairState,
+}
+
+/// Why a publish request is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PingError {
+    /// No such device in this app.
+    #[error("no such device in this app")]
+    UnknownDevice,
+    /// The one mailbox addressed is full and set to refuse.
+    #[error("the mailbox is full")]
+    MailboxFull,
+    /// The key was used with another body.
+    #[error("the idempotency key was used with another body")]
+    IdempotencyConflict,
+    /// Larger than the limit.
+    #[error("the content has {size} bytes, {limit} are allowed")]
+    ContentTooLarge {
+        /// Counted size.
+        size: u32,
+        /// The limit.
+        limit: u32,
+    },
+    /// More devices than one request may address.
+    #[error("the ping addresses more than {limit} devices")]
+    TooManyDevices {
+        /// The limit.
+        limit: u32,
+    },
+    /// The runtime itself is in trouble.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}
+
+/// Trouble that is nobody's fault outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RuntimeError {
+    /// The store failed or cannot be read (503).
+    #[error("the store is unavailable")]
+    StoreUnavailable,
+    /// The store is behind; try again (503).
+    #[error("the store is busy")]
+    StoreBusy,
+    /// The server is going down (503).
+    #[error("the server is draining")]
+    Draining,
+    /// The reserve for bodies in flight is used up (503).
+    #[error("too many bodies are in flight")]
+    MemoryReserve,
+    /// No room on disk (507).
+    #[error("no room on disk")]
+    NoRoom,
+}
+
+/// What is known of a ping.
+#[derive(Debug, Clone)]
+pub struct PingView {
+    /// Its id.
+    pub id: PingId,
+    /// Device by device, by device id.
+    pub devices: Vec<PairView>,
+    /// There are more after the last one.
+    pub next: Option<DeviceId>,
+}
+
+/// What a revocation did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RevokeCounts {
+    /// Taken back now.
+    pub revoked: u32,
+    /// Had ended before.
+    pub ended: u32,
+}
+
+// ---- Devices, users, keys ----------------------------------------------------------------------------------------
+
+/// A device, for lists.
+#[derive(Debug, Clone)]
+pub struct DeviceView {
+    /// Its id.
+    pub device: DeviceId,
+    /// Its owner.
+    pub user: String,
+    /// A name for people.
+    pub name: Option<String>,
+    /// When it was registered, Unix milliseconds.
+    pub created_ms: u64,
+    /// How it is attached now, and since when (Unix milliseconds).
+    pub attached: Option<(&'static str, u64)>,
+}
+
+/// A device or key just made. The secret is shown once.
+pub struct Requested<T> {
+    /// What was made.
+    pub made: T,
+    /// Its secret as text.
+    pub secret: String,
+}
+
+/// An API key, for lists.
+#[derive(Debug, Clone)]
+pub struct KeyView {
+    /// Its public part as text.
+    pub id: String,
+    /// What it may do.
+    pub scopes: Scopes,
+    /// A name for people.
+    pub name: String,
+    /// When it was made, Unix milliseconds.
+    pub created_ms: u64,
+}
+
+/// Who calls the API. Only [`Handle::authenticate_key`](super::Handle::authenticate_key) makes one.
+#[derive(Debug, Clone)]
+pub struct Principal {
+    pub(super) app: AppId,
+    pub(super) scopes: Scopes,
+    pub(super) key: String,
+}
+
+impl Principal {
+    /// Whose key.
+    #[must_use]
+    pub fn app(&self) -> AppId {
+        self.app
+    }
+
+    /// Whether the key may do this.
+    #[must_use]
+    pub fn may(&self, wanted: Scopes) -> bool {
+        self.scopes.contains(wanted)
+    }
+
+    /// The public part of the key.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+}
