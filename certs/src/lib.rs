@@ -6,7 +6,7 @@
 //!   device or another client. It exists so that a first run works within a second and tests have
 //!   something to trust. It is not a PKI: it keeps no list of what it issued and cannot revoke.
 //!   `certs/README.md` says how a company's own PKI takes its place.
-//! - [`inspect`], [`inspect_chain`] and [`check_server`] read PEM files whoever made them, and say
+//! - [`inspect()`], [`inspect_chain`] and [`check_server`] read PEM files whoever made them, and say
 //!   what is wrong with them in words that an operator can act on.
 //! - [`write_private`] and [`write_public`] put files on disk whole or not at all, private ones
 //!   readable by their owner only.
