@@ -1,9 +1,16 @@
-//! The mailboxes that are awake.
+//! The mailboxes that are awake, their deadlines, and the frames between them and the disk.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
 use super::event::{Change, CommitFailure, Disk, Effect, Event};
 use super::ids::DeviceId;
+use super::mailbox::{Context, Mailbox};
 use super::policy::Policy;
 use super::time::{Mono, Now};
+
+/// How long the shard waits after a frame found no room before it offers again.
+const ROOM_RETRY: Duration = Duration::from_secs(1);
 
 /// The mailboxes of one shard.
 ///
@@ -11,15 +18,35 @@ use super::time::{Mono, Now};
 /// [`Shard::next_deadline`] has come (earlier calls change nothing). While [`Shard::has_offers`], ask the store for a
 /// place; when it is granted call [`Shard::seal`] and commit what it gives; one frame is outstanding at a time;
 /// tell [`Shard::handle_committed`] what became of it. After each call the effects are in the buffer, in order.
+#[derive(Debug)]
 pub struct Shard {
     policy: Policy,
+    disk: Disk,
+    // Looked up by device only; nothing depends on the order of iteration, which differs from run to run.
+    mailboxes: HashMap<DeviceId, Box<Mailbox>>,
+    /// One entry for a mailbox with a deadline, at or before it: early visits are harmless, moving entries is not free.
+    deadlines: BTreeSet<(Mono, DeviceId)>,
+    /// Mailboxes that want a frame, in the order in which they began to.
+    offering: Vec<DeviceId>,
+    /// Mailboxes in the outstanding frame; `None`: no frame is outstanding.
+    sealed: Option<Vec<DeviceId>>,
+    /// A frame found no room: not before then.
+    not_before: Option<Mono>,
 }
 
 impl Shard {
     /// An empty shard.
     #[must_use]
     pub fn new(policy: Policy) -> Shard {
-        Shard { policy }
+        Shard {
+            policy,
+            disk: Disk::Open,
+            mailboxes: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            offering: Vec::new(),
+            sealed: None,
+            not_before: None,
+        }
     }
 
     /// Replaces the policy; holds from the next event on.
@@ -27,52 +54,202 @@ impl Shard {
         self.policy = policy;
     }
 
-    /// What the disk can do now.
-    pub fn set_disk(&mut self, _disk: Disk, _now: Now, _effects: &mut Vec<Effect>) {}
+    /// What the disk can do now. From [`Disk::Failed`] there is no way back within a run.
+    pub fn set_disk(&mut self, disk: Disk, now: Now, effects: &mut Vec<Effect>) {
+        if self.disk == Disk::Failed || self.disk == disk {
+            return;
+        }
+        self.disk = disk;
+        if disk == Disk::Failed {
+            self.store_failed(now, effects);
+        }
+    }
 
     /// One event for one mailbox.
-    pub fn handle(
-        &mut self,
-        _device: DeviceId,
-        _event: Event,
-        _now: Now,
-        _effects: &mut Vec<Effect>,
-    ) {
+    pub fn handle(&mut self, device: DeviceId, event: Event, now: Now, effects: &mut Vec<Effect>) {
+        let wakes = match &event {
+            Event::Enqueue(_)
+            | Event::Attach(_)
+            | Event::Revoke { .. }
+            | Event::Wipe { .. }
+            | Event::Expire { .. } => true,
+            Event::Detach { .. }
+            | Event::Acknowledge { .. }
+            | Event::Decline { .. }
+            | Event::Presence { .. }
+            | Event::Read(_)
+            | Event::Bodies(_) => false,
+        };
+        if !wakes && !self.mailboxes.contains_key(&device) {
+            return;
+        }
+        let mailbox = self
+            .mailboxes
+            .entry(device)
+            .or_insert_with(|| Box::new(Mailbox::new()));
+        mailbox.handle(
+            event,
+            &mut Context {
+                device,
+                policy: &self.policy,
+                disk: self.disk,
+                now,
+                effects,
+            },
+        );
+        self.settle(device);
     }
 
-    /// The earliest moment at which something is due.
+    /// The earliest moment at which something may be due.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Mono> {
-        None
+        let mailboxes = self.deadlines.first().map(|&(at, _)| at);
+        mailboxes.into_iter().chain(self.not_before).min()
     }
 
-    /// Does what is due.
-    pub fn handle_deadlines(&mut self, _now: Now, _effects: &mut Vec<Effect>) {}
+    /// Does what is due; too early changes nothing.
+    pub fn handle_deadlines(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        if self.not_before.is_some_and(|at| at <= now.mono) {
+            self.not_before = None;
+        }
+        // Taken out before any is visited, so that one that stays due cannot hold the shard in this loop.
+        let mut due = Vec::new();
+        while let Some(&(at, device)) = self.deadlines.first() {
+            if at > now.mono {
+                break;
+            }
+            self.deadlines.pop_first();
+            due.push(device);
+        }
+        for device in due {
+            let Some(mailbox) = self.mailboxes.get_mut(&device) else {
+                continue;
+            };
+            mailbox.deadline = None;
+            mailbox.handle_deadline(&mut Context {
+                device,
+                policy: &self.policy,
+                disk: self.disk,
+                now,
+                effects,
+            });
+            self.settle(device);
+        }
+    }
 
     /// Something waits for a frame, and none is outstanding.
     #[must_use]
     pub fn has_offers(&self) -> bool {
-        false
+        !self.offering.is_empty()
+            && self.sealed.is_none()
+            && self.not_before.is_none()
+            && self.disk != Disk::Failed
     }
 
-    /// Takes everything offered for one frame. Until [`Shard::handle_committed`], this must not be called again.
+    /// Takes everything offered for one frame. [`Shard::handle_committed`] must be called before the next.
     #[must_use]
     pub fn seal(&mut self) -> Vec<Change> {
-        Vec::new()
+        debug_assert!(self.sealed.is_none(), "one frame is outstanding at a time");
+        let mut changes = Vec::with_capacity(self.offering.len() * 2);
+        let mut sealed = std::mem::take(&mut self.offering);
+        sealed.retain(|&device| {
+            let Some(mailbox) = self.mailboxes.get_mut(&device) else {
+                return false;
+            };
+            mailbox.listed = false;
+            // What was offered may have been withdrawn meanwhile.
+            let offers = mailbox.has_offers();
+            if offers {
+                mailbox.seal(device, self.policy.run, &mut changes);
+            }
+            offers
+        });
+        self.sealed = Some(sealed);
+        changes
     }
 
     /// What became of the frame.
     pub fn handle_committed(
         &mut self,
-        _result: Result<(), CommitFailure>,
-        _now: Now,
-        _effects: &mut Vec<Effect>,
+        result: Result<(), CommitFailure>,
+        now: Now,
+        effects: &mut Vec<Effect>,
     ) {
+        let Some(sealed) = self.sealed.take() else {
+            return;
+        };
+        match result {
+            Ok(()) => {}
+            Err(CommitFailure::NoRoom) => self.not_before = Some(now.mono + ROOM_RETRY),
+            Err(CommitFailure::Failed) => self.disk = Disk::Failed,
+        }
+        for device in sealed {
+            let Some(mailbox) = self.mailboxes.get_mut(&device) else {
+                continue;
+            };
+            mailbox.handle_committed(
+                result,
+                &mut Context {
+                    device,
+                    policy: &self.policy,
+                    disk: self.disk,
+                    now,
+                    effects,
+                },
+            );
+            self.settle(device);
+        }
+        if result == Err(CommitFailure::Failed) {
+            self.store_failed(now, effects);
+        }
     }
 
     /// Mailboxes awake now.
     #[must_use]
     pub fn awake(&self) -> usize {
-        0
+        self.mailboxes.len()
+    }
+
+    fn store_failed(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        let mut devices: Vec<DeviceId> = self.mailboxes.keys().copied().collect();
+        devices.sort_unstable();
+        for device in devices {
+            if let Some(mailbox) = self.mailboxes.get_mut(&device) {
+                mailbox.store_failed(&mut Context {
+                    device,
+                    policy: &self.policy,
+                    disk: self.disk,
+                    now,
+                    effects,
+                });
+            }
+            self.settle(device);
+        }
+    }
+
+    /// After anything happened to a mailbox: its places on the lists, or sleep.
+    fn settle(&mut self, device: DeviceId) {
+        let Some(mailbox) = self.mailboxes.get_mut(&device) else {
+            return;
+        };
+        if mailbox.may_sleep() {
+            if let Some(at) = mailbox.deadline {
+                self.deadlines.remove(&(at, device));
+            }
+            self.mailboxes.remove(&device);
+            return;
+        }
+        if !mailbox.listed && mailbox.has_offers() {
+            mailbox.listed = true;
+            self.offering.push(device);
+        }
+        if let Some(due) = mailbox.next_deadline(&self.policy)
+            && mailbox.deadline.is_none_or(|known| due < known)
+        {
+            if let Some(known) = mailbox.deadline.replace(due) {
+                self.deadlines.remove(&(known, device));
+            }
+            self.deadlines.insert((due, device));
+        }
     }
 }
