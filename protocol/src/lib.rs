@@ -9,7 +9,9 @@
 //!    what a later version added is skipped.
 //! 3. What matters in the end is the [`Content`] of a notification. It rests in its CBOR form, and a [`SharedNotify`] sends
 //!    it to any number of sessions without encoding it again.
-//! 4. Whatever goes wrong has a [`Code`]: a name, whose fault it is, an HTTP status, close codes, and what to do.
+//! 4. Who may say what when is decided by a [`ServerSession`] and a [`ClientSession`]: what happened goes in, what to do
+//!    comes out.
+//! 5. Whatever goes wrong has a [`Code`]: a name, whose fault it is, an HTTP status, close codes, and what to do.
 //!
 //! docs/protocol.md tells the same story for people who write a client in another language; tests keep the two together.
 
@@ -22,6 +24,7 @@ mod framing;
 mod id;
 pub mod limits;
 mod notify;
+mod session;
 
 pub use carrier::{
     ALPN, Carrier, LINK_PATH, Negotiated, SUBPROTOCOL_CBOR, SUBPROTOCOL_JSON,
@@ -38,3 +41,7 @@ pub use frame::{
 pub use framing::{FrameReader, LENGTH_MAX_BYTES, LengthPrefix, write_framed};
 pub use id::{Id, ParseIdError};
 pub use notify::{NotifyFrame, NotifyHead, SharedNotify};
+pub use session::{
+    ClientAction, ClientSession, EXPIRED, Reconnect, ReconnectWhen, ServerAction, ServerSession,
+    SessionEnd, backoff_ceiling_ms,
+};

@@ -100,6 +100,9 @@ pub const PONG_TIMEOUT_MS: u64 = 15_000;
 /// Time that a session lives on after `goaway` with reason `drain` or `upgrade`, so that verdicts still arrive, in milliseconds.
 pub const GOAWAY_GRACE_MS: u64 = 5_000;
 
+/// Time that a client takes after such a `goaway` to finish what it was handed, in milliseconds.
+pub const FAREWELL_MS: u64 = 3_000;
+
 /// Time that a replaced client stays away, at least, in milliseconds.
 pub const REPLACED_AWAY_MIN_MS: u64 = 60_000;
 
@@ -114,6 +117,15 @@ pub const KEEP_ALIVE_MAX_S: u32 = 86_400;
 
 /// Greatest `reconnect_ms` that a client believes, in milliseconds: a day.
 pub const RECONNECT_MAX_MS: u32 = 86_400_000;
+
+/// First ceiling of a client's back-off between connections, in milliseconds; it doubles with each failure.
+pub const BACKOFF_FIRST_MS: u64 = 1_000;
+
+/// Last ceiling of a client's back-off, in milliseconds.
+pub const BACKOFF_MAX_MS: u64 = 300_000;
+
+/// Time that a client stays away, at least, after an error with retry `later`, in milliseconds.
+pub const LATER_MIN_MS: u64 = 2_000;
 
 /// Lifetime of a notification with TTL 0 that was sent at once, in milliseconds.
 pub const TTL_ZERO_GRACE_MS: u64 = 30_000;
@@ -145,6 +157,9 @@ const _: () = {
     );
     // A device that pings at the advised maximum and waits in vain has noticed before the server gives it up.
     assert!(PONG_TIMEOUT_MS < QUIC_KEEP_ALIVE_S.1 as u64 * 1_500);
+    // The device has said `bye` before the server closes.
+    assert!(FAREWELL_MS < GOAWAY_GRACE_MS);
+    assert!(BACKOFF_FIRST_MS <= BACKOFF_MAX_MS);
     assert!(WELCOME_TIMEOUT_MS > HELLO_TIMEOUT_MS);
     assert!(SERVER_FRAME_MAX_BYTES <= SERVER_JSON_FRAME_MAX_BYTES);
 };
