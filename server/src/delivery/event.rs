@@ -59,7 +59,7 @@ pub enum Event {
     Read(Result<Box<MailboxView>, ()>),
     /// The answer to [`Effect::Fetch`]: a body for each row asked for; `None` for one that cannot be read.
     /// `Err` if the store could not be asked at all (it is asked again later).
-    Bodies(Result<Vec<(RowKey, Option<Arc<Notification>>)>, ()>),
+    Bodies(Result<Vec<Body>, ()>),
 }
 
 /// A ping for one device.
@@ -322,6 +322,9 @@ pub enum Effect {
     /// Count this.
     Noticed(Notice),
 }
+
+/// A row and its body; `None` when it is gone or cannot be read.
+pub type Body = (RowKey, Option<Arc<Notification>>);
 
 /// Where a row stands in its mailbox. Orders are the order of acceptance; together with the urgency they are the
 /// order of eviction.

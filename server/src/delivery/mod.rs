@@ -14,9 +14,9 @@ mod shard;
 mod time;
 
 pub use event::{
-    Acknowledged, Attach, Change, Closing, CommitFailure, Disk, Effect, Enqueue, Event, Lowest,
-    MailboxRead, MailboxView, Notice, Outcome, Refusal, Rejection, RowKey, RowMeta, Summary,
-    Verdict,
+    Acknowledged, Attach, Body, Change, Closing, CommitFailure, Disk, Effect, Enqueue, Event,
+    Lowest, MailboxRead, MailboxView, Notice, Outcome, Refusal, Rejection, RowKey, RowMeta,
+    Summary, Verdict,
 };
 pub use ids::{AppId, DeviceId, IdError, PingId, SessionId, Ticket};
 pub use notification::{CollapseKey, Hold, Notification, Urgency, WireSlot};

@@ -1,11 +1,8 @@
 //! The store: what is promised lives here.
 
-use std::sync::Arc;
-
 use super::records::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord};
 use crate::delivery::{
-    AppId, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Notification, Outcome,
-    PingId, RowKey,
+    AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId, RowKey,
 };
 
 /// One thing to write. Values are absolute: applying an operation twice changes nothing.
@@ -192,11 +189,7 @@ pub trait Store: Send + Sync + 'static {
     fn read_mailbox(&self, request: &MailboxRead) -> Result<MailboxView, ReadError>;
 
     /// Reads bodies. A row that is gone or rotten yields `None`; rotten ones are set aside and reported.
-    fn read_bodies(
-        &self,
-        device: DeviceId,
-        rows: &[RowKey],
-    ) -> Result<Vec<(RowKey, Option<Arc<Notification>>)>, ReadError>;
+    fn read_bodies(&self, device: DeviceId, rows: &[RowKey]) -> Result<Vec<Body>, ReadError>;
 
     /// What is known of a ping, device by device.
     fn pairs(

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use std::sync::Arc;
 
 use crate::delivery::{
-    AppId, Closing, CollapseKey, DeviceId, Notification, Outcome, PingId, Refusal, Rejection,
-    SessionId, Urgency, Verdict,
+    AppId, Closing, CollapseKey, DeviceId, Notification, PingId, Refusal, Rejection, SessionId,
+    Urgency, Verdict,
 };
 use crate::ports::{PairState, Scopes};
 

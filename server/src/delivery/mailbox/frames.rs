@@ -1,0 +1,337 @@
+//! Between the mailbox and the disk: reads that come back, frames that are sealed, and what became of them.
+
+use std::sync::Arc;
+
+use super::{Asked, Context, Departure, Insert, Known, Mailbox, READ_RETRY, Row, Stage};
+use crate::delivery::event::{
+    Change, CommitFailure, Effect, Event, MailboxView, Notice, Outcome, Refusal, Rejection,
+};
+use crate::delivery::ids::DeviceId;
+
+impl Mailbox {
+    pub(super) fn handle_read(
+        &mut self,
+        answer: Result<Box<MailboxView>, ()>,
+        cx: &mut Context<'_>,
+    ) {
+        self.reading = false;
+        let gone = std::mem::take(&mut self.gone);
+        match answer {
+            Ok(view) => self.merge(*view, &gone, cx),
+            Err(()) => self.read_failed(cx),
+        }
+    }
+
+    pub(super) fn merge(&mut self, view: MailboxView, gone: &[u64], cx: &mut Context<'_>) {
+        let Some(summary) = view.summary else {
+            self.known = Known::Absent;
+            return;
+        };
+        if self.known == Known::Nothing {
+            self.summary = summary;
+            self.known = Known::Some;
+        }
+        for meta in view.rows {
+            let order = meta.key.order;
+            if self.index_of(order).is_some() || gone.contains(&order) || self.is_leaving(order) {
+                continue;
+            }
+            let sent = meta.run != cx.policy.run || order <= self.summary.sent_up_to;
+            let row = Row {
+                meta,
+                stage: Stage::Stored,
+                body: None,
+                tickets: Vec::new(),
+                sent,
+                in_flight: false,
+                superseded: false,
+                rides: Vec::new(),
+            };
+            self.rows.insert(
+                self.rows.partition_point(|row| row.meta.key.order < order),
+                row,
+            );
+            self.summary.next_order = self.summary.next_order.max(order + 1);
+        }
+        if view.complete {
+            self.known = Known::All;
+            self.repair(cx);
+        }
+    }
+
+    /// A crash may have left a row in flight beside its successor: the successor wins.
+    pub(super) fn repair(&mut self, cx: &mut Context<'_>) {
+        let mut index = self.rows.len();
+        while index > 0 {
+            index -= 1;
+            let Some(key) = self.rows[index].meta.collapse.clone() else {
+                continue;
+            };
+            let newer = self
+                .rows
+                .range(index + 1..)
+                .any(|row| row.meta.collapse.as_ref() == Some(&key));
+            if newer {
+                cx.emit(Effect::Noticed(Notice::CollapseRepaired));
+                self.end(index, Outcome::Replaced, cx.now.unix_ms, None, cx);
+            }
+        }
+    }
+
+    /// Those who can be told are told; the rest is tried again.
+    pub(super) fn read_failed(&mut self, cx: &mut Context<'_>) {
+        self.asked = Asked::default();
+        for event in std::mem::take(&mut self.backlog) {
+            match event {
+                Event::Enqueue(enqueue) => {
+                    cx.reject(
+                        enqueue.ticket,
+                        enqueue.notification.ping,
+                        Rejection::StoreFailed,
+                    );
+                }
+                Event::Attach(attach) => {
+                    cx.emit(Effect::Refuse {
+                        session: attach.session,
+                        why: Refusal::StoreFailed,
+                    });
+                }
+                Event::Revoke { .. } | Event::Wipe { .. } => {
+                    self.backlog.push_back(event);
+                    self.read_again_at = Some(cx.now.mono + READ_RETRY);
+                }
+                // The sweep comes back to them.
+                Event::Expire { .. } => {}
+                // These speak of sessions, and there is none before every row is known.
+                Event::Detach { .. }
+                | Event::Acknowledge { .. }
+                | Event::Decline { .. }
+                | Event::Presence { .. }
+                | Event::Read(_)
+                | Event::Bodies(_) => {}
+            }
+        }
+    }
+
+    /// Hands over what is offered.
+    pub(in crate::delivery) fn seal(
+        &mut self,
+        device: DeviceId,
+        run: u32,
+        changes: &mut Vec<Change>,
+    ) {
+        let before = changes.len();
+        let mut left = self.unsealed.count;
+        for row in self.rows.iter_mut().rev() {
+            if left == 0 {
+                break;
+            }
+            if row.stage == Stage::Held {
+                left -= 1;
+            }
+            if row.stage != Stage::Offered {
+                continue;
+            }
+            left -= 1;
+            let Some(body) = &row.body else {
+                debug_assert!(false, "an unsealed row keeps its body");
+                continue;
+            };
+            let order = row.meta.key.order;
+            changes.push(Change::Insert {
+                device,
+                order,
+                run,
+                notification: Arc::clone(body),
+            });
+            row.stage = Stage::Sealed;
+            self.sealed_rows += 1;
+            self.unsealed.remove(row.meta.size);
+            self.summary.count = self.summary.count.saturating_add(1);
+            self.summary.bytes = self.summary.bytes.saturating_add(u64::from(row.meta.size));
+            self.departures
+                .extend(row.rides.drain(..).map(|ride| Departure {
+                    because: Some(order),
+                    ..ride
+                }));
+        }
+        // Inserts were met newest first; the log tells them in order.
+        changes[before..].reverse();
+        for departure in self.departures.drain(..) {
+            debug_assert!(
+                departure.insert != Insert::Outstanding,
+                "one frame is outstanding at a time"
+            );
+            if departure.insert == Insert::Done {
+                let size = departure.meta.size;
+                self.leaving.remove(size);
+                self.summary.count = self.summary.count.saturating_sub(1);
+                self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(size));
+                changes.push(Change::Remove {
+                    device,
+                    row: departure.meta.clone(),
+                    outcome: departure.outcome,
+                    at_ms: departure.at_ms,
+                });
+            }
+            self.sealed.push(departure);
+        }
+        self.touched = false;
+        if let Some(wipe) = self.wipe.as_mut() {
+            wipe.sealed = true;
+            changes.push(Change::Forget { device });
+        } else {
+            changes.push(Change::Summary {
+                device,
+                summary: self.summary,
+            });
+        }
+    }
+
+    /// What became of the frame.
+    pub(in crate::delivery) fn handle_committed(
+        &mut self,
+        result: Result<(), CommitFailure>,
+        cx: &mut Context<'_>,
+    ) {
+        match result {
+            Ok(()) => self.committed(cx),
+            Err(failure) => self.not_committed(failure, cx),
+        }
+        self.pump(cx);
+    }
+
+    pub(super) fn committed(&mut self, cx: &mut Context<'_>) {
+        let mut left = self.sealed_rows;
+        self.sealed_rows = 0;
+        for row in self.rows.iter_mut().rev() {
+            for ride in &mut row.rides {
+                if ride.insert == Insert::Outstanding {
+                    ride.insert = Insert::Done;
+                    cx.accept(&mut ride.tickets, ride.meta.ping);
+                }
+            }
+            if row.stage == Stage::Sealed {
+                row.stage = Stage::Stored;
+                row.body = None;
+                cx.accept(&mut row.tickets, row.meta.ping);
+                left = left.saturating_sub(1);
+            }
+            if left == 0 && self.unsealed.count == 0 {
+                break;
+            }
+        }
+        for departure in &mut self.departures {
+            if departure.insert == Insert::Outstanding {
+                departure.insert = Insert::Done;
+                cx.accept(&mut departure.tickets, departure.meta.ping);
+            }
+        }
+        for departure in std::mem::take(&mut self.sealed) {
+            if self.reading {
+                self.gone.push(departure.meta.key.order);
+            }
+            self.announce(departure, cx);
+        }
+        if self.wipe.as_ref().is_some_and(|wipe| wipe.sealed)
+            && let Some(wipe) = self.wipe.take()
+        {
+            self.known = Known::Absent;
+            for ticket in wipe.tickets {
+                cx.emit(Effect::Wiped {
+                    ticket,
+                    revoked: wipe.revoked,
+                });
+            }
+        }
+    }
+
+    pub(super) fn not_committed(&mut self, failure: CommitFailure, cx: &mut Context<'_>) {
+        let why = match failure {
+            CommitFailure::NoRoom => Rejection::NoRoom,
+            CommitFailure::Failed => Rejection::StoreFailed,
+        };
+        if let Some(wipe) = self.wipe.as_mut() {
+            wipe.sealed = false;
+        }
+        // Removals that stand alone are offered again; those that an insert caused did not happen, like the insert.
+        for departure in std::mem::take(&mut self.sealed) {
+            if departure.insert == Insert::Done {
+                let size = departure.meta.size;
+                self.leaving.add(size);
+                self.summary.count = self.summary.count.saturating_add(1);
+                self.summary.bytes = self.summary.bytes.saturating_add(u64::from(size));
+            }
+            if departure.because.is_some() {
+                self.bring_back(departure, why, cx);
+            } else {
+                self.departures.push(departure);
+            }
+        }
+        self.sealed_rows = 0;
+        let mut lost = Vec::new();
+        for row in &mut self.rows {
+            if row.stage == Stage::Sealed {
+                row.stage = Stage::Offered;
+                self.unsealed.add(row.meta.size);
+                self.summary.count = self.summary.count.saturating_sub(1);
+                self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(row.meta.size));
+                lost.push(row.meta.key.order);
+            }
+        }
+        for order in lost {
+            if let Some(index) = self.index_of(order) {
+                self.turn_away(index, why, cx);
+            }
+        }
+        // Rows that ended, or were pushed out, while their insert was being written: it never was.
+        let mut ended = Vec::new();
+        let mut index = 0;
+        while index < self.departures.len() {
+            if self.departures[index].insert == Insert::Outstanding {
+                let mut departure = self.departures.remove(index);
+                departure.insert = Insert::Never;
+                ended.push(departure);
+            } else {
+                index += 1;
+            }
+        }
+        for row in &mut self.rows {
+            for ride in &mut row.rides {
+                if ride.insert == Insert::Outstanding {
+                    ride.insert = Insert::Never;
+                    self.leaving.remove(ride.meta.size);
+                    self.summary.count = self.summary.count.saturating_sub(1);
+                    self.summary.bytes =
+                        self.summary.bytes.saturating_sub(u64::from(ride.meta.size));
+                }
+            }
+        }
+        for departure in ended {
+            let size = departure.meta.size;
+            self.leaving.remove(size);
+            self.summary.count = self.summary.count.saturating_sub(1);
+            self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(size));
+            self.announce(departure, cx);
+        }
+        if failure == CommitFailure::Failed {
+            self.store_failed(cx);
+        }
+    }
+
+    /// The store promises nothing any more: whoever waits for it is told.
+    pub(in crate::delivery) fn store_failed(&mut self, cx: &mut Context<'_>) {
+        self.release(|_| true, cx);
+        let offered: Vec<u64> = self
+            .rows
+            .iter()
+            .filter(|row| row.stage == Stage::Offered)
+            .map(|row| row.meta.key.order)
+            .collect();
+        for order in offered {
+            if let Some(index) = self.index_of(order) {
+                self.turn_away(index, Rejection::StoreFailed, cx);
+            }
+        }
+    }
+}
