@@ -428,7 +428,7 @@ fn tree(tokens: &[Token], mut at: usize, prefix: &[String], found: &mut Vec<Refe
             return at;
         }
         // `a::{self}` is `a`.
-        if !(text(at) == "self" && !path.is_empty()) {
+        if text(at) != "self" || path.is_empty() {
             path.push(text(at).to_owned());
         }
         at += 1;
