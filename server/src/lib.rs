@@ -6,3 +6,4 @@
 pub mod delivery;
 pub mod ports;
 pub mod runtime;
+pub mod telemetry;

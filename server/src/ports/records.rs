@@ -113,6 +113,10 @@ pub struct IdempotencyRecord {
     pub body_hash: [u8; 32],
     /// The ping it made.
     pub ping: PingId,
+    /// How many devices that ping addressed, so that a repeat gets the same answer.
+    pub devices: u32,
+    /// The TTL that was granted, seconds.
+    pub ttl_s: u64,
     /// When, Unix milliseconds.
     pub at_ms: u64,
 }

@@ -106,6 +106,14 @@ pub enum Out {
 pub trait Outlet: Send + Sync + 'static {
     /// Queues one word for the device.
     fn push(&self, out: Out);
+
+    /// Queues several, in order, and wakes the link once; `outs` is empty afterwards. The runtime hands over all
+    /// that one turn has for a link by this.
+    fn push_all(&self, outs: &mut Vec<Out>) {
+        for out in outs.drain(..) {
+            self.push(out);
+        }
+    }
 }
 
 /// Limits of the links that come from configuration.
@@ -242,7 +250,7 @@ pub enum PingError {
     Runtime(#[from] RuntimeError),
 }
 
-/// Trouble that is nobody's fault outside.
+/// What a request to the runtime can meet. All but `Invalid` are nobody's fault outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RuntimeError {
     /// The store failed or cannot be read (503).
@@ -260,6 +268,9 @@ pub enum RuntimeError {
     /// No room on disk (507).
     #[error("no room on disk")]
     NoRoom,
+    /// A registration that cannot be: the text names the member and the rule (422).
+    #[error("{0}")]
+    Invalid(&'static str),
 }
 
 /// What is known of a ping.

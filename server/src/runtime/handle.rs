@@ -1,18 +1,21 @@
 //! The one door to the runtime.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::api::{
     AttachRequest, Authenticated, DeviceView, Identity, KeyView, LinkSettings, Outlet, PingAnswer,
     PingError, PingRequest, PingView, Principal, Requested, RevokeCounts, RuntimeError, WhoError,
 };
+use super::settings::{Limits, RuntimeSettings};
+use super::status::{DrainSummary, NotReady, Status};
 use crate::delivery::{Acknowledged, AppId, DeviceId, PingId, SessionId};
-use crate::ports::{Page, Scopes};
+use crate::ports::{ClockState, Page, Scopes, StoreHealth, StoreStats};
 
 /// A cheap, cloneable handle to everything that runs.
 #[derive(Clone)]
 pub struct Handle {
-    _inner: Arc<()>,
+    pub(super) _inner: Arc<()>,
 }
 
 #[expect(
@@ -43,6 +46,56 @@ impl Handle {
     #[must_use]
     pub fn draining(&self) -> bool {
         false
+    }
+
+    /// Whether the server wants traffic (`/readyz`).
+    pub fn ready(&self) -> Result<(), NotReady> {
+        Err(NotReady::Draining)
+    }
+
+    /// A look at everything that runs.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            run: 0,
+            started_ms: 0,
+            uptime: Duration::ZERO,
+            now_ms: 0,
+            shards: 0,
+            connected_quic: 0,
+            connected_websocket: 0,
+            awake: 0,
+            store: StoreStats::default(),
+            health: StoreHealth::Open,
+            reserve_bytes: 0,
+            ledger_entries: 0,
+            ledger_bytes: 0,
+            idempotency_entries: 0,
+            clock: ClockState::Steady,
+            draining: false,
+            limits: Limits::default(),
+        }
+    }
+
+    /// Takes the live settings (policy, link, limits) from `settings`; the rest needs a restart.
+    pub fn reload(&self, settings: &RuntimeSettings) {}
+
+    /// Goes down in order: not ready, `goaway` to every session spread over the window, a last commit, the store
+    /// closed. Pings are still taken for a moment, then refused with `Draining`. Answers when nothing is left to do;
+    /// a second call waits for the first.
+    pub async fn drain(&self, window: Duration) -> DrainSummary {
+        DrainSummary {
+            sessions: 0,
+            cut: 0,
+            committed: true,
+            took: Duration::ZERO,
+        }
+    }
+
+    /// Makes a key with every scope for app `default` if there is no key at all, and answers its text.
+    pub async fn ensure_bootstrap_key(&self) -> Result<Option<String>, RuntimeError> {
+        Err(RuntimeError::StoreUnavailable)
     }
 
     /// Checks who a device is.

@@ -1,0 +1,101 @@
+//! What an operator can set about the runtime, and the limits that are fixed.
+
+use std::time::Duration;
+
+use super::api::LinkSettings;
+use crate::delivery::Policy;
+
+/// Devices that one ping may address, named or found through users. Default and ceiling: above it the promise of
+/// promise 1 for each device would hold one request open for too long.
+pub const DEVICES_PER_PING: u32 = 1_000;
+/// Users that one ping may name, known or not: each costs a look-up.
+pub const USERS_PER_PING: usize = 1_000;
+/// Longest user name, bytes.
+pub const USER_MAX_BYTES: usize = 255;
+/// Longest name of a device or key, bytes.
+pub const NAME_MAX_BYTES: usize = 255;
+/// Most API keys in all: they are kept in memory, and a person must be able to review them.
+pub const KEYS_MAX: usize = 1_000;
+/// How long a TTL 0 notification may still be sent after its acceptance, milliseconds.
+pub const TRANSIENT_MS: u64 = 30_000;
+/// Most shards: more than any machine has cores.
+pub const SHARDS_MAX: usize = 256;
+/// Most reading threads.
+pub const READING_THREADS_MAX: usize = 64;
+
+/// Settings of the runtime. Those marked *live* can be changed by [`Handle::reload`](super::Handle::reload).
+#[derive(Debug, Clone)]
+pub struct RuntimeSettings {
+    /// Tasks that own mailboxes; 0 = one per core. At most [`SHARDS_MAX`]. Default 0.
+    pub shards: usize,
+    /// Threads that read the store; 1 to [`READING_THREADS_MAX`]. Default 2. Too few: attaching after a restart is
+    /// slow (`bellwire_reads_waiting` stays up).
+    pub reading_threads: usize,
+    /// Limits and waits of the core. `run` is set from the store. *Live.*
+    pub policy: Policy,
+    /// Limits for links. *Live* for new links.
+    pub link: LinkSettings,
+    /// Limits for pings. *Live.*
+    pub limits: Limits,
+    /// How often expired rows are looked for. Default 1 s.
+    pub sweep_every: Duration,
+    /// How long outcomes of stored notifications are kept (`receipts.keep`). Default 24 h.
+    pub receipts_keep: Duration,
+    /// How long an idempotency key is remembered. Default 24 h.
+    pub idempotency_keep: Duration,
+    /// Idempotency keys remembered for each app; the oldest give way. Default 1,000,000.
+    pub idempotency_entries: usize,
+    /// Notifications in the ledger of recent outcomes; the oldest pings give way. Default 500,000.
+    pub ledger_entries: usize,
+    /// Bytes of the ledger. Default 128 MiB.
+    pub ledger_bytes: u64,
+}
+
+impl Default for RuntimeSettings {
+    fn default() -> RuntimeSettings {
+        RuntimeSettings {
+            shards: 0,
+            reading_threads: 2,
+            policy: Policy::default(),
+            link: LinkSettings::default(),
+            limits: Limits::default(),
+            sweep_every: Duration::from_secs(1),
+            receipts_keep: Duration::from_secs(24 * 3_600),
+            idempotency_keep: Duration::from_secs(24 * 3_600),
+            idempotency_entries: 1_000_000,
+            ledger_entries: 500_000,
+            ledger_bytes: 128 << 20,
+        }
+    }
+}
+
+/// Limits that hold for each ping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest content of one notification, bytes. Default 4,096; settable to 65,536.
+    pub content_max: u32,
+    /// TTL of a ping that names none, seconds. Default 7 days.
+    pub ttl_default_s: u64,
+    /// Longest TTL, seconds; longer ones are lowered to it. Default 30 days.
+    pub ttl_max_s: u64,
+    /// Devices that one ping may address. Default [`DEVICES_PER_PING`].
+    pub devices_max: u32,
+    /// Bodies in flight, bytes: accepted ones that a mailbox still holds in memory. Default 256 MiB.
+    pub memory_reserve: u64,
+    /// Longest wait for the store before a ping is answered with `StoreBusy`. Default 10 s. What was queued may
+    /// still be stored then: that is no promise.
+    pub accept_wait: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            content_max: 4_096,
+            ttl_default_s: 7 * 86_400,
+            ttl_max_s: 30 * 86_400,
+            devices_max: DEVICES_PER_PING,
+            memory_reserve: 256 << 20,
+            accept_wait: Duration::from_secs(10),
+        }
+    }
+}

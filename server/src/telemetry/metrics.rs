@@ -1,0 +1,247 @@
+//! Every metric, in one list.
+//!
+//! A name is used through its constant, so that a typing error does not compile and `docs/operations.md` cannot
+//! drift (a test compares them). Labels have few values: carriers, codes, routes, app names (the first
+//! [`APPS_LABELLED`] of them). No device, user, ping or address is ever a label.
+
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// Apps with a label value of their own; later ones share the value `other`.
+pub const APPS_LABELLED: usize = 100;
+
+/// How a metric behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only rises in a run.
+    Counter,
+    /// Rises and falls.
+    Gauge,
+    /// A distribution, in the buckets of its [`Metric::buckets`].
+    Histogram,
+}
+
+impl Kind {
+    /// The word for it in the documentation.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        }
+    }
+}
+
+/// One metric.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// Its name in the exposition.
+    pub name: &'static str,
+    /// How it behaves.
+    pub kind: Kind,
+    /// Its labels, in order.
+    pub labels: &'static [&'static str],
+    /// What it says.
+    pub help: &'static str,
+}
+
+impl Metric {
+    /// Upper bounds of a histogram's buckets, seconds: from one memory access away to a minute.
+    #[must_use]
+    pub fn buckets(&self) -> &'static [f64] {
+        &[
+            0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+            1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+        ]
+    }
+}
+
+macro_rules! metrics {
+    ($($constant:ident: $kind:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
+        $(
+            #[doc = $help]
+            pub const $constant: &str = $name;
+        )*
+
+        /// All of them, in the order of the documentation.
+        pub const METRICS: &[Metric] = &[
+            $(Metric { name: $name, kind: Kind::$kind, labels: &[$($label),*], help: $help },)*
+        ];
+    };
+}
+
+metrics! {
+    BUILD_INFO: Gauge "bellwire_build_info" ["version"] "Always 1; names the version that runs.";
+    STARTED_SECONDS: Gauge "bellwire_started_seconds" [] "When this run started, Unix seconds.";
+    DRAINING: Gauge "bellwire_draining" [] "1 while the server goes down.";
+
+    PINGS_TOTAL: Counter "bellwire_pings_total" ["app", "result"] "Publish requests by what they were answered: `accepted`, or the reason of the refusal.";
+    NOTIFICATIONS_TOTAL: Counter "bellwire_notifications_total" ["app"] "Notifications accepted, one for each device that a ping addresses.";
+    REJECTIONS_TOTAL: Counter "bellwire_rejections_total" ["reason"] "Notifications not accepted, device by device.";
+    OUTCOMES_TOTAL: Counter "bellwire_outcomes_total" ["app", "outcome"] "Notifications that ended, by how.";
+    OUTCOMES_REPEATED_TOTAL: Counter "bellwire_outcomes_repeated_total" [] "Outcomes announced for a notification that had one. Other than after a repeated idempotency key this must stay 0.";
+    ACCEPT_SECONDS: Histogram "bellwire_accept_seconds" [] "From a checked publish request to its answer.";
+    ACKNOWLEDGE_SECONDS: Histogram "bellwire_acknowledge_seconds" [] "From acceptance to the device's acknowledgement, as far as the ledger knows the ping.";
+    SENDS_TOTAL: Counter "bellwire_sends_total" ["redelivered"] "Notifications handed to links, by whether they may have been sent before.";
+    WITHDRAWALS_TOTAL: Counter "bellwire_withdrawals_total" [] "Notifications that devices were told to take off the screen.";
+    NOTICES_TOTAL: Counter "bellwire_notices_total" ["notice"] "Things the core noticed that change nothing: `unknown_verdict`, `duplicate_device`, `unreadable_body`, `collapse_repaired`, `deferred`, `deferral_won`.";
+    REVOCATIONS_TOTAL: Counter "bellwire_revocations_total" [] "Notifications taken back by their publisher before they ended.";
+
+    SESSIONS: Gauge "bellwire_sessions" ["carrier"] "Devices attached now.";
+    ATTACHES_TOTAL: Counter "bellwire_attaches_total" ["carrier"] "Sessions that were greeted.";
+    ATTACH_REFUSALS_TOTAL: Counter "bellwire_attach_refusals_total" ["reason"] "Authenticated sessions that were not attached.";
+    SESSION_CLOSES_TOTAL: Counter "bellwire_session_closes_total" ["reason"] "Sessions that the server ended: `replaced`, `revoked`, `ack_timeout`, `drain`.";
+    AUTHENTICATIONS_TOTAL: Counter "bellwire_authentications_total" ["who", "result"] "Checks of devices and API keys, by result.";
+    LINKS_UNAUTHENTICATED: Gauge "bellwire_links_unauthenticated" [] "Connections that have not said hello yet.";
+    LINK_ACCEPTS_TOTAL: Counter "bellwire_link_accepts_total" ["carrier"] "Connections accepted, before TLS and hello.";
+    LINK_REFUSALS_TOTAL: Counter "bellwire_link_refusals_total" ["carrier", "reason"] "Connections turned away before hello.";
+    LINK_ENDS_TOTAL: Counter "bellwire_link_ends_total" ["carrier", "reason"] "Links that ended, by error code or `bye`, `lost`, `silent`, `goaway`.";
+
+    MAILBOXES_AWAKE: Gauge "bellwire_mailboxes_awake" [] "Mailboxes in memory.";
+    SHARD_INPUTS_WAITING: Gauge "bellwire_shard_inputs_waiting" [] "Events that wait for their shard.";
+    READS_WAITING: Gauge "bellwire_reads_waiting" [] "Store reads that wait for a reading thread.";
+    READS_REFUSED_TOTAL: Counter "bellwire_reads_refused_total" [] "Store reads for HTTP that found the queue full.";
+    RESERVE_BYTES: Gauge "bellwire_reserve_bytes" [] "Bodies in flight, of the memory reserve.";
+    LEDGER_ENTRIES: Gauge "bellwire_ledger_entries" [] "Notifications in the ledger of recent outcomes.";
+    LEDGER_BYTES: Gauge "bellwire_ledger_bytes" [] "Bytes of the ledger.";
+    LEDGER_DROPPED_TOTAL: Counter "bellwire_ledger_dropped_total" [] "Pings that left the ledger because it was full.";
+    IDEMPOTENCY_ENTRIES: Gauge "bellwire_idempotency_entries" [] "Idempotency keys remembered.";
+    IDEMPOTENCY_HITS_TOTAL: Counter "bellwire_idempotency_hits_total" ["result"] "Idempotency keys seen before: `same`, `conflict`, `joined` (while the first request was under way).";
+
+    STORE_HEALTH: Gauge "bellwire_store_health" ["state"] "1 for the state the store is in: `open`, `full`, `behind`, `failed`.";
+    STORE_FRAMES_TOTAL: Counter "bellwire_store_frames_total" [] "Frames written to the log.";
+    STORE_SYNCS_TOTAL: Counter "bellwire_store_syncs_total" [] "Syncs of the log.";
+    STORE_SYNC_MEDIAN_SECONDS: Gauge "bellwire_store_sync_median_seconds" [] "Median duration of the last 1,024 syncs.";
+    STORE_SYNC_WORST_SECONDS: Gauge "bellwire_store_sync_worst_seconds" [] "Worst duration of the last 1,024 syncs.";
+    STORE_LAG_BYTES: Gauge "bellwire_store_lag_bytes" [] "How far the engine is behind the log, bytes.";
+    STORE_LAG_SECONDS: Gauge "bellwire_store_lag_seconds" [] "Age of the oldest frame that the engine does not have.";
+    STORE_LOG_BYTES: Gauge "bellwire_store_log_bytes" [] "Size of the log.";
+    STORE_LOG_SEGMENTS: Gauge "bellwire_store_log_segments" [] "Segments of the log.";
+    STORE_ENGINE_BYTES: Gauge "bellwire_store_engine_bytes" [] "Size of the engine's files.";
+    STORE_FREE_BYTES: Gauge "bellwire_store_free_bytes" [] "Free space on the store's volume.";
+    STORE_SET_ASIDE: Gauge "bellwire_store_set_aside" [] "Records that could not be read and were set aside.";
+    COMMIT_FAILURES_TOTAL: Counter "bellwire_commit_failures_total" ["reason"] "Batches of shards that did not reach the disk: `no_room`, `failed`.";
+
+    SWEEP_ROWS_TOTAL: Counter "bellwire_sweep_rows_total" [] "Rows past their expiry that the sweep found.";
+    SWEEP_PAUSED: Gauge "bellwire_sweep_paused" [] "1 while the sweep pauses because the clock jumped.";
+    RECEIPTS_DROPPED_TOTAL: Counter "bellwire_receipts_dropped_total" [] "Outcomes and idempotency keys dropped by age.";
+    CLOCK_JUMP_SECONDS: Gauge "bellwire_clock_jump_seconds" [] "System clock minus ours while it is not followed, 0 otherwise.";
+
+    HTTP_REQUESTS_TOTAL: Counter "bellwire_http_requests_total" ["route", "status"] "HTTP requests by route template and status.";
+    HTTP_SECONDS: Histogram "bellwire_http_seconds" ["route"] "Duration of HTTP requests by route template.";
+    HTTP_RATE_LIMITED_TOTAL: Counter "bellwire_http_rate_limited_total" [] "Requests turned away by the rate limit of their key.";
+}
+
+/// Renders what was measured.
+#[derive(Clone)]
+pub struct Exposition(PrometheusHandle);
+
+impl Exposition {
+    /// The metrics in the Prometheus text format.
+    #[must_use]
+    pub fn render(&self) -> String {
+        self.0.render()
+    }
+
+    /// Folds histogram samples together. Call it every few seconds, or memory grows between scrapes.
+    pub fn upkeep(&self) {
+        self.0.run_upkeep();
+    }
+}
+
+/// The metrics cannot be collected.
+#[derive(Debug, thiserror::Error)]
+#[error("metrics cannot be collected: {0}")]
+pub struct MetricsError(#[from] BuildError);
+
+/// Starts to collect, once per process and before anything else starts: handles made earlier count into nothing.
+pub fn install() -> Result<Exposition, MetricsError> {
+    let mut builder = PrometheusBuilder::new();
+    for metric in METRICS
+        .iter()
+        .filter(|metric| metric.kind == Kind::Histogram)
+    {
+        builder =
+            builder.set_buckets_for_metric(Matcher::Full(metric.name.into()), metric.buckets())?;
+    }
+    let handle = builder.install_recorder()?;
+    describe();
+    Ok(Exposition(handle))
+}
+
+fn describe() {
+    for metric in METRICS {
+        match metric.kind {
+            Kind::Counter => metrics::describe_counter!(metric.name, metric.help),
+            Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
+            Kind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
+        }
+    }
+}
+
+/// The table for `docs/operations.md`, between its `generated:metrics` markers.
+#[must_use]
+pub fn documentation() -> String {
+    let mut text =
+        String::from("| metric | kind | labels | meaning |\n| --- | --- | --- | --- |\n");
+    for metric in METRICS {
+        let labels: Vec<String> = metric
+            .labels
+            .iter()
+            .map(|label| format!("`{label}`"))
+            .collect();
+        text.push_str(&format!(
+            "| `{}` | {} | {} | {} |\n",
+            metric.name,
+            metric.kind.as_str(),
+            labels.join(", "),
+            metric.help
+        ));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_say_their_kind() {
+        let mut seen = Vec::new();
+        for metric in METRICS {
+            assert!(
+                !seen.contains(&metric.name),
+                "{} is listed twice",
+                metric.name
+            );
+            seen.push(metric.name);
+            assert!(metric.name.starts_with("bellwire_"), "{}", metric.name);
+            assert_eq!(
+                metric.name.ends_with("_total"),
+                metric.kind == Kind::Counter,
+                "{}: counters, and only they, end in _total",
+                metric.name
+            );
+            assert!(
+                metric.help.ends_with('.'),
+                "{} needs a sentence",
+                metric.name
+            );
+        }
+    }
+
+    #[test]
+    fn the_operations_page_lists_exactly_these_metrics() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        let (_, rest) = page.split_once("<!-- generated:metrics -->\n").unwrap();
+        let (table, _) = rest.split_once("<!-- /generated:metrics -->").unwrap();
+        let wanted = documentation();
+        assert!(
+            table.trim() == wanted.trim(),
+            "the section Metrics of docs/operations.md must read:\n\n{wanted}"
+        );
+    }
+}
