@@ -3,6 +3,7 @@
 //! Read the modules in this order: [`delivery`] decides, [`ports`] says what it needs of the outside, and the
 //! rest carries bytes and rows to and from it. `ARCHITECTURE.md` at the top of the repository draws the map.
 
+pub mod config;
 pub mod delivery;
 pub mod ports;
 pub mod runtime;

@@ -1,0 +1,561 @@
+//! Settings that were checked: what the rest of the program is handed.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::keys;
+use super::problem::Problems;
+use super::setting::AnyKey;
+use super::source::Source;
+
+/// Every setting, checked one by one and against its neighbours. Made by [`super::load`] only.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Checked {
+    /// Where everything is kept.
+    pub data_dir: PathBuf,
+    /// Where to listen.
+    pub listen: Listen,
+    /// The certificate for devices; `None`: make one for development.
+    pub tls: Option<PemPair>,
+    /// How the API is protected on its way.
+    pub api: ApiAccess,
+    /// The store.
+    pub store: Store,
+    /// Limits.
+    pub limits: Limits,
+    /// How long outcomes can be asked for.
+    pub receipts_keep: Duration,
+    /// Shards; `None`: one for each processor.
+    pub shards: Option<usize>,
+    /// Over how long devices are sent away at a stop.
+    pub drain_window: Duration,
+    /// The log on standard error.
+    pub log: LogSettings,
+    /// What is allowed and should be said loudly at each start.
+    pub warnings: Vec<String>,
+}
+
+/// Where to listen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listen {
+    /// Devices, UDP and TCP.
+    pub devices: SocketAddr,
+    /// The API.
+    pub api: SocketAddr,
+    /// Health and metrics.
+    pub operations: SocketAddr,
+}
+
+/// A certificate chain and its key, as files. Whether they are there and fit is found out when they are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PemPair {
+    /// The chain, the server's own certificate first.
+    pub cert: PathBuf,
+    /// The key.
+    pub key: PathBuf,
+}
+
+/// How the API is protected on its way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ApiAccess {
+    /// Plain HTTP that never leaves the machine.
+    Loopback,
+    /// HTTPS.
+    Https(PemPair),
+    /// Plain HTTP behind a proxy that the operator trusts.
+    TrustedProxy,
+}
+
+/// What indexes the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// The embedded database.
+    Sled,
+    /// Nothing on disk but the log.
+    Memory,
+}
+
+/// The store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Store {
+    /// What indexes it.
+    pub engine: Engine,
+    /// The engine's cache, bytes.
+    pub cache_bytes: u64,
+    /// How long a row may be held back from the disk.
+    pub defer_max: Duration,
+    /// Size of one log file, bytes.
+    pub segment_bytes: u64,
+    /// Free space below which new pings are refused, bytes.
+    pub reserve_bytes: u64,
+    /// How far the engine may be behind, bytes.
+    pub lag_bytes: u64,
+    /// How far the engine may be behind in time.
+    pub lag_time: Duration,
+}
+
+/// What a full mailbox does with a newcomer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MailboxFull {
+    /// The least urgent, oldest one goes.
+    Evict,
+    /// The newcomer is refused.
+    Refuse,
+}
+
+/// Bounds of the keep-alive advised to devices, whole seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeepAlive {
+    /// Least, seconds.
+    pub min_s: u32,
+    /// Most, seconds.
+    pub max_s: u32,
+}
+
+/// Limits. Sizes are bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Content of one notification.
+    pub content_bytes: u32,
+    /// Notifications in one mailbox.
+    pub mailbox_notifications: u32,
+    /// Content in one mailbox.
+    pub mailbox_bytes: u64,
+    /// What a full mailbox does.
+    pub mailbox_full: MailboxFull,
+    /// TTL when a ping does not say.
+    pub ttl_default: Duration,
+    /// Longest TTL.
+    pub ttl_max: Duration,
+    /// TLS and hello together.
+    pub hello_deadline: Duration,
+    /// A send that the peer's transport does not take.
+    pub write_deadline: Duration,
+    /// In flight without a verdict.
+    pub ack_timeout: Duration,
+    /// Advised over QUIC.
+    pub keep_alive_quic: KeepAlive,
+    /// Advised over WebSocket.
+    pub keep_alive_websocket: KeepAlive,
+    /// Connections of one address before hello.
+    pub per_address: u32,
+    /// Networks that are not counted per address.
+    pub exempt: Vec<(IpAddr, u8)>,
+    /// Connections before hello in all.
+    pub unauthenticated: u32,
+    /// Memory for bodies in flight.
+    pub memory_bytes: u64,
+    /// Pings a second of one API key.
+    pub pings_per_second: u32,
+    /// Pings of one API key at once.
+    pub ping_burst: u32,
+}
+
+/// The log on standard error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogSettings {
+    /// How lines look.
+    pub format: LogFormat,
+    /// Which lines are written.
+    pub level: String,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Checked {
+    /// Checks everything that was given.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub(super) fn from_source(source: &Source) -> Result<Checked, Problems> {
+        let mut warnings = Vec::new();
+        let listen = Listen {
+            devices: source.get(&keys::LISTEN_DEVICES),
+            api: source.get(&keys::LISTEN_API),
+            operations: source.get(&keys::LISTEN_OPERATIONS),
+        };
+        check_ports(source, listen);
+        let tls = pair(source, &keys::TLS_CERT, &keys::TLS_KEY);
+        if tls.is_none() && !listen.devices.ip().is_loopback() {
+            warnings.push(format!(
+                "devices connect to {} and the certificate is one for development, made by this server: set tls.cert and \
+                 tls.key to one of your own before real devices use it",
+                listen.devices
+            ));
+        }
+        let api = api_access(source, listen.api);
+        if !listen.operations.ip().is_loopback() {
+            warnings.push(format!(
+                "health and metrics are served without a key over plain HTTP on {}: keep listen.operations inside your \
+                 network",
+                listen.operations
+            ));
+        }
+        let store = Store {
+            engine: source.get(&keys::STORE_ENGINE),
+            cache_bytes: source.get(&keys::STORE_CACHE),
+            defer_max: source.get(&keys::STORE_DEFER_MAX),
+            segment_bytes: source.get(&keys::STORE_SEGMENT),
+            reserve_bytes: source.get(&keys::STORE_RESERVE),
+            lag_bytes: source.get(&keys::STORE_LAG_BYTES),
+            lag_time: source.get(&keys::STORE_LAG_TIME),
+        };
+        let checked = Checked {
+            data_dir: source.get(&keys::DATA_DIR),
+            listen,
+            tls,
+            api,
+            store,
+            limits: limits(source),
+            receipts_keep: source.get(&keys::RECEIPTS_KEEP),
+            shards: usize::try_from(source.get(&keys::RUNTIME_SHARDS))
+                .ok()
+                .filter(|shards| *shards > 0),
+            drain_window: source.get(&keys::DRAIN_WINDOW),
+            log: LogSettings {
+                format: source.get(&keys::LOG_FORMAT),
+                level: source.get(&keys::LOG_LEVEL),
+            },
+            warnings,
+        };
+        source.verdict()?;
+        Ok(checked)
+    }
+}
+
+/// Two TCP listeners cannot share an address and a port.
+fn check_ports(source: &Source, listen: Listen) {
+    let same = |a: SocketAddr, b: SocketAddr| {
+        a.port() == b.port()
+            && a.port() != 0
+            && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
+    };
+    let named: [(&dyn AnyKey, SocketAddr); 3] = [
+        (&keys::LISTEN_DEVICES, listen.devices),
+        (&keys::LISTEN_API, listen.api),
+        (&keys::LISTEN_OPERATIONS, listen.operations),
+    ];
+    for (index, (key, address)) in named.iter().enumerate() {
+        for (earlier, taken) in &named[..index] {
+            if same(*address, *taken) {
+                source.note(
+                    *key,
+                    &format!(
+                        "{address} is what {} uses already ({taken})",
+                        earlier.name()
+                    ),
+                    "give each listener a port of its own",
+                );
+            }
+        }
+    }
+}
+
+fn pair(
+    source: &Source,
+    cert: &super::Key<super::setting::PathSetting>,
+    key: &super::Key<super::setting::PathSetting>,
+) -> Option<PemPair> {
+    match (source.find(cert), source.find(key)) {
+        (Some(cert), Some(key)) => Some(PemPair { cert, key }),
+        (Some(_), None) if !source.is_set(key) => {
+            source.note(
+                cert,
+                "a certificate without its key",
+                &format!("set {} as well", key.name),
+            );
+            None
+        }
+        (None, Some(_)) if !source.is_set(cert) => {
+            source.note(
+                key,
+                "a key without its certificate",
+                &format!("set {} as well", cert.name),
+            );
+            None
+        }
+        (Some(_) | None, None) | (None, Some(_)) => None,
+    }
+}
+
+fn api_access(source: &Source, address: SocketAddr) -> ApiAccess {
+    let pair = pair(source, &keys::API_CERT, &keys::API_KEY);
+    let proxy = source.get(&keys::API_TRUSTED_PROXY);
+    if let Some(pair) = pair {
+        if proxy {
+            source.note(
+                &keys::API_TRUSTED_PROXY,
+                "the API has a certificate, so it speaks HTTPS and no proxy needs to be trusted",
+                "remove api.trusted_proxy, or api.cert and api.key",
+            );
+        }
+        return ApiAccess::Https(pair);
+    }
+    if proxy {
+        return ApiAccess::TrustedProxy;
+    }
+    let asked = source.is_set(&keys::API_CERT) || source.is_set(&keys::API_KEY);
+    if !address.ip().is_loopback() && !asked {
+        source.note(
+            &keys::LISTEN_API,
+            &format!(
+                "the API would speak plain HTTP on {address}, and API keys would cross the network in the clear"
+            ),
+            "set api.cert and api.key, so that it speaks HTTPS; or listen on 127.0.0.1; or, if a proxy that you trust \
+             stands in front and speaks TLS, say so with api.trusted_proxy = true",
+        );
+    }
+    ApiAccess::Loopback
+}
+
+fn limits(source: &Source) -> Limits {
+    let ttl_default = source.get(&keys::LIMITS_TTL_DEFAULT);
+    let ttl_max = source.get(&keys::LIMITS_TTL_MAX);
+    if ttl_default > ttl_max {
+        let (key, other): (&dyn AnyKey, _) = if source.is_set(&keys::LIMITS_TTL_DEFAULT) {
+            (&keys::LIMITS_TTL_DEFAULT, "limits.ttl_max")
+        } else {
+            (&keys::LIMITS_TTL_MAX, "limits.ttl_default")
+        };
+        source.note(
+            key,
+            "the default TTL is longer than the longest one",
+            &format!("lower limits.ttl_default or raise limits.ttl_max (look at {other})"),
+        );
+    }
+    let content = source.get(&keys::LIMITS_CONTENT);
+    let mailbox_bytes = source.get(&keys::LIMITS_MAILBOX_BYTES);
+    if content > mailbox_bytes {
+        source.note(
+            &keys::LIMITS_MAILBOX_BYTES,
+            "one notification of the largest size would not fit into an empty mailbox",
+            "raise limits.mailbox_bytes or lower limits.content_bytes",
+        );
+    }
+    Limits {
+        content_bytes: clamp(content),
+        mailbox_notifications: clamp(source.get(&keys::LIMITS_MAILBOX)),
+        mailbox_bytes,
+        mailbox_full: source.get(&keys::LIMITS_MAILBOX_FULL),
+        ttl_default,
+        ttl_max,
+        hello_deadline: source.get(&keys::LIMITS_HELLO),
+        write_deadline: source.get(&keys::LIMITS_WRITE),
+        ack_timeout: source.get(&keys::LIMITS_ACK),
+        keep_alive_quic: keep_alive(
+            source,
+            &keys::LIMITS_KEEP_ALIVE_QUIC_MIN,
+            &keys::LIMITS_KEEP_ALIVE_QUIC_MAX,
+        ),
+        keep_alive_websocket: keep_alive(
+            source,
+            &keys::LIMITS_KEEP_ALIVE_WEBSOCKET_MIN,
+            &keys::LIMITS_KEEP_ALIVE_WEBSOCKET_MAX,
+        ),
+        per_address: clamp(source.get(&keys::LIMITS_PER_ADDRESS)),
+        exempt: source.get(&keys::LIMITS_EXEMPT),
+        unauthenticated: clamp(source.get(&keys::LIMITS_UNAUTHENTICATED)),
+        memory_bytes: source.get(&keys::LIMITS_MEMORY),
+        pings_per_second: clamp(source.get(&keys::LIMITS_PING_RATE)),
+        ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),
+    }
+}
+
+fn keep_alive(
+    source: &Source,
+    min: &super::Key<super::setting::SpanSetting>,
+    max: &super::Key<super::setting::SpanSetting>,
+) -> KeepAlive {
+    let (least, most) = (source.get(min), source.get(max));
+    if least > most {
+        let key: &dyn AnyKey = if source.is_set(min) { min } else { max };
+        source.note(
+            key,
+            "the shortest keep-alive is longer than the longest",
+            &format!("set {} no higher than {}", min.name, max.name),
+        );
+    }
+    // Devices are advised in whole seconds.
+    KeepAlive {
+        min_s: clamp(least.as_secs()),
+        max_s: clamp(most.as_secs()),
+    }
+}
+
+/// The bounds of the keys lie far below what fits.
+fn clamp(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::super::{Environment, load};
+    use super::*;
+
+    fn from_file(text: &str) -> Result<Checked, Problems> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bellwire.toml");
+        std::fs::write(&path, text).unwrap();
+        load(Some(&path), &Environment::default())
+    }
+
+    /// What is wrong with this file: line:column what | help.
+    fn wrong(text: &str) -> Vec<String> {
+        from_file(text)
+            .unwrap_err()
+            .iter()
+            .map(|problem| {
+                let place = problem.position().map_or_else(
+                    || "-".to_owned(),
+                    |(_, line, column)| format!("{line}:{column}"),
+                );
+                format!("{place} {} | {}", problem.what(), problem.advice())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_default_is_what_its_key_takes() {
+        for key in keys::ALL.iter().filter(|key| !key.default().is_empty()) {
+            let default = super::super::setting::Given::Text(key.default().to_owned());
+            assert_eq!(key.check(&default), Ok(()), "{}", key.name());
+        }
+        let checked = from_file("").unwrap();
+        assert_eq!(checked.listen.api.to_string(), "127.0.0.1:8480");
+        assert_eq!(checked.api, ApiAccess::Loopback);
+        assert_eq!(checked.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bellwire.toml");
+        std::fs::write(&path, "data_dir = \"a\"\n[limits]\nttl_max = \"9d\"\n").unwrap();
+        let environment = Environment::of([
+            ("BELLWIRE__DATA_DIR", "b"),
+            ("BELLWIRE__LISTEN__API", "127.0.0.1:0"),
+            (
+                "BELLWIRE__LIMITS__EXEMPT_NETWORKS",
+                "10.0.0.0/8,192.168.0.0/16",
+            ),
+        ]);
+        let checked = load(Some(&path), &environment).unwrap();
+        assert_eq!(checked.data_dir, PathBuf::from("b"));
+        assert_eq!(checked.listen.api.port(), 0);
+        assert_eq!(checked.limits.exempt.len(), 2);
+        assert_eq!(checked.limits.ttl_max, Duration::from_secs(9 * 86_400));
+    }
+
+    #[test]
+    fn a_mistyped_key_is_refused_where_it_stands_with_the_one_that_was_meant() {
+        assert_eq!(
+            wrong(
+                "[listen]\n  device = \"127.0.0.1:1\"\n\n[store]\ndata_dir = \"x\"\n[colour]\nred = 1\n"
+            ),
+            [
+                "2:3 listen.device is not a setting | did you mean devices?",
+                "5:1 store.data_dir is not a setting | did you mean data_dir, at the top of the file?",
+                "7:1 colour.red is not a setting | docs/operations.md lists every setting; remove it, or look for its \
+                 name there",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_mistyped_variable_is_refused_by_its_name() {
+        let problems = load(None, &Environment::of([("BELLWIRE__LISTEN__APY", "x")])).unwrap_err();
+        assert_eq!(
+            problems.to_string(),
+            "BELLWIRE__LISTEN__APY is not a setting"
+        );
+        assert_eq!(
+            problems.iter().next().unwrap().advice(),
+            "did you mean BELLWIRE__LISTEN__API?"
+        );
+        let problems =
+            load(None, &Environment::of([("BELLWIRE__LISTEN__API", "here")])).unwrap_err();
+        assert_eq!(
+            problems.to_string(),
+            "BELLWIRE__LISTEN__API (listen.api): \"here\" is not an address with a port"
+        );
+    }
+
+    #[test]
+    fn all_problems_are_told_at_once_in_the_order_of_the_file() {
+        let found =
+            wrong("[store]\nengine = \"fjall\"\ncache_bytes = \"64MB\"\n[limits]\nttl_max = 30\n");
+        assert_eq!(found.len(), 3, "{found:#?}");
+        assert!(found[0].starts_with(
+            "2:10 store.engine: \"fjall\" is planned as an engine, but is not in this build"
+        ));
+        assert!(
+            found[1]
+                .starts_with("3:15 store.cache_bytes: \"64MB\" does not do here | write a size")
+        );
+        assert!(found[2].starts_with("5:11 limits.ttl_max: 30 has no unit of time"));
+    }
+
+    #[test]
+    fn what_is_no_toml_is_pointed_at() {
+        let found = wrong("data_dir = here\n");
+        assert_eq!(found.len(), 1);
+        assert!(found[0].starts_with("1:12 this is not TOML"), "{found:?}");
+    }
+
+    #[test]
+    fn the_api_leaves_the_machine_only_with_a_certificate_or_a_trusted_proxy() {
+        let open = "[listen]\napi = \"0.0.0.0:8480\"\n";
+        let found = wrong(open);
+        assert!(found[0].contains("in the clear"), "{found:?}");
+        assert!(found[0].contains("api.trusted_proxy = true"), "{found:?}");
+        let proxy = from_file(&format!("{open}[api]\ntrusted_proxy = true\n")).unwrap();
+        assert_eq!(proxy.api, ApiAccess::TrustedProxy);
+        let https = from_file(&format!("{open}[api]\ncert = \"c\"\nkey = \"k\"\n")).unwrap();
+        assert!(matches!(https.api, ApiAccess::Https(_)));
+        assert_eq!(wrong("[api]\ncert = \"c\"\n").len(), 1);
+    }
+
+    #[test]
+    fn development_certificates_outside_the_machine_are_allowed_and_said() {
+        let checked = from_file("[listen]\ndevices = \"0.0.0.0:4433\"\n").unwrap();
+        assert_eq!(checked.warnings.len(), 1);
+        assert!(checked.warnings[0].contains("for development"));
+    }
+
+    #[test]
+    fn two_listeners_never_share_a_port() {
+        let found = wrong("[listen]\napi = \"127.0.0.1:4433\"\n");
+        assert!(
+            found[0].contains("listen.devices uses already"),
+            "{found:?}"
+        );
+        assert!(
+            from_file("[listen]\napi = \"127.0.0.1:0\"\noperations = \"127.0.0.1:0\"\n").is_ok()
+        );
+    }
+
+    #[test]
+    fn a_file_that_was_named_must_be_there() {
+        let problems = load(
+            Some(std::path::Path::new("/nowhere/bellwire.toml")),
+            &Environment::default(),
+        );
+        assert!(
+            problems
+                .unwrap_err()
+                .to_string()
+                .contains("/nowhere/bellwire.toml")
+        );
+    }
+}

@@ -1,0 +1,159 @@
+//! Everything that can be set. The table in `docs/operations.md` is made from this list.
+
+use super::checked::{Engine, LogFormat, MailboxFull};
+use super::setting::{
+    AddressSetting, AnyKey, BytesSetting, ChoiceSetting, CountSetting, FlagSetting, Key,
+    NetworksSetting, PathSetting, SpanSetting, TextSetting,
+};
+
+/// Declares the keys and the list of them, so that neither is without the other.
+macro_rules! keys {
+    ($($(#[doc = $doc:literal])+ $name:ident: $kind:ty = $text:literal, $setting:expr, $default:literal;)+) => {
+        $(
+            $(#[doc = $doc])+
+            pub static $name: Key<$kind> = Key {
+                name: $text,
+                setting: $setting,
+                default: $default,
+                about: concat!($($doc),+),
+            };
+        )+
+
+        /// Every key, in the order of the documentation.
+        pub static ALL: &[&dyn AnyKey] = &[$(&$name),+];
+    };
+}
+
+const fn span(min_ms: u64, max_ms: u64) -> SpanSetting {
+    SpanSetting { min_ms, max_ms }
+}
+
+const fn bytes(min: u64, max: u64) -> BytesSetting {
+    BytesSetting { min, max }
+}
+
+const fn count(min: u64, max: u64) -> CountSetting {
+    CountSetting { min, max }
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const TIB: u64 = 1 << 40;
+const SECOND: u64 = 1_000;
+const MINUTE: u64 = 60 * SECOND;
+const HOUR: u64 = 60 * MINUTE;
+const DAY: u64 = 24 * HOUR;
+
+keys! {
+    /// Directory for everything the server keeps. Made with mode 0700 if it is not there. One server at a time uses it.
+    DATA_DIR: PathSetting = "data_dir", PathSetting, "./bellwire-data";
+
+    /// Where devices connect: QUIC over UDP and WebSocket over TCP, on the same port number.
+    LISTEN_DEVICES: AddressSetting = "listen.devices", AddressSetting, "127.0.0.1:4433";
+    /// Where backends call the API.
+    LISTEN_API: AddressSetting = "listen.api", AddressSetting, "127.0.0.1:8480";
+    /// Where health, metrics and the API's description are served, over plain HTTP. Keep it inside your network.
+    LISTEN_OPERATIONS: AddressSetting = "listen.operations", AddressSetting, "127.0.0.1:8490";
+
+    /// Certificate chain for devices, PEM, the server's own certificate first. Without it, a development authority and a certificate are made in the data directory.
+    TLS_CERT: PathSetting = "tls.cert", PathSetting, "";
+    /// Private key of that certificate, PEM, not encrypted.
+    TLS_KEY: PathSetting = "tls.key", PathSetting, "";
+
+    /// Certificate chain for the API, PEM. With it the API speaks HTTPS. Needed on any address but loopback, unless a trusted proxy stands in front.
+    API_CERT: PathSetting = "api.cert", PathSetting, "";
+    /// Private key of that certificate, PEM, not encrypted.
+    API_KEY: PathSetting = "api.key", PathSetting, "";
+    /// The API speaks plain HTTP on an address other than loopback, because a proxy that you trust stands in front and speaks TLS. Said wrongly, API keys cross the network in the clear.
+    API_TRUSTED_PROXY: FlagSetting = "api.trusted_proxy", FlagSetting, "false";
+
+    /// What indexes the store. `memory` forgets the index at a stop and rebuilds it from the log; it is meant for tests.
+    STORE_ENGINE: ChoiceSetting<Engine> = "store.engine", ChoiceSetting {
+        words: &[("sled", Engine::Sled), ("memory", Engine::Memory)],
+        refused: &[("fjall", "is planned as an engine, but is not in this build")],
+    }, "sled";
+    /// Memory that the engine may use as its cache.
+    STORE_CACHE: BytesSetting = "store.cache_bytes", bytes(MIB, TIB), "64MiB";
+    /// Longest time that a notification for an attached device is kept from the disk, waiting for its acknowledgement. Longer saves disk work, and makes an answer later when the acknowledgement does not come. `0s` turns it off.
+    STORE_DEFER_MAX: SpanSetting = "store.defer_max", span(0, SECOND), "50ms";
+    /// Size of one file of the log, preallocated.
+    STORE_SEGMENT: BytesSetting = "store.segment_bytes", bytes(MIB, GIB), "16MiB";
+    /// New pings are refused (507) while less than this is free on the volume of the data directory; delivery and removal go on.
+    STORE_RESERVE: BytesSetting = "store.reserve_bytes", bytes(0, TIB), "512MiB";
+    /// How far the engine may be behind the log before new work waits.
+    STORE_LAG_BYTES: BytesSetting = "store.lag_bytes", bytes(MIB, 4 * GIB), "64MiB";
+    /// The same, as a time.
+    STORE_LAG_TIME: SpanSetting = "store.lag_time", span(100, MINUTE), "2s";
+
+    /// Content of one notification.
+    LIMITS_CONTENT: BytesSetting = "limits.content_bytes", bytes(1, 64 * KIB), "4KiB";
+    /// Notifications that wait in one mailbox.
+    LIMITS_MAILBOX: CountSetting = "limits.mailbox_notifications", count(1, 1_000), "1000";
+    /// Content bytes that wait in one mailbox.
+    LIMITS_MAILBOX_BYTES: BytesSetting = "limits.mailbox_bytes", bytes(64 * KIB, GIB), "1MiB";
+    /// What a full mailbox does: `evict` lets the least urgent, oldest one go; `refuse` answers 429 `mailbox_full`.
+    LIMITS_MAILBOX_FULL: ChoiceSetting<MailboxFull> = "limits.mailbox_full", ChoiceSetting {
+        words: &[("evict", MailboxFull::Evict), ("refuse", MailboxFull::Refuse)],
+        refused: &[],
+    }, "evict";
+    /// How long a notification may wait when its ping does not say.
+    LIMITS_TTL_DEFAULT: SpanSetting = "limits.ttl_default", span(0, 365 * DAY), "7d";
+    /// Longest time a notification may wait; a longer TTL is lowered, and the granted one is returned.
+    LIMITS_TTL_MAX: SpanSetting = "limits.ttl_max", span(SECOND, 365 * DAY), "30d";
+    /// TLS handshake and hello together.
+    LIMITS_HELLO: SpanSetting = "limits.hello_deadline", span(SECOND, 5 * MINUTE), "10s";
+    /// A send that the device's transport has not taken for so long ends the session.
+    LIMITS_WRITE: SpanSetting = "limits.write_deadline", span(SECOND, 10 * MINUTE), "30s";
+    /// A notification without a verdict for so long ends the session; it is sent again in the next one.
+    LIMITS_ACK: SpanSetting = "limits.ack_timeout", span(SECOND, HOUR), "5m";
+    /// Shortest keep-alive advised to devices over QUIC.
+    LIMITS_KEEP_ALIVE_QUIC_MIN: SpanSetting = "limits.keep_alive_quic_min", span(SECOND, HOUR), "20s";
+    /// Longest keep-alive advised to devices over QUIC. A link is dropped after 2.5 times this much silence.
+    LIMITS_KEEP_ALIVE_QUIC_MAX: SpanSetting = "limits.keep_alive_quic_max", span(SECOND, HOUR), "2m";
+    /// Shortest keep-alive advised to devices over WebSocket.
+    LIMITS_KEEP_ALIVE_WEBSOCKET_MIN: SpanSetting = "limits.keep_alive_websocket_min", span(SECOND, HOUR), "1m";
+    /// Longest keep-alive advised to devices over WebSocket. A link is dropped after 2.5 times this much silence.
+    LIMITS_KEEP_ALIVE_WEBSOCKET_MAX: SpanSetting = "limits.keep_alive_websocket_max", span(SECOND, HOUR), "15m";
+    /// Connections from one address that have not said hello yet.
+    LIMITS_PER_ADDRESS: CountSetting = "limits.connections_per_address", count(1, 1_000_000), "256";
+    /// Networks whose connections are not counted per address, such as a NAT or a load balancer. Loopback never is.
+    LIMITS_EXEMPT: NetworksSetting = "limits.exempt_networks", NetworksSetting, "";
+    /// Connections in all that have not said hello yet.
+    LIMITS_UNAUTHENTICATED: CountSetting = "limits.unauthenticated_connections", count(1, 10_000_000), "10000";
+    /// Memory for the content of notifications that are on their way; above it new pings are answered 503.
+    LIMITS_MEMORY: BytesSetting = "limits.memory_bytes", bytes(MIB, TIB), "256MiB";
+    /// Pings a second that one API key may send; a batch line counts as one. Above it: 429.
+    LIMITS_PING_RATE: CountSetting = "limits.pings_per_second", count(1, 10_000_000), "50000";
+    /// How many pings one API key may send at once before the rate counts.
+    LIMITS_PING_BURST: CountSetting = "limits.ping_burst", count(1, 100_000_000), "100000";
+
+    /// How long the outcome of a ping can be asked for.
+    RECEIPTS_KEEP: SpanSetting = "receipts.keep", span(MINUTE, 90 * DAY), "24h";
+
+    /// Shards that own the mailboxes; each is one task. 0: one for each processor.
+    RUNTIME_SHARDS: CountSetting = "runtime.shards", count(0, 256), "0";
+    /// Window over which devices are sent away at a stop, so that they do not all come back at once.
+    DRAIN_WINDOW: SpanSetting = "drain.window", span(0, 10 * MINUTE), "30s";
+
+    /// How log lines on standard error look.
+    LOG_FORMAT: ChoiceSetting<LogFormat> = "log.format", ChoiceSetting {
+        words: &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+        refused: &[],
+    }, "text";
+    /// Which log lines are written: `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,bellwire_server::store=debug`.
+    LOG_LEVEL: TextSetting = "log.level", TextSetting {
+        takes: "error, warn, info, debug, trace, or directives with commas between them",
+        fits: is_log_filter,
+    }, "info";
+}
+
+fn is_log_filter(text: &str) -> bool {
+    !text.is_empty()
+        && text.split(',').all(|directive| {
+            let (target, level) = directive.rsplit_once('=').unwrap_or(("", directive));
+            let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | ':');
+            target.chars().all(plain)
+                && ["off", "error", "warn", "info", "debug", "trace"].contains(&level)
+        })
+}
