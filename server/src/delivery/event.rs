@@ -437,6 +437,8 @@ pub enum Change {
     },
     /// Remove a stored notification and record its outcome.
     Remove {
+        /// Whose app; the outcome outlives the mailbox, so it carries this itself.
+        app: AppId,
         /// From whose mailbox.
         device: DeviceId,
         /// Which row.

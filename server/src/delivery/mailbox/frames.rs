@@ -168,6 +168,7 @@ impl Mailbox {
                 self.summary.count = self.summary.count.saturating_sub(1);
                 self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(size));
                 changes.push(Change::Remove {
+                    app: self.summary.app,
                     device,
                     row: departure.meta.clone(),
                     outcome: departure.outcome,
