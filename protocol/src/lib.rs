@@ -21,9 +21,11 @@ mod codec;
 mod content;
 mod frame;
 mod framing;
+pub mod fuzz;
 mod id;
 pub mod limits;
 mod notify;
+pub mod schema;
 mod session;
 
 pub use carrier::{

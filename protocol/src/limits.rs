@@ -130,6 +130,65 @@ pub const LATER_MIN_MS: u64 = 2_000;
 /// Lifetime of a notification with TTL 0 that was sent at once, in milliseconds.
 pub const TTL_ZERO_GRACE_MS: u64 = 30_000;
 
+/// One row of the table in docs/protocol.md: the value, its unit, and what it bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit {
+    /// Name of the constant in this module.
+    pub name: &'static str,
+    /// Its value.
+    pub value: u64,
+    /// Its unit; empty for a plain number.
+    pub unit: &'static str,
+    /// What it bounds.
+    pub about: &'static str,
+}
+
+macro_rules! table {
+    ($($name:ident, $unit:literal, $about:literal;)*) => {
+        /// The limits that a peer can notice.
+        pub const TABLE: &[Limit] =
+            &[$(Limit { name: stringify!($name), value: $name as u64, unit: $unit, about: $about },)*];
+    };
+}
+
+table! {
+    DEVICE_FRAME_MAX_BYTES, "bytes", "frame from a device, either codec";
+    SERVER_FRAME_MAX_BYTES, "bytes", "CBOR frame from a server";
+    SERVER_JSON_FRAME_MAX_BYTES, "bytes", "JSON frame from a server";
+    CONTENT_MAX_BYTES, "bytes", "content of one notification, as far as an operator may raise it";
+    CONTENT_DEFAULT_MAX_BYTES, "bytes", "content of one notification by default";
+    INTEGER_MAX, "", "any integer, unless the tables say 32 bits";
+    DEPTH_MAX, "levels", "nesting of arrays and maps, the frame itself being level 1";
+    CONTENT_ENTRIES_MAX, "members", "content of one notification, unknown members included";
+    SYNC_MAX, "names", "`sync`";
+    SEEN_MAX, "entries", "`seen`";
+    ACK_IDS_MAX, "ids", "`ack`";
+    WITHDRAW_IDS_MAX, "ids", "`withdraw`";
+    TOPICS_MAX, "names", "`subscribe`, `unsubscribe`, `subscribed`, and the topics of one device";
+    TOPIC_BYTES_MAX, "bytes", "name of a topic";
+    SECRET_BYTES_MAX, "bytes", "`secret`";
+    AGENT_BYTES_MAX, "bytes", "`agent`";
+    REASON_BYTES_MAX, "bytes", "`reason` of `decline`";
+    MESSAGE_BYTES_MAX, "bytes", "`message`";
+    CODE_BYTES_MAX, "bytes", "`code`";
+    ENDPOINT_BYTES_MAX, "bytes", "`endpoint`";
+    WINDOW_DEFAULT, "notifications", "window when none is asked for";
+    WINDOW_MAX, "notifications", "window that may be asked for";
+    FRAMES_BEFORE_WELCOME_MAX, "frames", "from a device between `hello` and `welcome`";
+    HELLO_TIMEOUT_MS, "ms", "from the connection to a complete `hello`, TLS included";
+    WELCOME_TIMEOUT_MS, "ms", "a client waits for `welcome`";
+    PONG_TIMEOUT_MS, "ms", "a client waits for any frame after `ping`";
+    GOAWAY_GRACE_MS, "ms", "a server keeps a session after `goaway` `drain` or `upgrade`";
+    FAREWELL_MS, "ms", "a client takes for its last verdicts after such a `goaway`";
+    REPLACED_AWAY_MIN_MS, "ms", "a replaced client stays away, at least";
+    LATER_MIN_MS, "ms", "a client stays away after retry `later`, at least";
+    BACKOFF_FIRST_MS, "ms", "first ceiling of a client's jitter; doubles with each failure";
+    BACKOFF_MAX_MS, "ms", "last ceiling of a client's jitter";
+    KEEP_ALIVE_MAX_S, "s", "advised keep-alive that a client believes";
+    RECONNECT_MAX_MS, "ms", "`reconnect_ms` that a client believes";
+    TTL_ZERO_GRACE_MS, "ms", "lifetime of a notification with TTL 0 that was sent at once";
+}
+
 const _: () = {
     assert!(CONTENT_DEFAULT_MAX_BYTES <= CONTENT_MAX_BYTES);
     // Every known content member has a head of at most 7 bytes (key 2, length 5), every sync name one of at most 5.

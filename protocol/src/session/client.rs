@@ -217,7 +217,12 @@ impl ClientSession {
                 };
                 actions.push(ClientAction::Send(DeviceFrame::Hello(*hello)));
             }
-            other => self.state = other,
+            other @ (State::HelloSent { .. }
+            | State::Attached(_)
+            | State::Draining { .. }
+            | State::Over) => {
+                self.state = other;
+            }
         }
     }
 
@@ -514,7 +519,12 @@ impl ClientSession {
                 actions.push(ClientAction::Close(Code::Bye));
                 actions.push(ClientAction::Reconnect(after_goaway(goaway)));
             }
-            other => self.state = other,
+            other @ (State::Connecting { .. }
+            | State::HelloSent { .. }
+            | State::Attached(_)
+            | State::Over) => {
+                self.state = other;
+            }
         }
     }
 
@@ -713,13 +723,15 @@ fn after_goaway(goaway: Goaway) -> Reconnect {
 }
 
 fn after_code(code: Code, why: SessionEnd) -> Reconnect {
-    let when = match code {
-        Code::Replaced | Code::DuplicateDevice => ReconnectWhen::Backoff {
+    let when = if matches!(code, Code::Replaced | Code::DuplicateDevice) {
+        ReconnectWhen::Backoff {
             floor_ms: REPLACED_AWAY_MIN_MS,
-        },
-        // A server that says `bye` first has no complaint.
-        Code::Bye => backoff(Retry::Now),
-        _ => backoff(code.retry()),
+        }
+    } else if code == Code::Bye {
+        // A server that closes in good order has no complaint.
+        backoff(Retry::Now)
+    } else {
+        backoff(code.retry())
     };
     Reconnect {
         when,

@@ -9,6 +9,10 @@ use crate::id::Id;
 use crate::limits::{FRAMES_BEFORE_WELCOME_MAX, GOAWAY_GRACE_MS};
 
 /// What the server has to do for a session.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "only a few exist at a time, in a buffer that is used again"
+)]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ServerAction {
     /// Authenticate the device and ask its mailbox to attach; answer with [`ServerSession::handle_welcome`] or
