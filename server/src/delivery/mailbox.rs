@@ -447,6 +447,9 @@ impl Mailbox {
         if notification.transient || cx.policy.overflow == OverflowRule::Refuse {
             return None;
         }
+        if u64::from(notification.size) > cx.policy.mailbox_bytes {
+            return None;
+        }
         // A mailbox that would overflow needs to know who ranks lowest.
         let replaced = notification
             .collapse
@@ -454,6 +457,9 @@ impl Mailbox {
             .and_then(|key| self.position_of_key(key));
         let over = self.overflow(notification, replaced, cx.policy)?;
         if self.victims(notification, replaced, over).is_some() {
+            return None;
+        }
+        if self.asked.lowest && self.outranked(replaced, over) {
             return None;
         }
         if self.asked.lowest {

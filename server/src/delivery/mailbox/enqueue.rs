@@ -257,6 +257,18 @@ impl Mailbox {
         (freed.count >= over.count && freed.bytes >= over.bytes).then_some(orders)
     }
 
+    /// Whether enough rows are known that rank lowest and yet may not make room: then the newcomer ranks lowest itself.
+    pub(super) fn outranked(&self, replaced: Option<Found>, over: Load) -> bool {
+        let mut known = Load::default();
+        for row in &self.rows {
+            let stays = row.in_flight || row.stage == Stage::Transient;
+            if !stays && replaced.is_none_or(|old| old.order != row.meta.key.order) {
+                known.add(row.meta.size);
+            }
+        }
+        known.count >= over.count && known.bytes >= over.bytes
+    }
+
     /// Takes a row out and lets it ride with a newcomer.
     pub(super) fn ride(
         &mut self,

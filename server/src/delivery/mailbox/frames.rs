@@ -203,9 +203,18 @@ impl Mailbox {
     }
 
     pub(super) fn committed(&mut self, cx: &mut Context<'_>) {
-        let mut left = self.sealed_rows;
+        // Only rows that are not stored yet concern a frame, and they stand near the end.
+        let mut left = self.sealed_rows + self.unsealed.count;
+        let mut first = self.rows.len();
+        while left > 0 && first > 0 {
+            first -= 1;
+            match self.rows[first].stage {
+                Stage::Held | Stage::Offered | Stage::Sealed => left -= 1,
+                Stage::Transient | Stage::Stored => {}
+            }
+        }
         self.sealed_rows = 0;
-        for row in self.rows.iter_mut().rev() {
+        for row in self.rows.range_mut(first..) {
             for ride in &mut row.rides {
                 if ride.insert == Insert::Outstanding {
                     ride.insert = Insert::Done;
@@ -216,10 +225,6 @@ impl Mailbox {
                 row.stage = Stage::Stored;
                 row.body = None;
                 cx.accept(&mut row.tickets, row.meta.ping);
-                left = left.saturating_sub(1);
-            }
-            if left == 0 && self.unsealed.count == 0 {
-                break;
             }
         }
         for departure in &mut self.departures {
