@@ -247,3 +247,51 @@ mod base64_bytes {
         Ok(Some(bytes.into()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn size_counts_every_text_and_decoded_byte_and_no_number() {
+        let json = r#"{"title":"ab","body":"ü","sound":"s","badge":7,"vibrate_ms":100,"category":"cat",
+            "sync":["x","yz"],"data":"AAEC","encoding":"aes128gcm","topic":"news"}"#;
+        let content: Content = serde_json::from_str(json).unwrap();
+        assert_eq!(content.size(), 2 + 2 + 1 + 3 + 3 + 3 + 9 + 4);
+        assert_eq!(content.entries(), Content::MEMBERS.len());
+        assert_eq!(Content::default().size(), 0);
+        assert!(Content::default().is_empty() && !content.is_empty());
+    }
+
+    #[test]
+    fn the_map_has_a_header_of_one_byte_and_keys_of_the_range_set_aside() {
+        let json = r#"{"title":"a","body":"b","sound":"c","badge":1,"vibrate_ms":2,"category":"d","sync":[],
+            "data":"","encoding":"aes128gcm","topic":"e"}"#;
+        let content: Content = serde_json::from_str(json).unwrap();
+        let bytes = content.to_cbor();
+        assert_eq!(bytes[0], 0xa0 + Content::MEMBERS.len() as u8);
+        assert_eq!(cbor::check_content(&bytes), Ok(Content::MEMBERS.len()));
+        assert_eq!(Content::from_cbor(&bytes), Ok(content));
+        assert_eq!(Content::default().to_cbor(), [0xa0]);
+    }
+
+    #[test]
+    fn json_skips_unknown_members_and_takes_null_for_absent() {
+        let content: Content =
+            serde_json::from_str(r#"{"image":[1],"title":null,"data":null,"sync":null}"#).unwrap();
+        assert!(content.is_empty());
+        for json in [
+            r#"{"data":"AAE"}"#,
+            r#"{"data":"AA-_"}"#,
+            r#"{"badge":-1}"#,
+            r#"{"encoding":"gzip"}"#,
+        ] {
+            assert!(serde_json::from_str::<Content>(json).is_err(), "{json}");
+        }
+        let long = format!(r#"{{"topic":"{}"}}"#, "x".repeat(TOPIC_BYTES_MAX + 1));
+        assert!(serde_json::from_str::<Content>(&long).is_err());
+        let many = format!(r#"{{"sync":{:?}}}"#, vec!["s"; SYNC_MAX + 1]);
+        assert!(serde_json::from_str::<Content>(&many).is_err());
+    }
+}

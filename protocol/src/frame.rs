@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::code::{Code, Retry};
 use crate::content::Content;
 use crate::id::Id;
-use crate::limits::MESSAGE_BYTES_MAX;
+use crate::limits::{MESSAGE_BYTES_MAX, WINDOW_DEFAULT, WINDOW_MAX, WINDOW_MIN};
 
 /// What a device did with a notification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -164,6 +164,15 @@ pub struct Hello {
     /// Name and version of the client, for the operator's eyes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<String>,
+}
+
+impl Hello {
+    /// The window that the device asks for, or the default.
+    pub fn asked_window(&self) -> u16 {
+        self.window
+            .unwrap_or(WINDOW_DEFAULT)
+            .clamp(WINDOW_MIN, WINDOW_MAX)
+    }
 }
 
 /// `ack`: the verdict "acknowledged" for one or more notifications of this session.

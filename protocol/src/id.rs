@@ -183,6 +183,19 @@ mod tests {
     }
 
     #[test]
+    fn an_id_is_a_byte_string_in_cbor_and_a_string_in_json() {
+        let id = Id(*b"0123456789abcdef");
+        let bytes = minicbor::to_vec(id).unwrap();
+        assert_eq!(bytes, [&[0x50][..], &id.0].concat());
+        assert_eq!(minicbor::decode::<Id>(&bytes).unwrap(), id);
+        assert!(minicbor::decode::<Id>(&[0x41, 7]).is_err());
+        let json = serde_json::to_string(&id).unwrap();
+        assert_eq!(json, format!("\"{id}\""));
+        assert_eq!(serde_json::from_str::<Id>(&json).unwrap(), id);
+        assert!(serde_json::from_str::<Id>("\"abc\"").is_err());
+    }
+
+    #[test]
     fn an_id_has_exactly_one_text() {
         let text = Id([7; 16]).to_string();
         assert_eq!(
