@@ -8,4 +8,3 @@ pub mod delivery;
 pub mod ports;
 pub mod runtime;
 pub mod telemetry;
-pub mod transport;

@@ -11,6 +11,8 @@ mod notification;
 mod policy;
 mod session;
 mod shard;
+#[cfg(test)]
+mod tables;
 mod time;
 
 pub use event::{
