@@ -8,3 +8,4 @@ pub mod delivery;
 pub mod ports;
 pub mod runtime;
 pub mod telemetry;
+pub mod transport;

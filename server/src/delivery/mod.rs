@@ -11,8 +11,6 @@ mod notification;
 mod policy;
 mod session;
 mod shard;
-#[cfg(test)]
-mod tables;
 mod time;
 
 pub use event::{

@@ -1,6 +1,6 @@
 //! Mailbox tables: a script of events and times in, effects as text out.
 //!
-//! Each file under `tables/` holds stories: `== title`, then commands; the indented lines under a command are
+//! Each file under `tests/tables/` holds stories: `== title`, then commands; the indented lines under a command are
 //! what it caused, in order. `UPDATE_TABLES=1` writes them anew: read the difference before you believe it.
 //! Reads of the store are answered at once from a small model of it, unless a story holds them.
 
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::*;
+use bellwire_server::delivery::*;
 
 const DEVICE: DeviceId = DeviceId(*b"device-of-tables");
 const START_MS: u64 = 1_000_000;
@@ -601,7 +601,7 @@ fn run(script: &str) -> String {
 #[track_caller]
 fn check(file: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("src/delivery/tables")
+        .join("tests/tables")
         .join(file);
     let expected = std::fs::read_to_string(&path).unwrap();
     let actual = run(&expected);
