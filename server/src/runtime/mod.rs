@@ -37,6 +37,9 @@ pub use settings::{
 pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};
 
+// What the answers are made of, for those who know the runtime and not its ports.
+pub use crate::ports::{ClockState, Page, PairState, Scopes, StoreHealth, StoreStats};
+
 /// The value behind a lock. A panic elsewhere while it was held does not spread: each holder leaves the value whole
 /// at every step.
 fn locked<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {

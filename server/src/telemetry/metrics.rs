@@ -129,8 +129,10 @@ metrics! {
     RECEIPTS_DROPPED_TOTAL: Counter "bellwire_receipts_dropped_total" [] "Outcomes and idempotency keys dropped by age.";
     CLOCK_JUMP_SECONDS: Gauge "bellwire_clock_jump_seconds" [] "System clock minus ours while it is not followed, 0 otherwise.";
 
-    HTTP_REQUESTS_TOTAL: Counter "bellwire_http_requests_total" ["route", "status"] "HTTP requests by route template and status.";
+    HTTP_REQUESTS_TOTAL: Counter "bellwire_http_requests_total" ["route", "method", "status"] "HTTP requests by route template, method and class of status (`2xx`).";
     HTTP_SECONDS: Histogram "bellwire_http_seconds" ["route"] "Duration of HTTP requests by route template.";
+    HTTP_CONNECTIONS: Gauge "bellwire_http_connections" ["listener"] "HTTP connections open now, by listener (`api`, `operations`).";
+    HTTP_CONNECTION_ERRORS_TOTAL: Counter "bellwire_http_connection_errors_total" ["listener", "reason"] "HTTP connections that failed: `accept` (out of descriptors or memory), `full` (had to wait for a place), `tls`, `http` (broken off, no HTTP, head too slow).";
     HTTP_RATE_LIMITED_TOTAL: Counter "bellwire_http_rate_limited_total" [] "Requests turned away by the rate limit of their key.";
 }
 
