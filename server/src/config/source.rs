@@ -229,8 +229,7 @@ impl Source {
 }
 
 /// The variable that overrides a key.
-#[must_use]
-pub fn variable_of(name: &str) -> String {
+pub(super) fn variable_of(name: &str) -> String {
     format!(
         "{ENV_PREFIX}{}",
         name.to_ascii_uppercase().replace('.', "__")

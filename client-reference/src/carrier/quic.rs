@@ -1,0 +1,230 @@
+//! QUIC: one bidirectional stream on one connection, every frame behind its length.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bellwire_protocol::{Carrier, Code, Codec, FrameReader, write_framed};
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ConnectionError, ReadError, TransportConfig, VarInt, WriteError};
+
+use super::{ConnectError, LinkEnd, Received};
+use crate::endpoint::Endpoint;
+use crate::tls::Tls;
+
+/// What the server may send ahead of our reading, in bytes: a full window of small notifications, or one of the largest.
+const RECEIVE_WINDOW: u32 = 256 * 1024;
+
+/// What may wait for the server's acknowledgement, in bytes: a device says little.
+const SEND_WINDOW: u64 = 64 * 1024;
+
+/// Handshake bytes that may arrive out of order, in bytes.
+const CRYPTO_BUFFER: usize = 16 * 1024;
+
+/// Most bytes of one read.
+const READ_MAX_BYTES: usize = 64 * 1024;
+
+const _: () = assert!(RECEIVE_WINDOW as usize > bellwire_protocol::limits::SERVER_FRAME_MAX_BYTES);
+
+#[derive(Debug)]
+pub(super) struct QuicLink {
+    endpoint: quinn::Endpoint,
+    connection: quinn::Connection,
+    send: quinn::SendStream,
+    receive: quinn::RecvStream,
+    reader: FrameReader,
+    out: Vec<u8>,
+}
+
+/// Connects to one address. No round trip is spent on the stream: the server sees it with the `hello`.
+pub(super) async fn dial(
+    server: &Endpoint,
+    address: SocketAddr,
+    tls: &Tls,
+    shared: Option<&quinn::Endpoint>,
+) -> Result<QuicLink, ConnectError> {
+    let host = server.host();
+    let failed = |detail: String| ConnectError::handshake(Carrier::Quic, host, detail);
+    let endpoint = match shared {
+        Some(endpoint) => endpoint.clone(),
+        None => quinn::Endpoint::client(any_local(&address))
+            .map_err(|source| ConnectError::Socket { source })?,
+    };
+    let crypto =
+        QuicClientConfig::try_from(tls.quic.clone()).map_err(|error| failed(error.to_string()))?;
+    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+    config.transport_config(Arc::new(transport()));
+    let connecting = endpoint
+        .connect_with(config, address, host)
+        .map_err(|error| failed(error.to_string()))?;
+    let connection = connecting
+        .await
+        .map_err(|error| connect_error(error, server))?;
+    let (send, receive) = connection
+        .open_bi()
+        .await
+        .map_err(|error| connect_error(error, server))?;
+    let reader = FrameReader::new(Codec::Cbor.server_frame_max_bytes());
+    Ok(QuicLink {
+        endpoint,
+        connection,
+        send,
+        receive,
+        reader,
+        out: Vec::new(),
+    })
+}
+
+fn any_local(peer: &SocketAddr) -> SocketAddr {
+    match peer {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}
+
+/// Small, because a device has one stream and says little.
+fn transport() -> TransportConfig {
+    let mut transport = TransportConfig::default();
+    transport
+        .max_concurrent_bidi_streams(VarInt::from_u32(0))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .stream_receive_window(VarInt::from_u32(RECEIVE_WINDOW))
+        .receive_window(VarInt::from_u32(RECEIVE_WINDOW))
+        .send_window(SEND_WINDOW)
+        .crypto_buffer_size(CRYPTO_BUFFER)
+        .datagram_receive_buffer_size(None)
+        // The session's own `ping` notices a server that is gone, and the server knows the silence it bears.
+        .max_idle_timeout(None)
+        .keep_alive_interval(None);
+    transport
+}
+
+fn connect_error(error: ConnectionError, server: &Endpoint) -> ConnectError {
+    match &error {
+        ConnectionError::TimedOut => ConnectError::Timeout {
+            carrier: Carrier::Quic,
+            to: server.authority(),
+        },
+        ConnectionError::VersionMismatch
+        | ConnectionError::TransportError(_)
+        | ConnectionError::ConnectionClosed(_)
+        | ConnectionError::ApplicationClosed(_)
+        | ConnectionError::Reset
+        | ConnectionError::LocallyClosed
+        | ConnectionError::CidsExhausted => {
+            ConnectError::handshake(Carrier::Quic, server.host(), error.to_string())
+        }
+    }
+}
+
+impl QuicLink {
+    pub(super) async fn receive(&mut self) -> Result<Received, LinkEnd> {
+        loop {
+            match self.reader.pull() {
+                Ok(Some(frame)) => return Ok(Ok(frame)),
+                Ok(None) => {}
+                Err(error) => return Ok(Err(error)),
+            }
+            match self.receive.read_chunk(READ_MAX_BYTES, true).await {
+                Ok(Some(chunk)) => self.reader.push(&chunk.bytes),
+                Ok(None) => {
+                    // The close with its code follows the end of the stream.
+                    let closed =
+                        tokio::time::timeout(Duration::from_secs(1), self.connection.closed())
+                            .await;
+                    return Err(match closed {
+                        Ok(error) => ended(&error),
+                        Err(_) => LinkEnd::new(None, "the server ended the stream"),
+                    });
+                }
+                Err(ReadError::ConnectionLost(error)) => return Err(ended(&error)),
+                Err(ReadError::Reset(code)) => {
+                    return Err(coded(code, "the server reset the stream"));
+                }
+                Err(
+                    error @ (ReadError::ClosedStream
+                    | ReadError::IllegalOrderedRead
+                    | ReadError::ZeroRttRejected),
+                ) => {
+                    return Err(LinkEnd::new(None, error.to_string()));
+                }
+            }
+        }
+    }
+
+    pub(super) fn feed(&mut self, frame: &[u8]) {
+        write_framed(&mut self.out, frame);
+    }
+
+    pub(super) fn feed_unframed(&mut self, bytes: &[u8]) {
+        self.out.extend_from_slice(bytes);
+    }
+
+    pub(super) async fn flush(&mut self) -> Result<(), LinkEnd> {
+        if self.out.is_empty() {
+            return Ok(());
+        }
+        let out = std::mem::take(&mut self.out);
+        self.send
+            .write_all(&out)
+            .await
+            .map_err(|error| match error {
+                WriteError::ConnectionLost(error) => ended(&error),
+                WriteError::Stopped(code) => coded(code, "the server stopped the stream"),
+                WriteError::ClosedStream | WriteError::ZeroRttRejected => {
+                    LinkEnd::new(None, error.to_string())
+                }
+            })
+    }
+
+    pub(super) fn rebind(&self) -> bool {
+        let local = match self.endpoint.local_addr() {
+            Ok(local) => any_local(&local),
+            Err(_) => return false,
+        };
+        let socket = std::net::UdpSocket::bind(local);
+        match socket.and_then(|socket| self.endpoint.rebind(socket)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "cannot move to a new UDP socket");
+                false
+            }
+        }
+    }
+
+    pub(super) async fn close(mut self, code: Code, farewell: Duration) -> Option<Code> {
+        // A close throws away what has not arrived, so the stream is ended first and the other side may answer.
+        let _ = self.send.finish();
+        let answer = tokio::time::timeout(farewell, async {
+            loop {
+                if let Err(end) = self.receive().await {
+                    return end.code;
+                }
+            }
+        });
+        let answer = answer.await.ok().flatten();
+        let number = code.quic_close().unwrap_or_default();
+        self.connection.close(VarInt::from_u32(number), b"");
+        answer
+    }
+}
+
+fn ended(error: &ConnectionError) -> LinkEnd {
+    let code = match error {
+        ConnectionError::ApplicationClosed(close) => {
+            Code::from_quic_close(close.error_code.into_inner())
+        }
+        ConnectionError::VersionMismatch
+        | ConnectionError::TransportError(_)
+        | ConnectionError::ConnectionClosed(_)
+        | ConnectionError::Reset
+        | ConnectionError::TimedOut
+        | ConnectionError::LocallyClosed
+        | ConnectionError::CidsExhausted => None,
+    };
+    LinkEnd::new(code, error.to_string())
+}
+
+fn coded(code: VarInt, detail: &str) -> LinkEnd {
+    LinkEnd::new(Code::from_quic_close(code.into_inner()), detail)
+}

@@ -1,0 +1,245 @@
+//! Lines for people and lines for programs.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+
+use bellwire_client::{Event, Notification, Urgency};
+use serde::Serialize;
+use serde_json::json;
+
+/// Longest text that a line for people shows, in characters.
+const SHOWN_MAX_CHARS: usize = 200;
+
+/// Prints to standard output; what is about the connection goes to standard error, unless it is JSON.
+pub(crate) struct Printer {
+    json: bool,
+    quiet: bool,
+    colour: bool,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    event: &'static str,
+    #[serde(flatten)]
+    notification: &'a Notification,
+}
+
+impl Printer {
+    pub(crate) fn new(json: bool, quiet: bool) -> Self {
+        let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        Self {
+            json,
+            quiet,
+            colour: colour && !json,
+        }
+    }
+
+    /// One line. An error means that nobody reads it.
+    pub(crate) fn notification(&self, notification: &Notification) -> io::Result<()> {
+        if self.json {
+            return line(&serde_json::to_string(&Line {
+                event: "notification",
+                notification,
+            })?);
+        }
+        line(&for_people(notification, self.colour))
+    }
+
+    /// One line, or none for what a person need not know.
+    pub(crate) fn event(&self, event: &Event) -> io::Result<()> {
+        if self.quiet {
+            return Ok(());
+        }
+        if self.json {
+            return match event_json(event) {
+                Some(value) => line(&value.to_string()),
+                None => Ok(()),
+            };
+        }
+        if let Some(text) = event_text(event) {
+            // Trouble with standard error is no reason to end.
+            let mut out = io::stderr().lock();
+            for line in text.lines() {
+                let _ = writeln!(out, "{}", plain(line));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn line(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}")?;
+    out.flush()
+}
+
+/// Bytes as they are.
+pub(crate) fn raw(bytes: &[u8]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes)?;
+    out.flush()
+}
+
+/// An error before the start.
+pub(crate) fn complain(what: &str) {
+    let _ = writeln!(io::stderr().lock(), "bellwire-device: {}", plain(what));
+}
+
+/// `10:42:07  high  Title: body  (id)`. The time is the server's, in UTC.
+fn for_people(notification: &Notification, colour: bool) -> String {
+    let content = &notification.content;
+    let mut text = clock(notification.accepted_ms);
+    let urgency = match notification.urgency {
+        Urgency::VeryLow => "very-low",
+        Urgency::Low => "low",
+        Urgency::Normal => "normal",
+        Urgency::High => "high",
+    };
+    let _ = write!(text, "  {urgency:<8}  ");
+    let (bold, off) = if colour {
+        ("\u{1b}[1m", "\u{1b}[0m")
+    } else {
+        ("", "")
+    };
+    let headline = match (&content.title, &content.body) {
+        (Some(title), Some(body)) => format!("{bold}{}{off}: {}", shown(title), shown(body)),
+        (Some(one), None) | (None, Some(one)) => format!("{bold}{}{off}", shown(one)),
+        (None, None) => "(no text)".to_owned(),
+    };
+    text.push_str(&headline);
+    if let Some(badge) = content.badge {
+        let _ = write!(text, "  badge {badge}");
+    }
+    if let Some(sync) = &content.sync {
+        let _ = write!(text, "  sync {}", shown(&sync.join(",")));
+    }
+    if let Some(topic) = &content.topic {
+        let _ = write!(text, "  topic {}", shown(topic));
+    }
+    if let Some(data) = &content.data {
+        let sealed = if content.encoding.is_some() {
+            " encrypted"
+        } else {
+            ""
+        };
+        let _ = write!(text, "  {} bytes{sealed} of data", data.len());
+    }
+    let again = if notification.redelivered {
+        ", perhaps sent before"
+    } else {
+        ""
+    };
+    let _ = write!(text, "  ({}{again})", notification.id);
+    text
+}
+
+fn clock(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1_000 % 86_400;
+    format!(
+        "{:02}:{:02}:{:02}Z",
+        seconds / 3_600,
+        seconds / 60 % 60,
+        seconds % 60
+    )
+}
+
+/// Content comes from outside: it must not steer the terminal, nor fill it.
+fn shown(text: &str) -> String {
+    let mut shown: String = text.chars().take(SHOWN_MAX_CHARS).map(harmless).collect();
+    if text.chars().nth(SHOWN_MAX_CHARS).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+fn plain(text: &str) -> String {
+    text.chars().map(harmless).collect()
+}
+
+/// Control characters, and those that change the direction of writing, become a visible mark.
+fn harmless(character: char) -> char {
+    match character {
+        '\n' | '\t' => ' ',
+        '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' => '\u{fffd}',
+        character if character.is_control() => '\u{fffd}',
+        character => character,
+    }
+}
+
+fn event_text(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::Connected { carrier, codec, session, pending, .. } => {
+            let codec = codec.name();
+            format!("connected over {} ({codec}), session {session}, {pending} waiting", carrier.name())
+        }
+        Event::Disconnected { why, retry_in } => {
+            let mut text = why.to_string();
+            let advice = why.advice();
+            if !advice.is_empty() {
+                let _ = write!(text, "\n  {advice}");
+            }
+            if let Some(wait) = retry_in {
+                let _ = write!(text, "\n  trying again in {:.1} s", wait.as_secs_f64());
+            }
+            text
+        }
+        Event::Withdrawn { ids } => {
+            let ids: Vec<_> = ids.iter().map(ToString::to_string).collect();
+            format!("withdrawn: {}", ids.join(" "))
+        }
+        Event::Replaced => {
+            "another installation with this device id took over; staying away for a minute. If it repeats, enrol each one by itself".to_owned()
+        }
+        Event::Subscribed { topics } => format!("topics: {}", topics.join(" ")),
+        Event::Repeated { id } => format!("{id} came again; it was answered before and got the same verdict"),
+        Event::Expired { id } => format!("{id} came too late and was declined"),
+        Event::Trouble { what } => what.clone(),
+        _ => return None,
+    })
+}
+
+fn event_json(event: &Event) -> Option<serde_json::Value> {
+    Some(match event {
+        Event::Connected {
+            carrier,
+            codec,
+            session,
+            pending,
+            window,
+        } => json!({
+            "event": "connected", "carrier": carrier.name(), "codec": codec.name(), "session": session,
+            "pending": pending, "window": window,
+        }),
+        Event::Disconnected { why, retry_in } => json!({
+            "event": "disconnected", "why": why.to_string(), "code": why.code().map(|code| code.name()),
+            "advice": why.advice(), "retry_in_ms": retry_in.map(|wait| wait.as_millis() as u64),
+        }),
+        Event::Withdrawn { ids } => json!({"event": "withdrawn", "ids": ids}),
+        Event::Replaced => json!({"event": "replaced"}),
+        Event::Repeated { id } => json!({"event": "repeated", "id": id}),
+        Event::Expired { id } => json!({"event": "expired", "id": id}),
+        Event::Subscribed { topics } => json!({"event": "subscribed", "topics": topics}),
+        Event::Trouble { what } => json!({"event": "trouble", "what": what}),
+        Event::Stopped => json!({"event": "stopped"}),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_cannot_steer_the_terminal() {
+        assert_eq!(
+            shown("a\u{1b}[2Jb\r\nc\u{202e}d"),
+            "a\u{fffd}[2Jb\u{fffd} c\u{fffd}d"
+        );
+        assert_eq!(shown(&"x".repeat(300)).chars().count(), SHOWN_MAX_CHARS + 1);
+    }
+
+    #[test]
+    fn a_time_of_day_is_the_servers_in_utc() {
+        assert_eq!(clock(1_700_000_000_123), "22:13:20Z");
+    }
+}

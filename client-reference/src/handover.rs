@@ -1,0 +1,293 @@
+//! The hand-over: one task that gives notifications to the app, one after the other, and writes the verdicts down.
+//!
+//! It outlives sessions: a callback that runs while the connection breaks is finished, its verdict saved, and told in the next
+//! session. The order is always callback, window on disk, acknowledgement. What waits together is saved together.
+
+use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bellwire_protocol::{EXPIRED, Id, Notify};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::sync::Notify as Bell;
+
+use crate::clock::Clock;
+use crate::notification::{Event, Notification, Verdict};
+use crate::state::{Given, Journal, Memory};
+
+/// How long a verdict may wait for others of its batch before it is saved, in milliseconds: a slow app must not delay what it
+/// answered before.
+const SAVE_AFTER_MS: u64 = 50;
+
+/// What a panicking callback declines with. Repeating a notification that breaks the app would break it for ever.
+const HANDLER_PANICKED: &str = "handler_panicked";
+
+/// The app's callback.
+pub(crate) type Handler = Arc<dyn Fn(Notification) -> BoxFuture<'static, Verdict> + Send + Sync>;
+
+/// The app's ear for everything else.
+#[derive(Clone)]
+pub(crate) struct Events(pub(crate) Arc<dyn Fn(Event) + Send + Sync>);
+
+impl Events {
+    /// Tells the app. A panic of its callback is the app's own affair.
+    pub(crate) fn tell(&self, event: Event) {
+        tracing::debug!(?event, "event");
+        if std::panic::catch_unwind(AssertUnwindSafe(|| (self.0)(event))).is_err() {
+            tracing::error!("the callback for events panicked");
+        }
+    }
+}
+
+/// A notification that waits for the app.
+#[derive(Debug)]
+struct Waiting {
+    notify: Notify,
+    /// When it is of no more use, on the client's own clock.
+    expires_at_ms: u64,
+}
+
+/// A verdict that is safe on disk and waits to be sent.
+#[derive(Debug)]
+pub(crate) struct Decided {
+    pub(crate) id: Id,
+    pub(crate) given: Given,
+    /// Behind this verdict in the order of [`Memory`], for confirmation.
+    pub(crate) mark: u64,
+}
+
+/// What the session and the hand-over share.
+pub(crate) struct Desk {
+    inner: Mutex<Inner>,
+    memory: Mutex<Memory>,
+    /// Rings when there is something for the app, or it is time to end.
+    arrived: Bell,
+    /// Rings when there is something for the session.
+    decided: Bell,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// Bounded by the window: the session machine ends a session whose server overruns it, and a new one starts empty.
+    waiting: VecDeque<Waiting>,
+    /// Bounded likewise: a verdict answers a notification of the window, or of the batch that the last session left behind.
+    decided: Vec<Decided>,
+    /// Verdicts could not be saved; the session must end without them.
+    failed: Option<String>,
+    closing: bool,
+    closed: bool,
+}
+
+/// What the session takes from the desk.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    pub(crate) decided: Vec<Decided>,
+    pub(crate) failed: Option<String>,
+    /// The hand-over has ended: nothing will follow.
+    pub(crate) closed: bool,
+}
+
+impl Desk {
+    pub(crate) fn new(memory: Memory) -> Self {
+        Self {
+            inner: Mutex::default(),
+            memory: Mutex::new(memory),
+            arrived: Bell::new(),
+            decided: Bell::new(),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new session begins. What the last one brought and the app has not seen comes again, in order, so it is dropped; what
+    /// was decided meanwhile stands in `seen`, or is repeated and answered from the window.
+    pub(crate) fn begin_session(&self) {
+        let mut inner = self.inner();
+        inner.waiting.clear();
+        inner.decided.clear();
+        inner.failed = None;
+    }
+
+    /// Puts a notification before the app; [`ring`](Self::ring) follows.
+    pub(crate) fn put(&self, notify: Notify, expires_at_ms: u64) {
+        let mut inner = self.inner();
+        if !inner.closing {
+            inner.waiting.push_back(Waiting {
+                notify,
+                expires_at_ms,
+            });
+        }
+    }
+
+    /// Wakes the hand-over.
+    pub(crate) fn ring(&self) {
+        self.arrived.notify_one();
+    }
+
+    /// Waits for verdicts; may be dropped without losing one.
+    pub(crate) async fn decided(&self) -> Taken {
+        loop {
+            let bell = self.decided.notified();
+            {
+                let mut inner = self.inner();
+                if !inner.decided.is_empty() || inner.failed.is_some() || inner.closed {
+                    return Taken {
+                        decided: std::mem::take(&mut inner.decided),
+                        failed: inner.failed.take(),
+                        closed: inner.closed,
+                    };
+                }
+            }
+            bell.await;
+        }
+    }
+
+    /// No more callbacks: the one that runs is finished and its verdict saved, then the hand-over ends.
+    pub(crate) fn close(&self) {
+        {
+            let mut inner = self.inner();
+            inner.closing = true;
+            inner.waiting.clear();
+        }
+        self.arrived.notify_one();
+    }
+
+    fn is_closing(&self) -> bool {
+        self.inner().closing
+    }
+
+    /// Whether the hand-over has ended: nothing reaches the app any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.inner().closed
+    }
+}
+
+/// The task.
+pub(crate) struct Handover {
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) journal: Arc<Mutex<Journal>>,
+    pub(crate) handler: Handler,
+    pub(crate) events: Events,
+    pub(crate) clock: Arc<Clock>,
+    /// How many notifications may still reach the app; `None`: any number.
+    pub(crate) remaining: Option<u64>,
+}
+
+impl Handover {
+    /// Runs until the desk is closed.
+    pub(crate) async fn run(mut self) {
+        let desk = self.desk.clone();
+        loop {
+            let bell = desk.arrived.notified();
+            let batch = std::mem::take(&mut desk.inner().waiting);
+            if batch.is_empty() {
+                if desk.is_closing() {
+                    break;
+                }
+                bell.await;
+                continue;
+            }
+            self.work_through(batch).await;
+        }
+        desk.inner().closed = true;
+        desk.decided.notify_one();
+    }
+
+    async fn work_through(&mut self, batch: VecDeque<Waiting>) {
+        let mut decided = Vec::with_capacity(batch.len());
+        let mut first_at_ms = None;
+        for waiting in batch {
+            // On the way out what the app has not seen stays with the server.
+            if self.desk.is_closing() {
+                break;
+            }
+            decided.push(self.decide(waiting).await);
+            let now_ms = self.clock.now_ms();
+            if now_ms.saturating_sub(*first_at_ms.get_or_insert(now_ms)) >= SAVE_AFTER_MS {
+                self.save(std::mem::take(&mut decided)).await;
+                first_at_ms = None;
+            }
+        }
+        self.save(decided).await;
+    }
+
+    /// One notification: from the window if it was answered before, otherwise by the app.
+    async fn decide(&mut self, waiting: Waiting) -> Decided {
+        let id = waiting.notify.id;
+        let known = self.desk.memory().given(&id).cloned();
+        if let Some(given) = known {
+            self.events.tell(Event::Repeated { id });
+            return Decided { id, given, mark: 0 };
+        }
+        if self.clock.now_ms() >= waiting.expires_at_ms {
+            self.events.tell(Event::Expired { id });
+            return Decided {
+                id,
+                given: Given::declined(EXPIRED),
+                mark: 0,
+            };
+        }
+        let handler = &self.handler;
+        let notification = Notification::from(waiting.notify);
+        let called = AssertUnwindSafe(async move { handler(notification).await });
+        let given = match called.catch_unwind().await {
+            Ok(Verdict::Acknowledge) => Given::Acknowledged,
+            Ok(Verdict::Decline(reason)) => Given::declined(&reason),
+            Err(_) => {
+                let what =
+                    format!("the callback panicked on notification {id}, which was declined");
+                self.events.tell(Event::Trouble { what });
+                Given::declined(HANDLER_PANICKED)
+            }
+        };
+        self.remaining = self.remaining.map(|remaining| remaining.saturating_sub(1));
+        if self.remaining == Some(0) {
+            self.desk.close();
+        }
+        let mut memory = self.desk.memory();
+        memory.remember(id, given.clone());
+        Decided {
+            id,
+            given,
+            mark: memory.mark(),
+        }
+    }
+
+    /// Writes down what is not yet on disk, once for all, and only then lets the session tell the server.
+    async fn save(&self, decided: Vec<Decided>) {
+        if decided.is_empty() {
+            return;
+        }
+        let unsaved = self.desk.memory().unsaved();
+        if !unsaved.is_empty() {
+            let (journal, desk) = (self.journal.clone(), self.desk.clone());
+            let saving = tokio::task::spawn_blocking(move || {
+                let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
+                if journal.wants_rewrite(unsaved.len()) {
+                    let all = desk.memory().all();
+                    return journal.rewrite(&all);
+                }
+                journal.append(&unsaved)
+            });
+            let saved = saving
+                .await
+                .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+            if let Err(error) = saved {
+                tracing::error!(%error, "cannot save verdicts");
+                self.desk.inner().failed = Some(error.to_string());
+                self.desk.decided.notify_one();
+                return;
+            }
+            self.desk.memory().saved();
+        }
+        self.desk.inner().decided.extend(decided);
+        self.desk.decided.notify_one();
+    }
+}

@@ -1,0 +1,433 @@
+//! One session: the link, the session machine of `bellwire-protocol`, and the desk, joined in one loop.
+//!
+//! The machine decides what to say and when to leave; this file carries it out.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bellwire_protocol::{
+    Carrier, ClientAction, ClientSession, Code, DecodeError, Decoded, DeviceFrame, EXPIRED,
+    GoawayReason, Hello, Id, PresenceState, Reconnect, ReconnectWhen, ServerFrame, SessionEnd,
+    Verdict,
+};
+use futures_util::FutureExt;
+use tokio::sync::mpsc;
+
+use crate::carrier::{Link, LinkEnd};
+use crate::clock::Clock;
+use crate::end::Disconnect;
+use crate::handover::{Desk, Events, Taken};
+use crate::notification::Event;
+use crate::state::Given;
+
+/// How long the server may take nothing of what is sent.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Frames that are taken in one turn before anything else gets its chance.
+const FRAMES_PER_TURN: usize = 256;
+
+/// How long a callback may still run once the app wants to leave.
+const LAST_CALLBACK: Duration = Duration::from_secs(5);
+
+/// Shortest pause after verdicts could not be saved, in milliseconds.
+const STATE_TROUBLE_MIN_MS: u64 = 5_000;
+
+/// What the app asks for.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Leave for good.
+    Shutdown,
+    /// The device is on another network, perhaps with a name.
+    NetworkChanged(Option<String>),
+    /// Whether a person uses the app.
+    Presence(PresenceState),
+    /// Become a member of topics.
+    Subscribe(Vec<String>),
+    /// Leave topics.
+    Unsubscribe(Vec<String>),
+}
+
+/// What a session needs to know.
+pub(crate) struct Setting<'a> {
+    pub(crate) hello: Hello,
+    /// Behind the newest verdict that `hello` may name.
+    pub(crate) hello_mark: u64,
+    pub(crate) keep_alive_s: u32,
+    pub(crate) desk: &'a Arc<Desk>,
+    pub(crate) events: &'a Events,
+    pub(crate) clock: &'a Clock,
+    pub(crate) commands: &'a mut mpsc::Receiver<Command>,
+}
+
+/// How a session ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) when: ReconnectWhen,
+    /// Where to come back to, if not to the same place.
+    pub(crate) endpoint: Option<String>,
+    pub(crate) why: Disconnect,
+    /// How long it stood; `None`: there never was a `welcome`.
+    pub(crate) stood_ms: Option<u64>,
+    /// The app wanted it.
+    pub(crate) left: bool,
+    /// The network has this name now.
+    pub(crate) network: Option<String>,
+    /// The server closed after our `bye`, so it has every verdict.
+    pub(crate) said_goodbye: bool,
+}
+
+/// Runs one session to its end. `attached` is told when the `welcome` came.
+pub(crate) async fn run(link: Link, setting: Setting<'_>, attached: impl FnMut(Carrier)) -> Ended {
+    let Setting {
+        hello,
+        hello_mark,
+        keep_alive_s,
+        desk,
+        events,
+        clock,
+        commands,
+    } = setting;
+    let session = Session {
+        machine: ClientSession::new(hello, Some(keep_alive_s)),
+        link,
+        desk,
+        events,
+        clock,
+        actions: Vec::new(),
+        attached,
+        hello_mark,
+        sent_mark: 0,
+        ping_mark: None,
+        welcomed_at_ms: None,
+        leaving_at_ms: None,
+        network: None,
+        end_detail: None,
+    };
+    session.run(commands).await
+}
+
+struct Session<'a, F> {
+    machine: ClientSession,
+    link: Link,
+    desk: &'a Desk,
+    events: &'a Events,
+    clock: &'a Clock,
+    actions: Vec<ClientAction>,
+    attached: F,
+    hello_mark: u64,
+    /// Behind the newest verdict that was sent.
+    sent_mark: u64,
+    /// The same when the `ping` was sent that waits for its `pong`: the answer proves that the server has those.
+    ping_mark: Option<u64>,
+    welcomed_at_ms: Option<u64>,
+    /// The app wants to leave; by then at the latest.
+    leaving_at_ms: Option<u64>,
+    network: Option<String>,
+    end_detail: Option<String>,
+}
+
+/// What woke the loop.
+enum Woken {
+    Received(Result<Result<Decoded<ServerFrame>, DecodeError>, LinkEnd>),
+    Decided(Taken),
+    Asked(Option<Command>),
+    Deadline,
+}
+
+impl<F: FnMut(Carrier)> Session<'_, F> {
+    async fn run(mut self, commands: &mut mpsc::Receiver<Command>) -> Ended {
+        self.machine
+            .handle_connected(self.clock.now_ms(), &mut self.actions);
+        loop {
+            if let Some(reconnect) = self.carry_out().await {
+                return self.finish(reconnect).await;
+            }
+            let deadline_ms = [self.machine.deadline_ms(), self.leaving_at_ms]
+                .into_iter()
+                .flatten()
+                .min();
+            let clock = self.clock;
+            let deadline = async move {
+                match deadline_ms {
+                    Some(ms) => tokio::time::sleep_until(clock.at(ms)).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let woken = tokio::select! {
+                taken = self.desk.decided() => Woken::Decided(taken),
+                command = commands.recv(), if self.leaving_at_ms.is_none() => Woken::Asked(command),
+                received = self.link.receive() => Woken::Received(received),
+                () = deadline => Woken::Deadline,
+            };
+            match woken {
+                Woken::Received(received) => self.receive(received),
+                Woken::Decided(taken) => {
+                    if let Some(ended) = self.decided(taken) {
+                        return self.abandon(ended).await;
+                    }
+                }
+                Woken::Asked(command) => self.asked(command),
+                Woken::Deadline => {
+                    let now_ms = self.clock.now_ms();
+                    if self.leaving_at_ms.is_some_and(|at| now_ms >= at) {
+                        self.machine.leave(now_ms, &mut self.actions);
+                    }
+                    self.machine.handle_deadline(now_ms, &mut self.actions);
+                }
+            }
+        }
+    }
+
+    /// Takes what has arrived, all of it, so that notifications that came together are handed over and saved together.
+    fn receive(&mut self, first: Result<Result<Decoded<ServerFrame>, DecodeError>, LinkEnd>) {
+        let mut received = Some(first);
+        for _ in 0..FRAMES_PER_TURN {
+            match received.take() {
+                Some(Ok(decoded)) => self.handle(decoded),
+                Some(Err(end)) => {
+                    self.machine.handle_closed(end.code, &mut self.actions);
+                    self.end_detail = Some(end.detail);
+                }
+                None => break,
+            }
+            if self.machine.is_over() {
+                return;
+            }
+            received = self.link.receive().now_or_never();
+        }
+        // The last one taken above must not be lost when the turn is over.
+        if let Some(Ok(decoded)) = received {
+            self.handle(decoded);
+        }
+        self.machine.flush(self.clock.now_ms(), &mut self.actions);
+    }
+
+    fn handle(&mut self, decoded: Result<Decoded<ServerFrame>, DecodeError>) {
+        if matches!(decoded, Ok(Decoded::Frame(ServerFrame::Pong)))
+            && let Some(mark) = self.ping_mark.take()
+        {
+            self.desk.memory().confirm(mark);
+        }
+        let repeated = RefCell::new(Vec::new());
+        let memory = self.desk.memory();
+        // Declines go the long way, through the hand-over: it knows their reasons.
+        let known = |id: &Id| {
+            memory.is_acknowledged_safely(id).then(|| {
+                repeated.borrow_mut().push(*id);
+                Verdict::Acknowledged
+            })
+        };
+        let before = self.actions.len();
+        self.machine
+            .handle_decoded(decoded, self.clock.now_ms(), &known, &mut self.actions);
+        drop(memory);
+        for id in repeated.into_inner() {
+            self.events.tell(Event::Repeated { id });
+        }
+        for action in &self.actions[before..] {
+            if let ClientAction::Send(DeviceFrame::Decline(decline)) = action
+                && decline.reason == EXPIRED
+            {
+                self.events.tell(Event::Expired { id: decline.id });
+            }
+        }
+    }
+
+    fn decided(&mut self, taken: Taken) -> Option<String> {
+        let now_ms = self.clock.now_ms();
+        for decided in taken.decided {
+            match decided.given {
+                Given::Acknowledged => {
+                    self.machine
+                        .handle_acknowledged(decided.id, now_ms, &mut self.actions)
+                }
+                Given::Declined(reason) => {
+                    self.machine
+                        .handle_declined(decided.id, reason, now_ms, &mut self.actions)
+                }
+            };
+            self.sent_mark = self.sent_mark.max(decided.mark);
+        }
+        self.machine.flush(now_ms, &mut self.actions);
+        if taken.closed {
+            self.machine.leave(now_ms, &mut self.actions);
+        }
+        taken.failed
+    }
+
+    fn asked(&mut self, command: Option<Command>) {
+        let now_ms = self.clock.now_ms();
+        match command {
+            // A dropped client wants the same as one that says so.
+            Some(Command::Shutdown) | None => {
+                self.desk.close();
+                self.leaving_at_ms = Some(now_ms + LAST_CALLBACK.as_millis() as u64);
+            }
+            Some(Command::NetworkChanged(name)) => {
+                self.network = name.or(self.network.take());
+                self.link.rebind();
+                self.machine.probe(now_ms, &mut self.actions);
+            }
+            Some(Command::Presence(state)) => {
+                self.machine.send_presence(state, now_ms, &mut self.actions);
+            }
+            Some(Command::Subscribe(topics)) => {
+                self.machine.subscribe(topics, now_ms, &mut self.actions);
+            }
+            Some(Command::Unsubscribe(topics)) => {
+                self.machine.unsubscribe(topics, now_ms, &mut self.actions);
+            }
+        }
+    }
+
+    /// Does what the machine said; answers when the session is over.
+    async fn carry_out(&mut self) -> Option<(Reconnect, Code)> {
+        let mut over = None;
+        let mut code = Code::Bye;
+        let mut delivered = false;
+        let mut sent = false;
+        for action in std::mem::take(&mut self.actions) {
+            match action {
+                ClientAction::Send(frame) => {
+                    if frame == DeviceFrame::Ping {
+                        self.ping_mark = Some(self.sent_mark);
+                    }
+                    sent = true;
+                    if !self.feed(&frame).await {
+                        break;
+                    }
+                }
+                ClientAction::Attached(welcome) => {
+                    self.welcomed_at_ms = Some(self.clock.now_ms());
+                    self.desk.memory().confirm(self.hello_mark);
+                    let carrier = self.link.carrier();
+                    (self.attached)(carrier);
+                    self.events.tell(Event::Connected {
+                        carrier,
+                        codec: self.link.codec(),
+                        session: welcome.session,
+                        pending: welcome.pending,
+                        window: welcome.window,
+                    });
+                }
+                ClientAction::Deliver(notify) => {
+                    let now_ms = self.clock.now_ms();
+                    let server_now_ms = self
+                        .machine
+                        .server_now_ms(now_ms)
+                        .unwrap_or(notify.accepted_ms);
+                    let expires_at_ms = now_ms + notify.expires_ms.saturating_sub(server_now_ms);
+                    self.desk.put(notify, expires_at_ms);
+                    delivered = true;
+                }
+                ClientAction::Withdraw(ids) => self.events.tell(Event::Withdrawn { ids }),
+                ClientAction::Subscribed(topics) => self.events.tell(Event::Subscribed { topics }),
+                ClientAction::Close(close) => code = close,
+                ClientAction::Reconnect(reconnect) => over = Some(reconnect),
+            }
+        }
+        if delivered {
+            self.desk.ring();
+        }
+        if sent && over.is_none() {
+            self.flush().await;
+        }
+        // A link that broke while sending ended the machine, which has said its last action by now.
+        over = over.or_else(|| self.last_word());
+        over.map(|reconnect| (reconnect, code))
+    }
+
+    fn last_word(&mut self) -> Option<Reconnect> {
+        std::mem::take(&mut self.actions)
+            .into_iter()
+            .find_map(|action| match action {
+                ClientAction::Reconnect(reconnect) => Some(reconnect),
+                ClientAction::Send(_)
+                | ClientAction::Attached(_)
+                | ClientAction::Deliver(_)
+                | ClientAction::Withdraw(_)
+                | ClientAction::Subscribed(_)
+                | ClientAction::Close(_) => None,
+            })
+    }
+
+    async fn feed(&mut self, frame: &DeviceFrame) -> bool {
+        let fed = tokio::time::timeout(SEND_TIMEOUT, self.link.feed(frame)).await;
+        self.sent(fed)
+    }
+
+    async fn flush(&mut self) {
+        let flushed = tokio::time::timeout(SEND_TIMEOUT, self.link.flush()).await;
+        self.sent(flushed);
+    }
+
+    fn sent(&mut self, sent: Result<Result<(), LinkEnd>, tokio::time::error::Elapsed>) -> bool {
+        let end = match sent {
+            Ok(Ok(())) => return true,
+            Ok(Err(end)) => end,
+            Err(_) => LinkEnd {
+                code: None,
+                detail: "the server takes nothing that is sent".to_owned(),
+            },
+        };
+        self.machine.handle_closed(end.code, &mut self.actions);
+        self.end_detail = Some(end.detail);
+        false
+    }
+
+    async fn finish(self, (reconnect, code): (Reconnect, Code)) -> Ended {
+        let left = reconnect.why == SessionEnd::Left;
+        if reconnect.why == SessionEnd::Goaway(GoawayReason::Replaced) {
+            self.events.tell(Event::Replaced);
+        }
+        let stood_ms = self
+            .welcomed_at_ms
+            .map(|at| self.clock.now_ms().saturating_sub(at));
+        // Nothing is left to say on a link that ended by itself.
+        let answered = match reconnect.why {
+            SessionEnd::Closed(_) => None,
+            SessionEnd::Left
+            | SessionEnd::Goaway(_)
+            | SessionEnd::Error { .. }
+            | SessionEnd::Silence
+            | SessionEnd::NoWelcome
+            | SessionEnd::Malformed(_)
+            | SessionEnd::Misbehaved(_) => self.link.close(code).await,
+        };
+        let said_goodbye = left && answered == Some(Code::Bye);
+        if said_goodbye {
+            self.desk
+                .memory()
+                .confirm(self.sent_mark.max(self.hello_mark));
+        }
+        Ended {
+            when: reconnect.when,
+            endpoint: reconnect.endpoint,
+            why: Disconnect::from_session(reconnect.why, self.end_detail),
+            stood_ms,
+            left,
+            network: self.network,
+            said_goodbye,
+        }
+    }
+
+    /// Verdicts could not be saved: go without them, so that the server repeats what has none.
+    async fn abandon(self, detail: String) -> Ended {
+        let stood_ms = self
+            .welcomed_at_ms
+            .map(|at| self.clock.now_ms().saturating_sub(at));
+        self.link.close(Code::Bye).await;
+        Ended {
+            when: ReconnectWhen::Backoff {
+                floor_ms: STATE_TROUBLE_MIN_MS,
+            },
+            endpoint: None,
+            why: Disconnect::State { detail },
+            stood_ms,
+            left: self.leaving_at_ms.is_some(),
+            network: self.network,
+            said_goodbye: false,
+        }
+    }
+}

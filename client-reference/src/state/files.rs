@@ -1,0 +1,59 @@
+//! Private files, written whole or not at all.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+
+#[cfg(unix)]
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+
+use super::StateError;
+
+/// Makes the directory, with its parents, readable by its owner only. One that is there stays as it is.
+pub(crate) fn make_directory(path: &Path) -> Result<(), StateError> {
+    let mut builder = DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    builder.mode(0o700);
+    builder
+        .create(path)
+        .map_err(StateError::io("make the directory", path))
+}
+
+/// Options for a file that only its owner may read.
+pub(super) fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    #[cfg(unix)]
+    options.mode(0o600);
+    options
+}
+
+/// Replaces `path` by `bytes` in one step. With `sync` it survives a power cut as soon as this returns.
+///
+/// Returns the new file, open for appending.
+pub(super) fn replace(path: &Path, bytes: &[u8], sync: bool) -> io::Result<File> {
+    let fresh = path.with_extension("new");
+    let mut file = private()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .open(&fresh)?;
+    file.write_all(bytes)?;
+    if sync {
+        file.sync_all()?;
+    }
+    std::fs::rename(&fresh, path)?;
+    if sync {
+        sync_directory_of(path)?;
+    }
+    Ok(file)
+}
+
+/// Makes a rename or a new name in the directory of `path` durable.
+pub(super) fn sync_directory_of(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        #[cfg(unix)]
+        Some(parent) => File::open(parent)?.sync_all(),
+        _ => Ok(()),
+    }
+}
