@@ -220,6 +220,9 @@ codes! {
     MethodNotAllowed = "method_not_allowed", Publisher, 405, -, Never;
         "The path exists, the method does not.";
         "Use a method that the `Allow` header names.";
+    BodyTimeout = "body_timeout", Publisher, 408, -, Later;
+        "The request body did not arrive in time (30 s).";
+        "Send the body at once; look for a proxy that holds back bytes.";
     IdempotencyConflict = "idempotency_conflict", Publisher, 409, -, Never;
         "The `Idempotency-Key` was used before with another body.";
         "Use one key for one ping, for ever; make a new key for a new ping.";
@@ -235,6 +238,9 @@ codes! {
     Unprocessable = "unprocessable", Publisher, 422, -, Never;
         "The request is well-formed, but impossible; the detail says why.";
         "Change what the detail names.";
+    NotAvailable = "not_available", Publisher, 422, -, Never;
+        "The request is right and asks for something that this version does not have yet.";
+        "The detail names what to use in its place; upgrade the server once a version has it.";
     MailboxFull = "mailbox_full", Publisher, 429, -, Later;
         "The device's mailbox is full, and the app refuses rather than evicts.";
         "Wait until the device has been back, use collapse keys, or set the mailbox to evict.";

@@ -3,8 +3,11 @@
 //! Read the modules in this order: [`delivery`] decides, [`ports`] says what it needs of the outside, and the
 //! rest carries bytes and rows to and from it. `ARCHITECTURE.md` at the top of the repository draws the map.
 
+pub mod compat;
 pub mod config;
 pub mod delivery;
+pub mod http;
 pub mod ports;
 pub mod runtime;
 pub mod telemetry;
+pub mod transport;

@@ -165,6 +165,8 @@ pub struct LogSettings {
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
+    /// `Text` on a terminal, `Json` elsewhere.
+    Auto,
     /// For people.
     Text,
     /// One JSON object a line.

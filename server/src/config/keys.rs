@@ -136,11 +136,11 @@ keys! {
     /// Window over which devices are sent away at a stop, so that they do not all come back at once.
     DRAIN_WINDOW: SpanSetting = "drain.window", span(0, 10 * MINUTE), "30s";
 
-    /// How log lines on standard error look.
+    /// How log lines on standard error look; `auto` is text on a terminal and JSON elsewhere.
     LOG_FORMAT: ChoiceSetting<LogFormat> = "log.format", ChoiceSetting {
-        words: &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+        words: &[("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)],
         refused: &[],
-    }, "text";
+    }, "auto";
     /// Which log lines are written: `error`, `warn`, `info`, `debug` or `trace`, or directives such as `info,bellwire_server::store=debug`.
     LOG_LEVEL: TextSetting = "log.level", TextSetting {
         takes: "error, warn, info, debug, trace, or directives with commas between them",

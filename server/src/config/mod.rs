@@ -20,7 +20,7 @@ pub use checked::{
 };
 pub use problem::{Problem, Problems};
 pub use setting::{AnyKey, Key, Setting};
-pub use source::{ENV_PREFIX, Environment, MAX_FILE_BYTES, Source};
+pub use source::{ENV_PREFIX, Environment, MAX_FILE_BYTES, Source, variable_of};
 pub use suggest::closest;
 pub use table::{BEGIN_MARK, END_MARK, markdown};
 

@@ -229,7 +229,8 @@ impl Source {
 }
 
 /// The variable that overrides a key.
-pub(super) fn variable_of(name: &str) -> String {
+#[must_use]
+pub fn variable_of(name: &str) -> String {
     format!(
         "{ENV_PREFIX}{}",
         name.to_ascii_uppercase().replace('.', "__")

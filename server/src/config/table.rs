@@ -9,7 +9,7 @@ use super::source::variable_of;
 pub const BEGIN_MARK: &str =
     "<!-- settings: begin (made from the code; UPDATE_DOCS=1 cargo test writes it anew) -->";
 /// The line after it.
-pub const END_MARK: &str = "<!-- settings: end -->";
+pub const END_MARK: &str = "<!-- /generated:settings -->";
 
 /// Every setting as a Markdown table.
 #[must_use]

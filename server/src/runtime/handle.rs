@@ -1,102 +1,213 @@
 //! The one door to the runtime.
 
+use std::collections::HashMap;
+use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use aws_lc_rs::hmac;
+use tokio::sync::OnceCell;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::api::{
     AttachRequest, Authenticated, DeviceView, Identity, KeyView, LinkSettings, Outlet, PingAnswer,
     PingError, PingRequest, PingView, Principal, Requested, RevokeCounts, RuntimeError, WhoError,
 };
+use super::directory::{Keys, Users};
+use super::hashing::HashKey;
+use super::idempotency::Idempotency;
+use super::reserve::Reserve;
 use super::settings::{Limits, RuntimeSettings};
+use super::shard::{Carrier, Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
-use crate::delivery::{Acknowledged, AppId, DeviceId, PingId, SessionId};
-use crate::ports::{ClockState, Page, Scopes, StoreHealth, StoreStats};
+use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
+use crate::ports::{Entropy, Page, Scopes, StoreHealth};
 
 /// A cheap, cloneable handle to everything that runs.
 #[derive(Clone)]
 pub struct Handle {
-    pub(super) _inner: Arc<()>,
+    pub(super) inner: Arc<Inner>,
 }
 
-#[expect(
-    clippy::unused_async,
-    unused_variables,
-    reason = "filled in by the runtime"
-)]
+/// An app, with what is derived from its record.
+#[derive(Clone)]
+pub(super) struct App {
+    /// Derives ping ids from idempotency keys.
+    pub(super) secret: hmac::Key,
+}
+
+/// What the handle shares.
+pub(super) struct Inner {
+    pub(super) shared: Arc<Shared>,
+    pub(super) shards: Vec<Arc<ShardDoor>>,
+    pub(super) entropy: Arc<dyn Entropy>,
+    pub(super) hash_key: HashKey,
+    pub(super) apps: HashMap<AppId, App>,
+    pub(super) keys: ArcSwap<Keys>,
+    pub(super) users: Users,
+    pub(super) idempotency: Arc<Idempotency>,
+    pub(super) reserve: Arc<Reserve>,
+    pub(super) limits: ArcSwap<Limits>,
+    pub(super) link: ArcSwap<LinkSettings>,
+    pub(super) run: u32,
+    pub(super) started: Now,
+    pub(super) sessions: AtomicU64,
+    /// Going down: not ready, no new sessions.
+    pub(super) draining: AtomicBool,
+    /// Going down, and new pings are refused by now.
+    pub(super) refusing: AtomicBool,
+    pub(super) drained: OnceCell<DrainSummary>,
+    pub(super) tasks: TaskTracker,
+    pub(super) stop: CancellationToken,
+}
+
+impl Inner {
+    pub(super) fn shard(&self, device: DeviceId) -> &ShardDoor {
+        // Ids are random, so any eight bytes spread them evenly.
+        let mut half = [0; 8];
+        half.copy_from_slice(&device.0[..8]);
+        let place = u64::from_le_bytes(half) % self.shards.len() as u64;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "less than the number of shards"
+        )]
+        &self.shards[place as usize]
+    }
+
+    pub(super) fn app(&self, app: AppId) -> Option<App> {
+        self.apps.get(&app).cloned()
+    }
+
+    pub(super) fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// What the store must answer within the accept wait.
+    pub(super) async fn in_time<T>(
+        &self,
+        work: impl Future<Output = Result<T, RuntimeError>>,
+    ) -> Result<T, RuntimeError> {
+        let wait = self.limits.load().accept_wait;
+        tokio::time::timeout(wait, work)
+            .await
+            .unwrap_or(Err(RuntimeError::StoreBusy))
+    }
+
+    /// Devices attached or about to be.
+    pub(super) fn sessions_left(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.sessions()).sum()
+    }
+
+    fn tell(&self, device: DeviceId, event: Event) {
+        self.shard(device).inbox.push(Input::Event(device, event));
+    }
+}
+
 impl Handle {
+    // ---- The server ----------------------------------------------------------------------------------------------
+
     /// Limits for links.
     #[must_use]
     pub fn link_settings(&self) -> Arc<LinkSettings> {
-        Arc::new(LinkSettings::default())
+        self.inner.link.load_full()
     }
 
     /// This moment in Unix milliseconds, for `welcome`.
     #[must_use]
     pub fn now_ms(&self) -> u64 {
-        0
+        self.now().unix_ms
+    }
+
+    /// This moment in both clocks, for whoever must not read one of its own.
+    #[must_use]
+    pub fn now(&self) -> Now {
+        self.inner.shared.clock.now()
     }
 
     /// A session id that was never used in this run.
     #[must_use]
     pub fn next_session(&self) -> SessionId {
-        SessionId(0)
+        SessionId(self.inner.sessions.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
     /// Whether new work is turned away because the server goes down.
     #[must_use]
     pub fn draining(&self) -> bool {
-        false
+        self.inner.draining()
     }
 
     /// Whether the server wants traffic (`/readyz`).
     pub fn ready(&self) -> Result<(), NotReady> {
-        Err(NotReady::Draining)
+        if self.draining() {
+            return Err(NotReady::Draining);
+        }
+        match self.inner.shared.store.health() {
+            StoreHealth::Failed(_) => Err(NotReady::StoreFailed),
+            StoreHealth::Behind => Err(NotReady::StoreBehind),
+            // Devices are served, and what is acknowledged at once is accepted.
+            StoreHealth::Open | StoreHealth::Full { .. } => Ok(()),
+        }
     }
 
     /// A look at everything that runs.
     #[must_use]
     pub fn status(&self) -> Status {
+        let inner = &self.inner;
+        let now = inner.shared.clock.now();
+        let awake: usize = inner.shards.iter().map(|shard| shard.awake()).sum();
         Status {
             version: env!("CARGO_PKG_VERSION"),
-            run: 0,
-            started_ms: 0,
-            uptime: Duration::ZERO,
-            now_ms: 0,
-            shards: 0,
-            connected_quic: 0,
-            connected_websocket: 0,
-            awake: 0,
-            store: StoreStats::default(),
-            health: StoreHealth::Open,
-            reserve_bytes: 0,
-            ledger_entries: 0,
-            ledger_bytes: 0,
-            idempotency_entries: 0,
-            clock: ClockState::Steady,
-            draining: false,
-            limits: Limits::default(),
+            run: inner.run,
+            started_ms: inner.started.unix_ms,
+            uptime: now.mono - inner.started.mono,
+            now_ms: now.unix_ms,
+            shards: inner.shards.len(),
+            connected_quic: inner.shared.meters.connected(Carrier::Quic),
+            connected_websocket: inner.shared.meters.connected(Carrier::WebSocket),
+            awake: awake as u64,
+            store: inner.shared.store.stats(),
+            health: inner.shared.store.health(),
+            reserve_bytes: inner.reserve.used(),
+            ledger_entries: inner.shared.ledger.entries(),
+            ledger_bytes: inner.shared.ledger.bytes(),
+            idempotency_entries: inner.idempotency.entries(),
+            clock: inner.shared.clock.state(),
+            draining: inner.draining(),
+            limits: **inner.limits.load(),
         }
     }
 
     /// Takes the live settings (policy, link, limits) from `settings`; the rest needs a restart.
-    pub fn reload(&self, settings: &RuntimeSettings) {}
+    pub fn reload(&self, settings: &RuntimeSettings) {
+        let inner = &self.inner;
+        inner.limits.store(Arc::new(settings.limits));
+        inner.link.store(Arc::new(settings.link.clone()));
+        inner
+            .shared
+            .accept_wait_ms
+            .store(millis(settings.limits.accept_wait), Ordering::Relaxed);
+        for shard in &inner.shards {
+            shard
+                .inbox
+                .push(Input::Policy(Box::new(settings.policy.clone())));
+        }
+    }
 
     /// Goes down in order: not ready, `goaway` to every session spread over the window, a last commit, the store
     /// closed. Pings are still taken for a moment, then refused with `Draining`. Answers when nothing is left to do;
     /// a second call waits for the first.
     pub async fn drain(&self, window: Duration) -> DrainSummary {
-        DrainSummary {
-            sessions: 0,
-            cut: 0,
-            committed: true,
-            took: Duration::ZERO,
-        }
+        *self
+            .inner
+            .drained
+            .get_or_init(|| self.inner.drain(window))
+            .await
     }
 
-    /// Makes a key with every scope for app `default` if there is no key at all, and answers its text.
-    pub async fn ensure_bootstrap_key(&self) -> Result<Option<String>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
-    }
+    // ---- Links ---------------------------------------------------------------------------------------------------
 
     /// Checks who a device is.
     pub async fn authenticate(
@@ -104,27 +215,57 @@ impl Handle {
         device: DeviceId,
         identity: Identity<'_>,
     ) -> Result<Authenticated, WhoError> {
-        Err(WhoError::StoreUnavailable)
+        self.inner.authenticate(device, identity).await
     }
 
     /// Attaches a link to its mailbox; the answer comes through the outlet. [`Handle::detach`] must follow once.
-    pub fn attach(&self, who: Authenticated, request: AttachRequest, outlet: Arc<dyn Outlet>) {}
+    pub fn attach(&self, who: Authenticated, request: AttachRequest, outlet: Arc<dyn Outlet>) {
+        let device = who.device();
+        self.inner.shard(device).inbox.push(Input::Attach {
+            device,
+            attach: Box::new(Attach {
+                session: request.session,
+                instance: request.instance,
+                attempt: request.attempt,
+                window: request.window,
+                min_urgency: request.min_urgency,
+                seen: request.seen,
+            }),
+            outlet,
+            carrier: Carrier::named(request.carrier),
+        });
+    }
 
     /// The link is gone.
-    pub fn detach(&self, device: DeviceId, session: SessionId) {}
+    pub fn detach(&self, device: DeviceId, session: SessionId) {
+        self.inner
+            .shard(device)
+            .inbox
+            .push(Input::Detach { device, session });
+    }
 
     /// The device has these.
-    pub fn acknowledge(&self, device: DeviceId, session: SessionId, what: Acknowledged) {}
+    pub fn acknowledge(&self, device: DeviceId, session: SessionId, what: Acknowledged) {
+        self.inner
+            .tell(device, Event::Acknowledge { session, what });
+    }
 
     /// The device will not use this one.
-    pub fn decline(&self, device: DeviceId, session: SessionId, ping: PingId) {}
+    pub fn decline(&self, device: DeviceId, session: SessionId, ping: PingId) {
+        self.inner.tell(device, Event::Decline { session, ping });
+    }
 
     /// Somebody is at the device, or not.
-    pub fn presence(&self, device: DeviceId, session: SessionId, active: bool) {}
+    pub fn presence(&self, device: DeviceId, session: SessionId, active: bool) {
+        self.inner.tell(device, Event::Presence { session, active });
+    }
 
-    /// Publishes. Answers when every part is safe or has its outcome.
+    // ---- Pings ---------------------------------------------------------------------------------------------------
+
+    /// Publishes. Answers when every part is safe or has its outcome. Dropping the future changes nothing about what
+    /// was handed over.
     pub async fn ping(&self, request: PingRequest) -> Result<PingAnswer, PingError> {
-        Err(PingError::Runtime(RuntimeError::StoreUnavailable))
+        self.inner.ping(request).await
     }
 
     /// What is known of a ping of this app; `None`: not known, or no longer.
@@ -135,7 +276,7 @@ impl Handle {
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Option<PingView>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.ping_view(app, ping, after, limit).await
     }
 
     /// Takes a ping back where it has not ended; `None`: not known, or no longer.
@@ -144,17 +285,19 @@ impl Handle {
         app: AppId,
         ping: PingId,
     ) -> Result<Option<RevokeCounts>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.revoke_ping(app, ping).await
     }
 
-    /// Registers a device.
+    // ---- The directory -------------------------------------------------------------------------------------------
+
+    /// Registers a device. `Invalid`: the user or the name cannot be.
     pub async fn create_device(
         &self,
         app: AppId,
         user: &str,
         name: Option<&str>,
     ) -> Result<Requested<DeviceView>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.create_device(app, user, name).await
     }
 
     /// One device of this app.
@@ -163,7 +306,7 @@ impl Handle {
         app: AppId,
         device: DeviceId,
     ) -> Result<Option<DeviceView>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.device(app, device).await
     }
 
     /// Devices of this app by id, a page at a time.
@@ -174,36 +317,48 @@ impl Handle {
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Page<DeviceView, DeviceId>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.devices(app, user, after, limit).await
     }
 
     /// Revokes a device: cuts its session, empties its mailbox. `false`: not known.
     pub async fn revoke_device(&self, app: AppId, device: DeviceId) -> Result<bool, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.revoke_device(app, device).await
     }
 
-    /// Checks an API key (`bw_…`).
+    /// Checks an API key (`bw_…`). Never waits: keys are in memory.
+    #[expect(clippy::unused_async, reason = "other identities will have to ask")]
     pub async fn authenticate_key(&self, key: &str) -> Result<Principal, WhoError> {
-        Err(WhoError::StoreUnavailable)
+        self.inner.authenticate_key(key)
     }
 
-    /// Makes an API key.
+    /// Makes an API key. `Invalid`: the name or the scopes cannot be, or there are too many keys.
     pub async fn create_key(
         &self,
         app: AppId,
         name: &str,
         scopes: Scopes,
     ) -> Result<Requested<KeyView>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.create_key(app, name, scopes).await
     }
 
-    /// The API keys of this app.
+    /// The API keys of this app, oldest first.
+    #[expect(clippy::unused_async, reason = "the other calls of the directory wait")]
     pub async fn keys(&self, app: AppId) -> Result<Vec<KeyView>, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        Ok(self.inner.keys(app))
     }
 
-    /// Revokes an API key. `false`: not known.
+    /// Revokes an API key, at once. `false`: not known.
     pub async fn revoke_key(&self, app: AppId, id: &str) -> Result<bool, RuntimeError> {
-        Err(RuntimeError::StoreUnavailable)
+        self.inner.revoke_key(app, id).await
     }
+
+    /// Makes a key with every scope for app `default` if there is no key at all, and answers its text.
+    pub async fn ensure_bootstrap_key(&self) -> Result<Option<String>, RuntimeError> {
+        self.inner.ensure_bootstrap_key().await
+    }
+}
+
+/// A span in whole milliseconds.
+pub(super) fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }

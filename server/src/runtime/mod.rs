@@ -3,11 +3,21 @@
 //! Transports and front doors see only [`Handle`] and the types of `api`; `main` starts a [`Runtime`].
 
 mod api;
+mod background;
+mod cache;
 mod clock;
+mod directory;
 mod entropy;
 mod handle;
 mod hashing;
+mod idempotency;
+mod ledger;
+mod meters;
+mod pings;
+mod reading;
+mod reserve;
 mod settings;
+mod shard;
 mod start;
 mod status;
 
@@ -26,3 +36,19 @@ pub use settings::{
 };
 pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};
+
+// What the answers are made of, for those who know the runtime and not its ports.
+pub use crate::ports::{ClockState, Page, PairState, Scopes, StoreHealth, StoreStats};
+
+/// The value behind a lock. A panic elsewhere while it was held does not spread: each holder leaves the value whole
+/// at every step.
+fn locked<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Answers somebody who may have gone away meanwhile, which nobody minds.
+fn reply<T>(to: tokio::sync::oneshot::Sender<T>, answer: T) {
+    let _ = to.send(answer);
+}

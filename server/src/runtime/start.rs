@@ -1,11 +1,30 @@
-//! Start and end of everything that runs.
+//! The start of everything that runs.
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use super::handle::Handle;
+use arc_swap::ArcSwap;
+use aws_lc_rs::hmac;
+use tokio::sync::{OnceCell, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::background;
+use super::directory::{Users, load_keys};
+use super::handle::{App, Handle, Inner, millis};
 use super::hashing::HashKey;
-use super::settings::RuntimeSettings;
-use crate::ports::{Clock, Entropy, ReadError, Store};
+use super::idempotency::Idempotency;
+use super::ledger::Ledger;
+use super::meters::Meters;
+use super::reading::Reading;
+use super::reserve::Reserve;
+use super::settings::{READING_THREADS_MAX, RuntimeSettings, SHARDS_MAX};
+use super::shard::{ShardDoor, ShardTask, Shared};
+use super::status::DrainSummary;
+use crate::delivery::{AppId, CommitFailure, Policy};
+use crate::ports::{AppRecord, Clock, Entropy, Op, ReadError, Store};
+use crate::telemetry::metrics as names;
 
 /// Why the runtime does not start.
 #[derive(Debug, thiserror::Error)]
@@ -28,8 +47,7 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Starts shards, reading threads and the sweep on the current tokio runtime.
-    #[expect(clippy::unused_async, unused_variables, reason = "filled in next")]
+    /// Starts shards, reading threads and the sweep on the current tokio runtime. Metrics must be installed before.
     pub async fn start(
         settings: RuntimeSettings,
         store: Arc<dyn Store>,
@@ -37,10 +55,116 @@ impl Runtime {
         entropy: Arc<dyn Entropy>,
         hash_key: HashKey,
     ) -> Result<Runtime, StartError> {
+        let apps = apps(&store, &*clock, &*entropy).await?;
+        let keys = load_keys(store.keys()?)?;
+        let threads = settings.reading_threads.clamp(1, READING_THREADS_MAX);
+        let run = store.stats().run;
+        let started = clock.now();
+        let meters = Meters::new();
+        meters.set_apps(apps.iter().map(|app| (app.id, app.name.as_str())));
+        metrics::gauge!(names::BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+        #[expect(clippy::cast_precision_loss, reason = "a measurement")]
+        metrics::gauge!(names::STARTED_SECONDS).set(started.unix_ms as f64 / 1_000.0);
+        let shared = Arc::new(Shared {
+            reading: Reading::start(&store, threads)?,
+            store,
+            clock,
+            ledger: Ledger::new(settings.ledger_entries, settings.ledger_bytes),
+            meters,
+            accept_wait_ms: AtomicU64::new(millis(settings.limits.accept_wait)),
+            failed: AtomicBool::new(false),
+        });
+        let count = match settings.shards {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            given => given,
+        }
+        .clamp(1, SHARDS_MAX);
+        let policy = Policy {
+            run,
+            ..settings.policy.clone()
+        };
+        let tasks = TaskTracker::new();
+        let shards: Vec<Arc<ShardDoor>> = (0..count).map(|_| Arc::new(ShardDoor::new())).collect();
+        for door in &shards {
+            let task = ShardTask::new(Arc::clone(door), Arc::clone(&shared), policy.clone());
+            tasks.spawn(task.run());
+        }
+        let inner = Arc::new(Inner {
+            shared,
+            shards,
+            entropy,
+            hash_key,
+            apps: apps
+                .iter()
+                .map(|app| {
+                    let secret = hmac::Key::new(hmac::HMAC_SHA256, &app.secret);
+                    (app.id, App { secret })
+                })
+                .collect::<HashMap<AppId, App>>(),
+            keys: ArcSwap::from_pointee(keys),
+            users: Users::new(),
+            idempotency: Arc::new(Idempotency::new(
+                settings.idempotency_entries,
+                millis(settings.idempotency_keep),
+            )),
+            reserve: Arc::new(Reserve::default()),
+            limits: ArcSwap::from_pointee(settings.limits),
+            link: ArcSwap::from_pointee(settings.link.clone()),
+            run,
+            started,
+            sessions: AtomicU64::new(0),
+            draining: AtomicBool::new(false),
+            refusing: AtomicBool::new(false),
+            drained: OnceCell::new(),
+            tasks,
+            stop: CancellationToken::new(),
+        });
+        background::start(&inner, &settings);
         Ok(Runtime {
-            handle: Handle {
-                _inner: Arc::new(()),
-            },
+            handle: Handle { inner },
         })
+    }
+
+    /// Drains ([`Handle::drain`]) and waits until every task has ended.
+    pub async fn shutdown(self, window: std::time::Duration) -> DrainSummary {
+        let summary = self.handle.drain(window).await;
+        self.handle.inner.tasks.close();
+        self.handle.inner.tasks.wait().await;
+        summary
+    }
+}
+
+/// All apps; `default` is made if it is not there.
+async fn apps(
+    store: &Arc<dyn Store>,
+    clock: &dyn Clock,
+    entropy: &dyn Entropy,
+) -> Result<Vec<AppRecord>, StartError> {
+    let mut apps = store.apps()?;
+    if apps.iter().any(|app| app.id == AppId::DEFAULT) {
+        return Ok(apps);
+    }
+    let mut secret = [0; 32];
+    entropy.fill(&mut secret);
+    let app = AppRecord {
+        id: AppId::DEFAULT,
+        name: "default".to_owned(),
+        secret,
+        created_ms: clock.now().unix_ms,
+    };
+    let (answer, answered) = oneshot::channel();
+    store.commit(
+        vec![Op::PutApp(app.clone())],
+        Box::new(move |result| super::reply(answer, result)),
+    );
+    match answered.await {
+        Ok(Ok(())) => {
+            apps.push(app);
+            Ok(apps)
+        }
+        Ok(Err(CommitFailure::NoRoom)) => Err(StartError::Commit("no room on disk")),
+        Ok(Err(CommitFailure::Failed)) | Err(_) => {
+            Err(StartError::Commit("a write or sync failed"))
+        }
     }
 }

@@ -93,9 +93,11 @@ metrics! {
     SESSION_CLOSES_TOTAL: Counter "bellwire_session_closes_total" ["reason"] "Sessions that the server ended: `replaced`, `revoked`, `ack_timeout`, `drain`.";
     AUTHENTICATIONS_TOTAL: Counter "bellwire_authentications_total" ["who", "result"] "Checks of devices and API keys, by result.";
     LINKS_UNAUTHENTICATED: Gauge "bellwire_links_unauthenticated" [] "Connections that have not said hello yet.";
-    LINK_ACCEPTS_TOTAL: Counter "bellwire_link_accepts_total" ["carrier"] "Connections accepted, before TLS and hello.";
-    LINK_REFUSALS_TOTAL: Counter "bellwire_link_refusals_total" ["carrier", "reason"] "Connections turned away before hello.";
-    LINK_ENDS_TOTAL: Counter "bellwire_link_ends_total" ["carrier", "reason"] "Links that ended, by error code or `bye`, `lost`, `silent`, `goaway`.";
+    LINK_ACCEPTS_TOTAL: Counter "bellwire_link_accepts_total" ["carrier"] "Connections let in to try TLS and hello.";
+    LINK_REFUSALS_TOTAL: Counter "bellwire_link_refusals_total" ["carrier", "reason"] "Connections that never became a link: `address_crowded`, `total_crowded`, `retry` (asked to prove their address), `alpn`, `tls`, `closed`, `accept_failed`, or an error code.";
+    LINK_ENDS_TOTAL: Counter "bellwire_link_ends_total" ["carrier", "reason"] "Links that ended: an error code (`bye`, `silence`, `slow_reader`, `replaced` and so on), `left` (closed without `bye`), `lost`, `tls`, `protocol_violation` or `shutdown`.";
+    LINK_BYTES_TOTAL: Counter "bellwire_link_bytes_total" ["carrier", "direction"] "Bytes of links, `received` and `sent`: on TCP with TLS, on QUIC within the stream.";
+    LINK_FRAMES_TOTAL: Counter "bellwire_link_frames_total" ["carrier", "direction"] "Frames of links, `received` and `sent`.";
 
     MAILBOXES_AWAKE: Gauge "bellwire_mailboxes_awake" [] "Mailboxes in memory.";
     SHARD_INPUTS_WAITING: Gauge "bellwire_shard_inputs_waiting" [] "Events that wait for their shard.";
@@ -127,8 +129,10 @@ metrics! {
     RECEIPTS_DROPPED_TOTAL: Counter "bellwire_receipts_dropped_total" [] "Outcomes and idempotency keys dropped by age.";
     CLOCK_JUMP_SECONDS: Gauge "bellwire_clock_jump_seconds" [] "System clock minus ours while it is not followed, 0 otherwise.";
 
-    HTTP_REQUESTS_TOTAL: Counter "bellwire_http_requests_total" ["route", "status"] "HTTP requests by route template and status.";
+    HTTP_REQUESTS_TOTAL: Counter "bellwire_http_requests_total" ["route", "method", "status"] "HTTP requests by route template, method and class of status (`2xx`).";
     HTTP_SECONDS: Histogram "bellwire_http_seconds" ["route"] "Duration of HTTP requests by route template.";
+    HTTP_CONNECTIONS: Gauge "bellwire_http_connections" ["listener"] "HTTP connections open now, by listener (`api`, `operations`).";
+    HTTP_CONNECTION_ERRORS_TOTAL: Counter "bellwire_http_connection_errors_total" ["listener", "reason"] "HTTP connections that failed: `accept` (out of descriptors or memory), `full` (had to wait for a place), `tls`, `http` (broken off, no HTTP, head too slow).";
     HTTP_RATE_LIMITED_TOTAL: Counter "bellwire_http_rate_limited_total" [] "Requests turned away by the rate limit of their key.";
 }
 

@@ -1,0 +1,283 @@
+//! `bellwire check`: would a start work? Nothing is changed, and a server that runs is not disturbed.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::path::Path;
+
+use bellwire_certs::check_server_files;
+use bellwire_server::config::{self, AnyKey, ApiAccess, Checked, Environment, PemPair, keys};
+use clap::Args;
+use serde_json::json;
+
+use super::api::ListenFile;
+use super::console::Paint;
+use super::{ConfigArg, Console, Failure, Outcome, now};
+
+/// A certificate that ends within so many days is worth a word.
+const SOON_DAYS: i64 = 30;
+
+const AFTER_HELP: &str = "\
+Examples:
+  bellwire check
+  bellwire check --config /etc/bellwire/bellwire.toml
+  bellwire check --json
+
+Exit code 0 if a start would work, 78 if the settings are wrong, 1 for anything else that is in the way.";
+
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct CheckArgs {
+    #[command(flatten)]
+    config: ConfigArg,
+    /// Answer in JSON, for scripts
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How one look turned out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    Good,
+    Warning,
+    Bad,
+}
+
+impl Mark {
+    fn word(self) -> &'static str {
+        match self {
+            Mark::Good => "ok",
+            Mark::Warning => "warning",
+            Mark::Bad => "wrong",
+        }
+    }
+}
+
+struct Finding {
+    mark: Mark,
+    about: &'static str,
+    text: String,
+}
+
+pub(crate) fn run(args: &CheckArgs) -> Outcome {
+    let checked = config::load(args.config.config.as_deref(), &Environment::of_process())?;
+    let mut findings = vec![Finding {
+        mark: Mark::Good,
+        about: "settings",
+        text: match &args.config.config {
+            Some(file) => format!("{} is fine", file.display()),
+            None if Path::new(config::DEFAULT_FILE).exists() => {
+                format!("{} is fine", config::DEFAULT_FILE)
+            }
+            None => {
+                "no file; every setting has its default or comes from the environment".to_owned()
+            }
+        },
+    }];
+    for warning in &checked.warnings {
+        findings.push(Finding {
+            mark: Mark::Warning,
+            about: "settings",
+            text: warning.clone(),
+        });
+    }
+    match &checked.tls {
+        Some(pair) => findings.push(certificate("devices' certificate", pair)),
+        None => findings.push(Finding {
+            mark: Mark::Good,
+            about: "devices' certificate",
+            text: "none is set: a development authority and certificate are made in the data directory".to_owned(),
+        }),
+    }
+    if let ApiAccess::Https(pair) = &checked.api {
+        findings.push(certificate("API's certificate", pair));
+    }
+    findings.push(data_dir(&checked.data_dir));
+    ports(&checked, &mut findings);
+    tell(&findings, args.json);
+    let bad = findings
+        .iter()
+        .filter(|finding| finding.mark == Mark::Bad)
+        .count();
+    if bad > 0 {
+        return Err(Failure::new(
+            format!(
+                "a start would fail: {bad} of {} checks went wrong",
+                findings.len()
+            ),
+            "each line above that says `wrong` tells what to do",
+        ));
+    }
+    Ok(())
+}
+
+fn tell(findings: &[Finding], as_json: bool) {
+    let out = Console::out();
+    if as_json {
+        let list: Vec<_> = findings
+            .iter()
+            .map(|finding| json!({ "mark": finding.mark.word(), "about": finding.about, "text": finding.text }))
+            .collect();
+        let fine = findings.iter().all(|finding| finding.mark != Mark::Bad);
+        out.line(&json!({ "ok": fine, "findings": list }).to_string());
+        return;
+    }
+    for finding in findings {
+        let paint = match finding.mark {
+            Mark::Good => Paint::Green,
+            Mark::Warning => Paint::Yellow,
+            Mark::Bad => Paint::Red,
+        };
+        let word = out.paint(paint, &format!("{:<7}", finding.mark.word()));
+        out.line(&format!("{word}  {}: {}", finding.about, finding.text));
+    }
+}
+
+fn certificate(about: &'static str, pair: &PemPair) -> Finding {
+    let now = now();
+    let (mark, text) = match check_server_files(&pair.cert, &pair.key, now) {
+        Ok(chain) => match chain.first() {
+            Some(leaf)
+                if leaf
+                    .check_time(now + time::Duration::days(SOON_DAYS))
+                    .is_err() =>
+            {
+                (
+                    Mark::Warning,
+                    format!(
+                        "{} ends at {}: renew it soon",
+                        pair.cert.display(),
+                        leaf.not_after
+                    ),
+                )
+            }
+            Some(leaf) => (
+                Mark::Good,
+                format!(
+                    "{} fits its key and is valid until {}",
+                    pair.cert.display(),
+                    leaf.not_after
+                ),
+            ),
+            None => (
+                Mark::Bad,
+                format!("{} holds no certificate", pair.cert.display()),
+            ),
+        },
+        Err(error) => (Mark::Bad, error.to_string()),
+    };
+    Finding { mark, about, text }
+}
+
+fn data_dir(path: &Path) -> Finding {
+    let (mark, text) = match look_at(path) {
+        Ok(text) => (Mark::Good, text),
+        Err(error) => (
+            Mark::Bad,
+            format!(
+                "{}: {error}; name a directory that this user can write with data_dir (BELLWIRE__DATA_DIR)",
+                path.display()
+            ),
+        ),
+    };
+    Finding {
+        mark,
+        about: "data directory",
+        text,
+    }
+}
+
+/// Tries to write where the server would write, and leaves nothing behind.
+fn look_at(path: &Path) -> io::Result<String> {
+    let (place, text) = match fs::metadata(path) {
+        Ok(found) if !found.is_dir() => {
+            return Err(io::Error::new(io::ErrorKind::NotADirectory, "it is a file"));
+        }
+        Ok(_) => (path, format!("{} can be written", path.display())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = path
+                .ancestors()
+                .skip(1)
+                .find(|parent| parent.as_os_str().is_empty() || parent.is_dir())
+                .filter(|parent| !parent.as_os_str().is_empty())
+                .unwrap_or(Path::new("."));
+            (parent, format!("{} will be made", path.display()))
+        }
+        Err(error) => return Err(error),
+    };
+    let probe = place.join(format!(".bellwire-check-{}", std::process::id()));
+    fs::write(&probe, b"x").and_then(|()| fs::remove_file(&probe))?;
+    Ok(text)
+}
+
+fn ports(checked: &Checked, findings: &mut Vec<Finding>) {
+    // A server on this data directory holds them, as it should.
+    if let Ok(Some(listen)) = ListenFile::read(&checked.data_dir) {
+        findings.push(Finding {
+            mark: Mark::Good,
+            about: "ports",
+            text: format!(
+                "a server with process id {} uses this data directory and listens on {} (devices), {} (API) and {} \
+                 (operations)",
+                listen.pid, listen.devices, listen.api, listen.operations
+            ),
+        });
+        return;
+    }
+    let listen = &checked.listen;
+    let tcp = |address: SocketAddr| TcpListener::bind(address).map(drop);
+    let udp = |address: SocketAddr| UdpSocket::bind(address).map(drop);
+    let looks: [(&'static str, &dyn AnyKey, SocketAddr, io::Result<()>); 4] = [
+        (
+            "devices, TCP",
+            &keys::LISTEN_DEVICES,
+            listen.devices,
+            tcp(listen.devices),
+        ),
+        (
+            "devices, UDP",
+            &keys::LISTEN_DEVICES,
+            listen.devices,
+            udp(listen.devices),
+        ),
+        ("API", &keys::LISTEN_API, listen.api, tcp(listen.api)),
+        (
+            "operations",
+            &keys::LISTEN_OPERATIONS,
+            listen.operations,
+            tcp(listen.operations),
+        ),
+    ];
+    for (about, key, address, bound) in looks {
+        let (mark, text) = match bound {
+            Ok(()) if address.port() == 0 => {
+                (Mark::Good, format!("{address}: a free port will be picked"))
+            }
+            Ok(()) => (Mark::Good, format!("{address} is free")),
+            Err(error) => (Mark::Bad, cannot_listen(key.name(), address, &error)),
+        };
+        findings.push(Finding { mark, about, text });
+    }
+}
+
+/// Why nobody can listen there, and which setting says so.
+pub(super) fn cannot_listen(setting: &str, address: SocketAddr, error: &io::Error) -> String {
+    let variable = config::variable_of(setting);
+    let kind = error.kind();
+    if kind == io::ErrorKind::AddrInUse {
+        format!(
+            "{address} is in use by another program: stop that one, or set {setting} ({variable}) to another port"
+        )
+    } else if kind == io::ErrorKind::PermissionDenied {
+        format!(
+            "this user may not listen on {address}: ports below 1024 need a privilege; set {setting} ({variable}) to a \
+             higher one"
+        )
+    } else if kind == io::ErrorKind::AddrNotAvailable {
+        format!(
+            "{address} is not an address of this machine: set {setting} ({variable}) to one that is"
+        )
+    } else {
+        format!("nobody can listen on {address} ({error}): look at {setting} ({variable})")
+    }
+}

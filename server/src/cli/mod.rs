@@ -1,0 +1,161 @@
+//! The command line: each command in a file of its own, and what they share.
+
+mod api;
+mod certs;
+mod check;
+mod console;
+mod device;
+mod failure;
+mod files;
+mod key;
+mod ping;
+mod status;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use time::OffsetDateTime;
+
+pub(crate) use self::console::{Console, plain};
+pub(crate) use self::failure::{EXIT_OK, EXIT_TROUBLE, Failure, Outcome};
+
+const AFTER_HELP: &str = "\
+Examples:
+  bellwire demo                         see it work, in a minute
+  bellwire serve                        start with defaults; everything goes to ./bellwire-data
+  bellwire device add --user anna       register a device
+  bellwire ping --user anna --body Hi   ring it
+
+Exit codes: 0 done, 1 something went wrong, 2 the command line is wrong, 78 the settings are wrong.
+docs/operations.md describes settings, files and operation.";
+
+/// Self-hosted push: rings devices over connections that you own.
+#[derive(Debug, Parser)]
+#[command(name = "bellwire", version, after_help = AFTER_HELP, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check settings, certificates, data directory and ports without starting
+    Check(check::CheckArgs),
+    /// Make development certificates, look at any certificate
+    Certs(certs::CertsArgs),
+    /// API keys of backends
+    Key(key::KeyArgs),
+    /// Devices: register, list, revoke
+    Device(device::DeviceArgs),
+    /// Send a ping and see what became of it
+    Ping(Box<ping::PingArgs>),
+    /// How the server is
+    Status(status::StatusArgs),
+    /// Print the completions for a shell
+    #[command(after_help = COMPLETIONS_HELP)]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+const COMPLETIONS_HELP: &str = "\
+Examples:
+  bellwire completions bash > /etc/bash_completion.d/bellwire
+  bellwire completions zsh > \"${fpath[1]}/_bellwire\"";
+
+/// Runs the command of this process and gives its exit code.
+pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to standard output, mistakes to standard error; nobody is left to tell if that fails.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(EXIT_TROUBLE));
+        }
+    };
+    let as_json = cli.command.json();
+    match cli.command.run() {
+        Ok(()) => ExitCode::from(EXIT_OK),
+        Err(failure) => {
+            failure.report(Console::err(), as_json);
+            ExitCode::from(failure.exit())
+        }
+    }
+}
+
+impl Command {
+    fn json(&self) -> bool {
+        match self {
+            Command::Check(args) => args.json,
+            Command::Certs(args) => args.json(),
+            Command::Key(args) => args.json(),
+            Command::Device(args) => args.json(),
+            Command::Ping(args) => args.api.json,
+            Command::Status(args) => args.api.json,
+            Command::Completions { .. } => false,
+        }
+    }
+
+    fn run(self) -> Outcome {
+        match self {
+            Command::Check(args) => check::run(&args),
+            Command::Certs(args) => certs::run(&args),
+            Command::Key(args) => on_one_thread(key::run(&args)),
+            Command::Device(args) => on_one_thread(device::run(&args)),
+            Command::Ping(args) => on_one_thread(ping::run(&args)),
+            Command::Status(args) => on_one_thread(status::run(&args)),
+            Command::Completions { shell } => {
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Cli::command(), "bellwire", &mut script);
+                Console::out().line(String::from_utf8_lossy(&script).trim_end());
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Runs a command that only asks the API: one thread is enough.
+fn on_one_thread(command: impl Future<Output = Outcome>) -> Outcome {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| no_threads(&error))?
+        .block_on(command)
+}
+
+/// The system gives no threads or timers.
+pub(crate) fn no_threads(error: &std::io::Error) -> Failure {
+    Failure::new(
+        format!("the system gives no room to run: {error}"),
+        "look at the limits of this user (ulimit -a)",
+    )
+}
+
+/// This moment on the calendar.
+pub(crate) fn now() -> OffsetDateTime {
+    use bellwire_server::ports::Clock;
+    let unix_ms = bellwire_server::runtime::SystemClock::new().now().unix_ms;
+    OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms) * 1_000_000)
+        .unwrap_or(OffsetDateTime::UNIX_EPOCH)
+}
+
+/// A moment of the API (Unix milliseconds) as people and logs write it, in UTC.
+pub(crate) fn moment(unix_ms: u64) -> String {
+    const FORM: &[time::format_description::BorrowedFormatItem<'_>] =
+        time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]Z");
+    OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms) * 1_000_000)
+        .ok()
+        .and_then(|moment| moment.format(FORM).ok())
+        .unwrap_or_else(|| unix_ms.to_string())
+}
+
+/// The settings file of the command line.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ConfigArg {
+    /// Settings file; default: bellwire.toml of the working directory, if there is one
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}

@@ -1,0 +1,137 @@
+//! Request bodies: what kind, how large, how slow.
+
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use bellwire_protocol::Code;
+use bytes::BytesMut;
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
+use http_body_util::BodyExt as _;
+use hyper::body::Body as _;
+
+use super::error::{Place, Problem};
+
+/// Largest request body, bytes: room for the largest content in base64, a list of 1,000 names, and escapes.
+pub(crate) const BODY_MAX: usize = 1 << 20;
+
+/// How long a body may take to arrive. Slower than 35 KB/s for the largest one is a defect or an attack.
+const BODY_TIME: Duration = Duration::from_secs(30);
+
+/// How much of a body that is refused for its size is still read and thrown away, so that the caller gets to read the
+/// answer: closing with unread bytes resets the connection.
+const DRAIN_MAX: usize = 8 << 20;
+
+/// How long that may take.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+
+/// Why there is no body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BodyError {
+    /// Larger than [`BODY_MAX`].
+    TooLarge,
+    /// It did not arrive within [`BODY_TIME`].
+    TooSlow,
+    /// The connection broke, or the transfer coding is wrong.
+    Broken,
+}
+
+impl From<BodyError> for Problem {
+    fn from(error: BodyError) -> Problem {
+        match error {
+            BodyError::TooLarge => Problem::new(
+                Code::BodyTooLarge,
+                format!("The body is larger than {BODY_MAX} bytes."),
+            )
+            .closing(),
+            BodyError::TooSlow => Problem::new(
+                Code::BodyTimeout,
+                format!("The body did not arrive within {} s.", BODY_TIME.as_secs()),
+            )
+            .closing(),
+            BodyError::Broken => Problem::new(
+                Code::Malformed,
+                "The body broke off, or its transfer coding is wrong.",
+            )
+            .closing(),
+        }
+    }
+}
+
+/// Reads a body of at most [`BODY_MAX`] bytes.
+pub(crate) async fn read(mut body: Body) -> Result<Bytes, BodyError> {
+    // What says at the outset that it is too large is not even invited (`Expect: 100-continue`).
+    if body.size_hint().lower() > BODY_MAX as u64 {
+        return Err(BodyError::TooLarge);
+    }
+    match tokio::time::timeout(BODY_TIME, collect(&mut body)).await {
+        Ok(Err(BodyError::TooLarge)) => {
+            drain(&mut body).await;
+            Err(BodyError::TooLarge)
+        }
+        Ok(result) => result,
+        Err(_) => Err(BodyError::TooSlow),
+    }
+}
+
+async fn collect(body: &mut Body) -> Result<Bytes, BodyError> {
+    let mut first = Bytes::new();
+    let mut rest = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(|_| BodyError::Broken)?.into_data() else {
+            continue;
+        };
+        if first.len() + rest.len() + data.len() > BODY_MAX {
+            return Err(BodyError::TooLarge);
+        }
+        // Nearly every body comes in one piece and is not copied.
+        if first.is_empty() {
+            first = data;
+        } else {
+            rest.extend_from_slice(&data);
+        }
+    }
+    if rest.is_empty() {
+        return Ok(first);
+    }
+    let mut whole = BytesMut::with_capacity(first.len() + rest.len());
+    whole.extend_from_slice(&first);
+    whole.extend_from_slice(&rest);
+    Ok(whole.freeze())
+}
+
+/// Reads on without keeping anything, within bounds.
+async fn drain(body: &mut Body) {
+    let discard = async {
+        let mut discarded = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            discarded += frame.data_ref().map_or(0, Bytes::len);
+            if discarded > DRAIN_MAX {
+                break;
+            }
+        }
+    };
+    // Too slow or too long: the connection is closed either way.
+    let _ = tokio::time::timeout(DRAIN_TIME, discard).await;
+}
+
+/// Checks that the body says it is JSON.
+pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), Problem> {
+    let is_json = headers.get(CONTENT_TYPE).is_some_and(|value| {
+        let essence = value.as_bytes().split(|byte| *byte == b';').next();
+        essence.is_some_and(|essence| {
+            essence
+                .trim_ascii()
+                .eq_ignore_ascii_case(b"application/json")
+        })
+    });
+    if is_json {
+        Ok(())
+    } else {
+        Err(Problem::new(
+            Code::UnsupportedMediaType,
+            "The body must be JSON and say so: `Content-Type: application/json`.",
+        )
+        .at(Place::Header("Content-Type")))
+    }
+}

@@ -1,0 +1,127 @@
+//! The HTTP side of the house: what backends and operators call.
+//!
+//! - [`routers`] puts together two [`Site`]s: the API (with the front doors of `compat` beside it) and operations.
+//! - [`serve`] carries one of them on a listener: plain or TLS, bounded, with a graceful end.
+//! - [`document`] is the OpenAPI document of all of it, generated from the handlers.
+//!
+//! A request goes through `site` (its id, panics, metrics), axum's router, `auth` (a [`auth::Scoped`] value is the
+//! proof), then one of `pings`, `devices`, `keys`, `operations`, which read it with `body`, `json` and `query` and hand
+//! it to the runtime's [`Handle`]. Whatever goes wrong is an [`error::Problem`]; nothing here decides about deliveries.
+
+mod auth;
+mod body;
+mod devices;
+mod document;
+mod error;
+mod json;
+mod keys;
+mod operations;
+mod ping_body;
+mod pings;
+mod query;
+mod serve;
+mod site;
+mod text;
+
+use std::sync::Arc;
+
+use axum::response::Response;
+use http::HeaderValue;
+use http::StatusCode;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use serde::Serialize;
+use utoipa_axum::router::OpenApiRouter;
+
+pub use document::document;
+pub use serve::{ALPN, Listening, ServeReport, TlsSource, serve};
+pub use site::Site;
+
+use crate::runtime::Handle;
+
+/// What the handlers need.
+#[derive(Clone)]
+struct Backend {
+    handle: Handle,
+    metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    /// The OpenAPI document as it is served.
+    document: bytes::Bytes,
+}
+
+/// What [`routers`] is made of.
+pub struct ApiState {
+    /// The door to everything that runs.
+    pub handle: Handle,
+    /// Renders the metrics in the Prometheus text format.
+    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    /// The front doors of other systems, served beside the native API under their own paths.
+    pub doors: OpenApiRouter,
+}
+
+/// The two sites of a server.
+pub struct Sites {
+    /// For backends: `/v1/…` and the front doors. Needs a listener that only they reach, TLS, or a trusted proxy.
+    pub api: Site,
+    /// For operators and their tools: status, health, metrics.
+    pub operations: Site,
+}
+
+/// Puts the sites together.
+#[must_use]
+pub fn routers(state: ApiState) -> Sites {
+    let (doors, doors_document) = state.doors.split_for_parts();
+    let document = document(doors_document);
+    let backend = Backend {
+        handle: state.handle.clone(),
+        metrics: state.metrics,
+        document: bytes::Bytes::from(document::render(&document)),
+    };
+    let api = document::api_routes()
+        .with_state::<()>(backend.clone())
+        .split_for_parts()
+        .0
+        .merge(doors);
+    let operations = document::operations_routes()
+        .with_state::<()>(backend)
+        .split_for_parts()
+        .0;
+    Sites {
+        api: Site::new(api, state.handle.clone(), &document),
+        operations: Site::new(operations, state.handle, &document),
+    }
+}
+
+/// A JSON answer.
+fn answer(status: StatusCode, body: &impl Serialize) -> Response {
+    // Our own types of texts, numbers and lists: serialising them cannot fail.
+    let body = serde_json::to_vec(body).unwrap_or_default();
+    let mut response = Response::new(axum::body::Body::from(body));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// A JSON answer with a secret in it, which nobody on the way may keep.
+fn secret_answer(status: StatusCode, body: &impl Serialize) -> Response {
+    let mut response = answer(status, body);
+    response
+        .headers_mut()
+        .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// Bodies of malformed and hostile requests, as plain functions for fuzzing. They must not panic; what they make of
+/// their input is tested elsewhere.
+pub mod fuzz {
+    /// Reads the body of a ping.
+    pub fn ping_body(bytes: &[u8]) {
+        let _ = super::ping_body::read(bytes);
+    }
+
+    /// Reads the query of a ping and of a list.
+    pub fn query(text: &str) {
+        let _ = super::pings::wait(Some(text));
+        let _ = super::devices::page(Some(text));
+    }
+}

@@ -1,0 +1,296 @@
+//! What operators and their tools look at: status, health, metrics, the document.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderValue, StatusCode};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::auth::{Read, Scoped};
+use super::document::refusals;
+use super::error::Problem;
+use super::{Backend, answer};
+use crate::runtime::{ClockState, Status, StoreHealth};
+
+/// How the server is.
+#[derive(Serialize, ToSchema)]
+pub(super) struct StatusReport {
+    /// The version of the program.
+    version: &'static str,
+    /// The number of this run, raised at each start.
+    run: u32,
+    /// When this run started, Unix milliseconds.
+    started_ms: u64,
+    /// How long it runs, seconds.
+    uptime_s: u64,
+    /// The server's time, Unix milliseconds.
+    now_ms: u64,
+    /// Whether it wants traffic, as `/readyz` says.
+    ready: bool,
+    /// Whether it is going down.
+    draining: bool,
+    devices: DevicesReport,
+    memory: MemoryReport,
+    store: StoreReport,
+    clock: ClockReport,
+    limits: LimitsReport,
+}
+
+/// Connected devices.
+#[derive(Serialize, ToSchema)]
+struct DevicesReport {
+    /// In all.
+    connected: u64,
+    /// Over QUIC.
+    quic: u64,
+    /// Over WebSocket.
+    websocket: u64,
+}
+
+/// What is held in memory.
+#[derive(Serialize, ToSchema)]
+struct MemoryReport {
+    /// Tasks that own mailboxes.
+    shards: usize,
+    /// Mailboxes in memory.
+    mailboxes_awake: u64,
+    /// Bodies in flight, bytes.
+    reserve_bytes: u64,
+    /// Notifications in the ledger of recent outcomes.
+    ledger_entries: u64,
+    /// Bytes of that ledger.
+    ledger_bytes: u64,
+    /// Idempotency keys remembered.
+    idempotency_entries: u64,
+}
+
+/// The store.
+#[derive(Serialize, ToSchema)]
+struct StoreReport {
+    /// The engine.
+    engine: &'static str,
+    /// `open`, `full` (below the free-space reserve), `behind` (the engine is), or `failed` (until a restart).
+    health: &'static str,
+    /// What an operator should know about that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    detail: Option<String>,
+    /// Frames written to the log in this run.
+    frames: u64,
+    /// Syncs of the log in this run.
+    syncs: u64,
+    /// The last frame that is safe.
+    last_frame: u64,
+    /// The last frame that the engine has.
+    applied_frame: u64,
+    /// How far the engine is behind, bytes.
+    lag_bytes: u64,
+    /// How far the engine is behind, milliseconds.
+    lag_ms: u64,
+    /// Size of the log, bytes.
+    log_bytes: u64,
+    /// Segments of the log.
+    log_segments: u64,
+    /// Size of the engine's files, bytes.
+    engine_bytes: u64,
+    /// Free space on the volume, bytes.
+    free_bytes: u64,
+    /// Median duration of the last 1,024 syncs, microseconds.
+    sync_median_us: u64,
+    /// Worst duration of the last 1,024 syncs, microseconds.
+    sync_worst_us: u64,
+    /// Frame at which the newest verified snapshot starts.
+    snapshot_frame: u64,
+    /// Records that could not be read and were set aside.
+    set_aside: u64,
+}
+
+/// Our clock against the system's.
+#[derive(Serialize, ToSchema)]
+struct ClockReport {
+    /// `steady`, or `jumped`: the sweep of expired notifications pauses.
+    state: &'static str,
+    /// By how much the system's clock is ahead of ours after a jump, milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    jumped_by_ms: Option<i64>,
+}
+
+/// The limits in force.
+#[derive(Serialize, ToSchema)]
+struct LimitsReport {
+    /// Largest content of one notification, bytes.
+    content_max: u32,
+    /// TTL of a ping that names none, seconds.
+    ttl_default_s: u64,
+    /// Longest TTL, seconds.
+    ttl_max_s: u64,
+    /// Devices that one ping may address.
+    devices_per_ping: u32,
+}
+
+impl StatusReport {
+    fn new(status: &Status, ready: bool) -> StatusReport {
+        let (health, detail) = match &status.health {
+            StoreHealth::Open => ("open", None),
+            StoreHealth::Full { free, reserve } => (
+                "full",
+                Some(format!(
+                    "{free} bytes are free, {reserve} are kept as a reserve: free space or add disk"
+                )),
+            ),
+            StoreHealth::Behind => ("behind", None),
+            StoreHealth::Failed(why) => ("failed", Some(why.clone())),
+        };
+        let (clock, jumped_by_ms) = match status.clock {
+            ClockState::Steady => ("steady", None),
+            ClockState::Jumped { by_ms } => ("jumped", Some(by_ms)),
+        };
+        let store = &status.store;
+        StatusReport {
+            version: status.version,
+            run: status.run,
+            started_ms: status.started_ms,
+            uptime_s: status.uptime.as_secs(),
+            now_ms: status.now_ms,
+            ready,
+            draining: status.draining,
+            devices: DevicesReport {
+                connected: status.connected(),
+                quic: status.connected_quic,
+                websocket: status.connected_websocket,
+            },
+            memory: MemoryReport {
+                shards: status.shards,
+                mailboxes_awake: status.awake,
+                reserve_bytes: status.reserve_bytes,
+                ledger_entries: status.ledger_entries,
+                ledger_bytes: status.ledger_bytes,
+                idempotency_entries: status.idempotency_entries,
+            },
+            store: StoreReport {
+                engine: store.engine,
+                health,
+                detail,
+                frames: store.frames,
+                syncs: store.syncs,
+                last_frame: store.last_frame,
+                applied_frame: store.applied_frame,
+                lag_bytes: store.lag_bytes,
+                lag_ms: store.lag_ms,
+                log_bytes: store.log_bytes,
+                log_segments: store.log_segments,
+                engine_bytes: store.engine_bytes,
+                free_bytes: store.free_bytes,
+                sync_median_us: store.sync_us.0,
+                sync_worst_us: store.sync_us.1,
+                snapshot_frame: store.snapshot_frame,
+                set_aside: store.set_aside,
+            },
+            clock: ClockReport {
+                state: clock,
+                jumped_by_ms,
+            },
+            limits: LimitsReport {
+                content_max: status.limits.content_max,
+                ttl_default_s: status.limits.ttl_default_s,
+                ttl_max_s: status.limits.ttl_max_s,
+                devices_per_ping: status.limits.devices_max,
+            },
+        }
+    }
+}
+
+refusals! {
+    StatusRefusals: Unauthenticated, Forbidden, Internal, StoreUnavailable, Draining;
+    ReadyRefusals: StoreUnavailable, StoreBusy, Draining;
+}
+
+/// See how the server is.
+#[utoipa::path(
+    get,
+    path = "/v1/status",
+    tag = "operations",
+    operation_id = "get_status",
+    responses((status = 200, description = "How it is.", body = StatusReport), StatusRefusals),
+)]
+pub(super) async fn status(_who: Scoped<Read>, State(backend): State<Backend>) -> Response {
+    let handle = &backend.handle;
+    answer(
+        StatusCode::OK,
+        &StatusReport::new(&handle.status(), handle.ready().is_ok()),
+    )
+}
+
+/// Whether the process is alive.
+///
+/// Says only that it answers: for a supervisor that restarts what does not.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    tag = "operations",
+    operation_id = "alive",
+    security(()),
+    responses((status = 200, description = "It is.", body = String, content_type = "text/plain", example = "alive\n")),
+)]
+pub(super) async fn alive() -> Response {
+    plain("text/plain; charset=utf-8", "alive\n")
+}
+
+/// Whether the server wants traffic.
+///
+/// For load balancers: 503 with the reason while it drains, after the store failed, or while the store is behind.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    tag = "operations",
+    operation_id = "ready",
+    security(()),
+    responses(
+        (status = 200, description = "It does.", body = String, content_type = "text/plain", example = "ready\n"),
+        ReadyRefusals,
+    ),
+)]
+pub(super) async fn ready(State(backend): State<Backend>) -> Result<Response, Problem> {
+    backend.handle.ready()?;
+    Ok(plain("text/plain; charset=utf-8", "ready\n"))
+}
+
+/// The metrics, in the Prometheus text format.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    tag = "operations",
+    operation_id = "metrics",
+    security(()),
+    responses((status = 200, description = "docs/operations.md lists them.", body = String, content_type = "text/plain")),
+)]
+pub(super) async fn metrics(State(backend): State<Backend>) -> Response {
+    plain(
+        "text/plain; version=0.0.4; charset=utf-8",
+        (backend.metrics)(),
+    )
+}
+
+/// This document.
+#[utoipa::path(
+    get,
+    path = "/openapi.json",
+    tag = "operations",
+    operation_id = "openapi",
+    security(()),
+    responses((status = 200, description = "OpenAPI 3.1.", body = Object, content_type = "application/json")),
+)]
+pub(super) async fn openapi(State(backend): State<Backend>) -> Response {
+    plain("application/json", backend.document)
+}
+
+fn plain(content_type: &'static str, body: impl Into<Body>) -> Response {
+    let mut response = Response::new(body.into());
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}

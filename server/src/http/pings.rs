@@ -1,0 +1,381 @@
+//! `/v1/pings`: publish, look, take back.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::response::Response;
+use bellwire_protocol::Code;
+use http::{HeaderMap, StatusCode};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::auth::{Ping, Read, Scoped};
+use super::document::refusals;
+use super::error::{Place, Problem, rejection_code};
+use super::ping_body::{self, PingSchema};
+use super::query::{self, PathId, Query};
+use super::{Backend, answer, body, text};
+use crate::delivery::{DeviceId, PingId, Rejection};
+use crate::runtime::{Content, PairState, PairView, PingAnswer, PingRequest, Target, sha256};
+
+/// Longest wait for acknowledgements.
+const WAIT_MAX_S: u64 = 60;
+/// Wait for acknowledgements when the caller does not say how long.
+const WAIT_DEFAULT_S: u64 = 10;
+/// Longest idempotency key, bytes.
+const IDEMPOTENCY_KEY_MAX: usize = 255;
+
+/// What became of a ping that was accepted: everything in it is promised.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Accepted {
+    /// Its id.
+    #[serde(serialize_with = "text::display")]
+    #[schema(value_type = String, example = "k5xw6ztqmfzwk3thonuw4zlsme")]
+    id: PingId,
+    /// How many devices it addresses, those in `rejected` included.
+    devices: u32,
+    /// Granted TTL in seconds.
+    ttl_s: u64,
+    /// Devices that did not accept theirs, when the ping names several. Nothing of it is kept for these.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
+    rejected: Vec<Rejected>,
+    /// With `wait=acknowledged`: what is known of each device by now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    outcomes: Option<Vec<DeviceState>>,
+}
+
+/// A device that did not accept its part of a ping.
+#[derive(Serialize, ToSchema)]
+struct Rejected {
+    /// Which device.
+    #[serde(serialize_with = "text::display")]
+    #[schema(value_type = String)]
+    device: DeviceId,
+    /// Why: `unknown_device`, `mailbox_full`, `no_room` or `store_unavailable`, as in docs/errors.md.
+    code: &'static str,
+}
+
+/// What is known of one device's part of a ping.
+#[derive(Serialize, ToSchema)]
+pub(super) struct DeviceState {
+    /// Which device.
+    #[serde(serialize_with = "text::display")]
+    #[schema(value_type = String)]
+    device: DeviceId,
+    /// `waiting`, or how it ended: `acknowledged`, `declined`, `replaced`, `expired`, `evicted`, `revoked`, `refused` or
+    /// `forwarded`.
+    state: &'static str,
+    /// While it waits: when it expires, Unix milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    expires_ms: Option<u64>,
+    /// When it ended, Unix milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    at_ms: Option<u64>,
+}
+
+impl From<&PairView> for DeviceState {
+    fn from(pair: &PairView) -> DeviceState {
+        let (state, expires_ms, at_ms) = match pair.state {
+            PairState::Waiting { expires_ms } => ("waiting", Some(expires_ms), None),
+            PairState::Ended { outcome, at_ms } => (outcome.as_str(), None, Some(at_ms)),
+        };
+        DeviceState {
+            device: pair.device,
+            state,
+            expires_ms,
+            at_ms,
+        }
+    }
+}
+
+/// What is known of a ping.
+#[derive(Serialize, ToSchema)]
+pub(super) struct PingReport {
+    /// Its id.
+    #[serde(serialize_with = "text::display")]
+    #[schema(value_type = String)]
+    id: PingId,
+    /// Device by device.
+    devices: Vec<DeviceState>,
+    /// Pass this as `after` to get the next page; absent on the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    next: Option<String>,
+}
+
+/// What a revocation did.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Revocation {
+    /// Notifications taken back now.
+    revoked: u32,
+    /// Notifications that had ended before.
+    ended: u32,
+}
+
+refusals! {
+    CreateRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, BodyTimeout, IdempotencyConflict,
+        BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, NotAvailable, MailboxFull, Internal,
+        StoreUnavailable, StoreBusy, Draining, MemoryReserve, NoRoom;
+    LookRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, Internal, StoreUnavailable, StoreBusy, Draining;
+}
+
+/// Send a ping.
+///
+/// A 2xx is a promise: the notification of every device not listed in `rejected` is safe on disk, or has its outcome
+/// already. With an `Idempotency-Key` the request can be repeated until it is answered: the same key and body make the
+/// same ping, once.
+///
+/// A ping to a user without devices is accepted with `devices: 0`. Unknown devices in a list, full mailboxes that refuse
+/// and devices that a failing disk kept out are listed in `rejected`; a single device that does not accept is an error.
+#[utoipa::path(
+    post,
+    path = "/v1/pings",
+    tag = "pings",
+    operation_id = "create_ping",
+    params(
+        ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255,
+            description = "1 to 255 visible ASCII characters. One key is for one ping, for ever."),
+        ("wait" = Option<String>, Query, pattern = "^acknowledged$",
+            description = "`acknowledged`: answer when every device's notification has ended, or the time is over."),
+        ("timeout_s" = Option<u32>, Query, maximum = 60,
+            description = "With `wait`: for how long, in seconds. Default 10."),
+    ),
+    request_body(content = PingSchema, content_type = "application/json", examples(
+        ("a text for one user" = (value = json!({"to": {"user": "ana"}, "title": "Ward 3", "body": "Bed 12 calls", "urgency": "high", "ttl_s": 600}))),
+        ("a sync for two devices" = (value = json!({"to": {"devices": ["mfzwizjanfxgk4tfon2ca43fmy", "orugs4zanfzsa4timu2ca2lome"]}, "sync": ["Orders"], "collapse": "orders"}))),
+        ("a bare wake-up" = (value = json!({"to": {"device": "mfzwizjanfxgk4tfon2ca43fmy"}}))),
+    )),
+    responses(
+        (status = 202, description = "Accepted.", body = Accepted,
+            example = json!({"id": "k5xw6ztqmfzwk3thonuw4zlsme", "devices": 2, "ttl_s": 604800})),
+        (status = 200, description = "Accepted, with `wait`: what is known by now.", body = Accepted,
+            example = json!({"id": "k5xw6ztqmfzwk3thonuw4zlsme", "devices": 1, "ttl_s": 600, "outcomes": [
+                {"device": "mfzwizjanfxgk4tfon2ca43fmy", "state": "acknowledged", "at_ms": 1795250000000u64}]})),
+        CreateRefusals,
+    ),
+)]
+pub(super) async fn create(
+    who: Scoped<Ping>,
+    State(backend): State<Backend>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let (parts, body) = request.into_parts();
+    let wait = wait(parts.uri.query())?;
+    let key = idempotency_key(&parts.headers)?;
+    body::expect_json(&parts.headers)?;
+    let bytes = body::read(body).await?;
+    let mut ping = ping_body::read(&bytes)?;
+    named_once(&mut ping.target);
+    let several = !matches!(ping.target, Target::Device(_));
+    let answered = backend
+        .handle
+        .ping(PingRequest {
+            app: who.app(),
+            target: ping.target,
+            content: Content {
+                encoded: ping.content.to_cbor().into(),
+                // A body of at most 1 MiB holds less than 4 GiB.
+                size: u32::try_from(ping.content.size()).unwrap_or(u32::MAX),
+            },
+            ttl_s: ping.ttl_s,
+            urgency: ping.urgency,
+            collapse: ping.collapse,
+            idempotency: key.map(|key| (key, sha256(&bytes))),
+            wait_acknowledged: wait,
+        })
+        .await?;
+    accepted(&answered, several, wait.is_some())
+}
+
+fn accepted(answered: &PingAnswer, several: bool, waited: bool) -> Result<Response, Problem> {
+    if let Some(why) = nothing_accepted(answered, several) {
+        return Err(why.into());
+    }
+    let body = Accepted {
+        id: answered.id,
+        devices: answered.devices,
+        ttl_s: answered.ttl_s,
+        rejected: answered
+            .rejected
+            .iter()
+            .map(|(device, why)| Rejected {
+                device: *device,
+                code: rejection_code(*why).name(),
+            })
+            .collect(),
+        outcomes: waited.then(|| answered.outcomes.iter().map(DeviceState::from).collect()),
+    };
+    let status = if waited {
+        StatusCode::OK
+    } else {
+        StatusCode::ACCEPTED
+    };
+    Ok(answer(status, &body))
+}
+
+/// The reason when no device at all accepted and the answer must not look like a success: always for a single device,
+/// and for several when the trouble is the server's, so that the caller sends the whole ping again.
+fn nothing_accepted(answered: &PingAnswer, several: bool) -> Option<Rejection> {
+    let (_, first) = answered.rejected.first()?;
+    if usize::try_from(answered.devices) != Ok(answered.rejected.len()) {
+        return None;
+    }
+    if !several {
+        return Some(*first);
+    }
+    answered
+        .rejected
+        .iter()
+        .all(|(_, why)| matches!(why, Rejection::NoRoom | Rejection::StoreFailed))
+        .then_some(*first)
+}
+
+/// Lets every name in a list count once.
+fn named_once(target: &mut Target) {
+    match target {
+        Target::Device(_) => {}
+        Target::Devices(devices) => {
+            let mut seen = HashSet::with_capacity(devices.len());
+            devices.retain(|device| seen.insert(*device));
+        }
+        Target::Users(users) if users.len() == 1 => {}
+        Target::Users(users) => {
+            let mut seen = HashSet::with_capacity(users.len());
+            users.retain(|user| seen.insert(user.clone()));
+        }
+    }
+}
+
+/// How long to wait, from the query.
+pub(super) fn wait(query: Option<&str>) -> Result<Option<Duration>, Problem> {
+    let query = Query::read(query, &["wait", "timeout_s"])?;
+    let asked = query.parsed("wait", "`acknowledged`", |text| {
+        (text == "acknowledged").then_some(())
+    })?;
+    let timeout_s = query.parsed("timeout_s", "an integer from 0 to 60", |text| {
+        text.parse().ok().filter(|seconds| *seconds <= WAIT_MAX_S)
+    })?;
+    match (asked, timeout_s) {
+        (Some(()), timeout_s) => Ok(Some(Duration::from_secs(
+            timeout_s.unwrap_or(WAIT_DEFAULT_S),
+        ))),
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(query::wrong("timeout_s", "used with `wait=acknowledged`")),
+    }
+}
+
+/// The idempotency key, if there is one.
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    const NAME: &str = "Idempotency-Key";
+    let mut values = headers.get_all("idempotency-key").iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    let key = value.as_bytes();
+    let fits = (1..=IDEMPOTENCY_KEY_MAX).contains(&key.len())
+        && key.iter().all(u8::is_ascii_graphic)
+        && values.next().is_none();
+    match std::str::from_utf8(key) {
+        Ok(key) if fits => Ok(Some(key.to_owned())),
+        _ => Err(Problem::new(
+            Code::Malformed,
+            "`Idempotency-Key` must be 1 to 255 visible ASCII characters, and come once.",
+        )
+        .at(Place::Header(NAME))),
+    }
+}
+
+/// The id of a ping in a path. What is no id names no ping.
+fn ping_id(text: &str) -> Result<PingId, Problem> {
+    text.parse().map_err(|_| not_retained())
+}
+
+fn not_retained() -> Problem {
+    Problem::plain(Code::PingNotRetained)
+}
+
+/// See what became of a ping.
+///
+/// Outcomes are kept for 24 hours unless the operator set another time. A ping of another app is not found.
+#[utoipa::path(
+    get,
+    path = "/v1/pings/{id}",
+    tag = "pings",
+    operation_id = "get_ping",
+    params(
+        ("id" = String, Path, description = "The ping."),
+        ("after" = Option<String>, Query, description = "`next` of the page before."),
+        ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Most devices to list. Default 100."),
+    ),
+    responses(
+        (status = 200, description = "What is known, by device.", body = PingReport,
+            example = json!({"id": "k5xw6ztqmfzwk3thonuw4zlsme", "devices": [
+                {"device": "mfzwizjanfxgk4tfon2ca43fmy", "state": "waiting", "expires_ms": 1795854800000u64},
+                {"device": "orugs4zanfzsa4timu2ca2lome", "state": "acknowledged", "at_ms": 1795250000000u64}]})),
+        LookRefusals,
+    ),
+)]
+pub(super) async fn look(
+    who: Scoped<Read>,
+    State(backend): State<Backend>,
+    PathId(id): PathId,
+    request: Request,
+) -> Result<Response, Problem> {
+    let query = Query::read(request.uri().query(), &["after", "limit"])?;
+    let after = query.parsed("after", "the `next` of the page before", |text| {
+        text.parse().ok()
+    })?;
+    let view = backend
+        .handle
+        .ping_view(who.app(), ping_id(&id)?, after, query.limit()?)
+        .await?
+        .ok_or_else(not_retained)?;
+    Ok(answer(
+        StatusCode::OK,
+        &PingReport {
+            id: view.id,
+            devices: view.devices.iter().map(DeviceState::from).collect(),
+            next: view.next.map(|next| next.to_string()),
+        },
+    ))
+}
+
+/// Take a ping back where it has not ended.
+///
+/// Devices that have it already are told to take it off the screen. Revoking twice is no error.
+#[utoipa::path(
+    delete,
+    path = "/v1/pings/{id}",
+    tag = "pings",
+    operation_id = "revoke_ping",
+    params(("id" = String, Path, description = "The ping.")),
+    responses(
+        (status = 200, description = "What was taken back.", body = Revocation, example = json!({"revoked": 1, "ended": 1})),
+        LookRefusals,
+    ),
+)]
+pub(super) async fn revoke(
+    who: Scoped<Ping>,
+    State(backend): State<Backend>,
+    PathId(id): PathId,
+    request: Request,
+) -> Result<Response, Problem> {
+    Query::read(request.uri().query(), &[])?;
+    let counts = backend
+        .handle
+        .revoke_ping(who.app(), ping_id(&id)?)
+        .await?
+        .ok_or_else(not_retained)?;
+    Ok(answer(
+        StatusCode::OK,
+        &Revocation {
+            revoked: counts.revoked,
+            ended: counts.ended,
+        },
+    ))
+}

@@ -1,0 +1,162 @@
+//! Handles of the metrics that are counted often, made once.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+use metrics::{Counter, Gauge, Histogram, SharedString, counter, gauge, histogram};
+
+use super::ledger::Noted;
+use super::shard::Carrier;
+use crate::delivery::{AppId, Closing, Notice, Outcome, Refusal, Rejection};
+use crate::telemetry::metrics as names;
+
+/// The counters of one app.
+pub(super) struct AppMeters {
+    pub(super) label: SharedString,
+    pub(super) pings_accepted: Counter,
+    pub(super) notifications: Counter,
+    outcomes: [Counter; Outcome::ALL.len()],
+}
+
+impl AppMeters {
+    fn new(label: SharedString) -> AppMeters {
+        AppMeters {
+            pings_accepted: counter!(names::PINGS_TOTAL, "app" => label.clone(), "result" => "accepted"),
+            notifications: counter!(names::NOTIFICATIONS_TOTAL, "app" => label.clone()),
+            outcomes: Outcome::ALL.map(|outcome| {
+                counter!(names::OUTCOMES_TOTAL, "app" => label.clone(), "outcome" => outcome.as_str())
+            }),
+            label,
+        }
+    }
+}
+
+/// All of them.
+pub(super) struct Meters {
+    apps: ArcSwap<HashMap<AppId, AppMeters>>,
+    other: AppMeters,
+    pub(super) accept_seconds: Histogram,
+    acknowledge_seconds: Histogram,
+    repeated: Counter,
+    /// By `redelivered`.
+    pub(super) sends: [Counter; 2],
+    pub(super) withdrawals: Counter,
+    pub(super) commit_no_room: Counter,
+    pub(super) commit_failed: Counter,
+    pub(super) drained: Counter,
+    pub(super) revocations: Counter,
+    sessions: [Gauge; 2],
+    attaches: [Counter; 2],
+    connected: [AtomicU64; 2],
+}
+
+impl Meters {
+    pub(super) fn new() -> Meters {
+        let carriers = [Carrier::Quic.as_str(), Carrier::WebSocket.as_str()];
+        Meters {
+            apps: ArcSwap::default(),
+            other: AppMeters::new("other".into()),
+            accept_seconds: histogram!(names::ACCEPT_SECONDS),
+            acknowledge_seconds: histogram!(names::ACKNOWLEDGE_SECONDS),
+            repeated: counter!(names::OUTCOMES_REPEATED_TOTAL),
+            sends: ["false", "true"]
+                .map(|redelivered| counter!(names::SENDS_TOTAL, "redelivered" => redelivered)),
+            withdrawals: counter!(names::WITHDRAWALS_TOTAL),
+            commit_no_room: counter!(names::COMMIT_FAILURES_TOTAL, "reason" => "no_room"),
+            commit_failed: counter!(names::COMMIT_FAILURES_TOTAL, "reason" => "failed"),
+            drained: counter!(names::SESSION_CLOSES_TOTAL, "reason" => "drain"),
+            revocations: counter!(names::REVOCATIONS_TOTAL),
+            sessions: carriers.map(|carrier| gauge!(names::SESSIONS, "carrier" => carrier)),
+            attaches: carriers.map(|carrier| counter!(names::ATTACHES_TOTAL, "carrier" => carrier)),
+            connected: [AtomicU64::new(0), AtomicU64::new(0)],
+        }
+    }
+
+    /// Gives the first apps counters of their own.
+    pub(super) fn set_apps<'a>(&self, apps: impl Iterator<Item = (AppId, &'a str)>) {
+        let apps = apps
+            .take(names::APPS_LABELLED)
+            .map(|(id, name)| (id, AppMeters::new(name.to_owned().into())))
+            .collect();
+        self.apps.store(std::sync::Arc::new(apps));
+    }
+
+    pub(super) fn app<T>(&self, app: AppId, count: impl FnOnce(&AppMeters) -> T) -> T {
+        count(self.apps.load().get(&app).unwrap_or(&self.other))
+    }
+
+    pub(super) fn ended(&self, app: AppId, outcome: Outcome, at_ms: u64, noted: Noted) {
+        self.app(app, |meters| {
+            // The position in `ALL` is the discriminant.
+            meters.outcomes[outcome as usize].increment(1);
+        });
+        if noted.repeated {
+            self.repeated.increment(1);
+        }
+        if outcome == Outcome::Acknowledged
+            && let Some(accepted_ms) = noted.accepted_ms
+        {
+            #[expect(clippy::cast_precision_loss, reason = "a measurement")]
+            self.acknowledge_seconds
+                .record(at_ms.saturating_sub(accepted_ms) as f64 / 1_000.0);
+        }
+    }
+
+    pub(super) fn rejected(&self, why: Rejection) {
+        let reason = match why {
+            Rejection::UnknownDevice => "unknown_device",
+            Rejection::MailboxFull => "mailbox_full",
+            Rejection::NoRoom => "no_room",
+            Rejection::StoreFailed => "store_failed",
+        };
+        counter!(names::REJECTIONS_TOTAL, "reason" => reason).increment(1);
+    }
+
+    pub(super) fn refused(&self, why: Refusal) {
+        let reason = match why {
+            Refusal::StaleAttempt => "stale_attempt",
+            Refusal::DuplicateDevice => "duplicate_device",
+            Refusal::UnknownDevice => "unknown_device",
+            Refusal::StoreFailed => "store_failed",
+        };
+        counter!(names::ATTACH_REFUSALS_TOTAL, "reason" => reason).increment(1);
+    }
+
+    pub(super) fn closed(&self, why: Closing) {
+        let reason = match why {
+            Closing::Replaced => "replaced",
+            Closing::Revoked => "revoked",
+            Closing::AckTimeout => "ack_timeout",
+        };
+        counter!(names::SESSION_CLOSES_TOTAL, "reason" => reason).increment(1);
+    }
+
+    pub(super) fn noticed(&self, notice: Notice) {
+        let notice = match notice {
+            Notice::UnknownVerdict => "unknown_verdict",
+            Notice::DuplicateDevice => "duplicate_device",
+            Notice::UnreadableBody => "unreadable_body",
+            Notice::CollapseRepaired => "collapse_repaired",
+            Notice::Deferred => "deferred",
+            Notice::DeferralWon => "deferral_won",
+        };
+        counter!(names::NOTICES_TOTAL, "notice" => notice).increment(1);
+    }
+
+    pub(super) fn attached(&self, carrier: Carrier) {
+        self.attaches[carrier as usize].increment(1);
+        self.connected[carrier as usize].fetch_add(1, Ordering::Relaxed);
+        self.sessions[carrier as usize].increment(1.0);
+    }
+
+    pub(super) fn left(&self, carrier: Carrier) {
+        self.connected[carrier as usize].fetch_sub(1, Ordering::Relaxed);
+        self.sessions[carrier as usize].decrement(1.0);
+    }
+
+    /// Devices attached over `carrier`.
+    pub(super) fn connected(&self, carrier: Carrier) -> u64 {
+        self.connected[carrier as usize].load(Ordering::Relaxed)
+    }
+}

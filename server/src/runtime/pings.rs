@@ -1,0 +1,565 @@
+//! From a publish request to its answer.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use aws_lc_rs::hmac;
+use tokio::sync::oneshot;
+
+use super::api::{
+    PairView, PingAnswer, PingError, PingRequest, PingView, RevokeCounts, RuntimeError, Target,
+};
+use super::handle::{App, Inner};
+use super::hashing::sha256;
+use super::idempotency::{Begin, Done};
+use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
+use super::shard::{Gather, Input, Parts, Settled, Waiter};
+use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
+use crate::ports::{IdempotencyRecord, Op, PairState};
+use crate::telemetry::metrics as names;
+
+/// Pairs read of the store at a time when a ping is revoked.
+const REVOKE_PAGE: usize = 256;
+
+/// A publish request without its key: everything is checked, and its id is known.
+struct Publication<'a> {
+    app: AppId,
+    id: PingId,
+    may_repeat: bool,
+    request: &'a PingRequest,
+    limits: Limits,
+}
+
+impl Inner {
+    pub(super) async fn ping(
+        self: &Arc<Inner>,
+        request: PingRequest,
+    ) -> Result<PingAnswer, PingError> {
+        let begun = self.shared.clock.now();
+        let answer = self.answer(&request).await;
+        let took = self.shared.clock.now().mono - begun.mono;
+        let meters = &self.shared.meters;
+        meters.accept_seconds.record(took.as_secs_f64());
+        match &answer {
+            Ok(answer) => meters.app(request.app, |app| {
+                app.pings_accepted.increment(1);
+                app.notifications
+                    .increment(u64::from(answer.devices) - answer.rejected.len() as u64);
+            }),
+            Err(error) => {
+                let label = meters.app(request.app, |app| app.label.clone());
+                metrics::counter!(names::PINGS_TOTAL, "app" => label, "result" => code(error))
+                    .increment(1);
+            }
+        }
+        let mut answer = answer?;
+        if let Some(wait) = request.wait_acknowledged {
+            answer.outcomes = self.outcomes(request.app, answer.id, wait).await;
+        }
+        Ok(answer)
+    }
+
+    async fn answer(self: &Arc<Inner>, request: &PingRequest) -> Result<PingAnswer, PingError> {
+        if self.refusing.load(Ordering::Relaxed) {
+            return Err(RuntimeError::Draining.into());
+        }
+        let limits = **self.limits.load();
+        if request.content.size > limits.content_max {
+            return Err(PingError::ContentTooLarge {
+                size: request.content.size,
+                limit: limits.content_max,
+            });
+        }
+        let app = self.app(request.app).ok_or(PingError::UnknownDevice)?;
+        match &request.idempotency {
+            None => {
+                let mut id = [0; 16];
+                self.entropy.fill(&mut id);
+                self.publish(Publication {
+                    app: request.app,
+                    id: PingId(id),
+                    may_repeat: false,
+                    request,
+                    limits,
+                })
+                .await
+            }
+            Some((key, body_hash)) => {
+                self.publish_once(&app, request, limits, key, body_hash)
+                    .await
+            }
+        }
+    }
+
+    // ---- Idempotency ---------------------------------------------------------------------------------------------
+
+    async fn publish_once(
+        self: &Arc<Inner>,
+        app: &App,
+        request: &PingRequest,
+        limits: Limits,
+        key: &str,
+        body_hash: &[u8; 32],
+    ) -> Result<PingAnswer, PingError> {
+        let id = derived_id(app, key, body_hash);
+        let key_hash = sha256(key.as_bytes());
+        let hits = |result: &'static str| {
+            metrics::counter!(names::IDEMPOTENCY_HITS_TOTAL, "result" => result).increment(1);
+        };
+        loop {
+            let now_ms = self.shared.clock.now().unix_ms;
+            match self.idempotency.begin(request.app, &key_hash, id, now_ms) {
+                Begin::Known(done) => {
+                    hits("same");
+                    return Ok(done.answer());
+                }
+                Begin::Conflict => {
+                    hits("conflict");
+                    return Err(PingError::IdempotencyConflict);
+                }
+                Begin::Join(mut answer) => {
+                    hits("joined");
+                    if let Ok(shared) = answer.wait_for(Option::is_some).await
+                        && let Some(answer) = shared.clone()
+                    {
+                        return answer;
+                    }
+                    // The first one went away without an answer.
+                }
+                Begin::Lead(lead) => {
+                    let (answer, fresh) = match self.remembered(request.app, key_hash, now_ms).await
+                    {
+                        Err(error) => (Err(error.into()), false),
+                        Ok(Some(record)) if record.body_hash == *body_hash => {
+                            hits("same");
+                            (Ok(repeat(&record)), false)
+                        }
+                        Ok(Some(_)) => {
+                            hits("conflict");
+                            (Err(PingError::IdempotencyConflict), false)
+                        }
+                        Ok(None) => {
+                            let publication = Publication {
+                                app: request.app,
+                                id,
+                                may_repeat: true,
+                                request,
+                                limits,
+                            };
+                            (self.publish(publication).await, true)
+                        }
+                    };
+                    let done = answer
+                        .as_ref()
+                        .ok()
+                        .filter(|answer| answer.rejected.is_empty())
+                        .map(|answer| Done {
+                            ping: answer.id,
+                            devices: answer.devices,
+                            ttl_s: answer.ttl_s,
+                            at_ms: now_ms,
+                        });
+                    if let Some(done) = done.filter(|_| fresh) {
+                        self.shared
+                            .store
+                            .ride_along(Op::PutIdempotency(IdempotencyRecord {
+                                app: request.app,
+                                key_hash,
+                                body_hash: *body_hash,
+                                ping: done.ping,
+                                devices: done.devices,
+                                ttl_s: done.ttl_s,
+                                at_ms: done.at_ms,
+                            }));
+                    }
+                    lead.finish(answer.clone(), done);
+                    return answer;
+                }
+            }
+        }
+    }
+
+    /// What the store remembers of a key that memory does not know, where it can know more.
+    async fn remembered(
+        &self,
+        app: AppId,
+        key_hash: [u8; 32],
+        now_ms: u64,
+    ) -> Result<Option<IdempotencyRecord>, RuntimeError> {
+        let keep_ms = self.idempotency.keep_ms();
+        let earlier_runs = self.run > 1 && now_ms.saturating_sub(self.started.unix_ms) < keep_ms;
+        if !earlier_runs && !self.idempotency.lost() {
+            return Ok(None);
+        }
+        let record = self
+            .shared
+            .reading
+            .read(move |store| store.idempotency(app, key_hash))
+            .await?;
+        Ok(record.filter(|record| now_ms.saturating_sub(record.at_ms) < keep_ms))
+    }
+
+    // ---- Publishing ----------------------------------------------------------------------------------------------
+
+    async fn publish(
+        self: &Arc<Inner>,
+        publication: Publication<'_>,
+    ) -> Result<PingAnswer, PingError> {
+        let Publication {
+            app,
+            id,
+            may_repeat,
+            request,
+            limits,
+        } = publication;
+        let devices = self.resolve(request, &limits).await?;
+        if self.shared.failed.load(Ordering::Relaxed) {
+            return Err(RuntimeError::StoreUnavailable.into());
+        }
+        let share = self
+            .reserve
+            .take(request.content.encoded.len(), limits.memory_reserve)
+            .ok_or(RuntimeError::MemoryReserve)?;
+        let now_ms = self.shared.clock.now().unix_ms;
+        let ttl_s = request
+            .ttl_s
+            .unwrap_or(limits.ttl_default_s)
+            .min(limits.ttl_max_s);
+        let transient = ttl_s == 0;
+        let lifetime_ms = if transient {
+            TRANSIENT_MS
+        } else {
+            ttl_s.saturating_mul(1_000)
+        };
+        let notification = Arc::new(Notification {
+            ping: id,
+            app,
+            accepted_ms: now_ms,
+            expires_ms: now_ms.saturating_add(lifetime_ms),
+            urgency: request.urgency,
+            collapse: request.collapse.clone(),
+            size: request.content.size,
+            transient,
+            shared: devices.len() > 1,
+            content: request.content.encoded.clone(),
+            wire: WireSlot::default(),
+            hold: Hold::of(share),
+        });
+        let answer = |rejected| PingAnswer {
+            id,
+            devices: u32::try_from(devices.len()).unwrap_or(u32::MAX),
+            ttl_s,
+            rejected,
+            outcomes: Vec::new(),
+        };
+        match devices.as_slice() {
+            [] => {
+                self.shared.ledger.open(app, id, now_ms);
+                Ok(answer(Vec::new()))
+            }
+            &[device] => {
+                let (sender, settled) = oneshot::channel();
+                self.shard(device).inbox.push(Input::Enqueue {
+                    device,
+                    notification,
+                    may_repeat,
+                    waiter: Waiter::One(sender),
+                });
+                // Without an answer the shard was stopped.
+                match settled.await.map_err(|_| RuntimeError::Draining)? {
+                    Settled::Accepted => Ok(answer(Vec::new())),
+                    Settled::Busy => Err(RuntimeError::StoreBusy.into()),
+                    Settled::Rejected(Rejection::UnknownDevice)
+                        if !matches!(request.target, Target::Device(_)) =>
+                    {
+                        Ok(answer(vec![(device, Rejection::UnknownDevice)]))
+                    }
+                    Settled::Rejected(why) => Err(refusal(why)),
+                }
+            }
+            several => {
+                let (gather, settled) = Gather::new(several.len());
+                for &device in several {
+                    self.shard(device).inbox.push(Input::Enqueue {
+                        device,
+                        notification: Arc::clone(&notification),
+                        may_repeat,
+                        waiter: Waiter::Part(Arc::clone(&gather)),
+                    });
+                }
+                drop((gather, notification));
+                let Parts { rejected, busy } = settled.await.map_err(|_| RuntimeError::Draining)?;
+                if busy {
+                    return Err(RuntimeError::StoreBusy.into());
+                }
+                if rejected.len() == several.len()
+                    && let Some(error) = all_for_the_store(&rejected)
+                {
+                    return Err(error.into());
+                }
+                Ok(answer(rejected))
+            }
+        }
+    }
+
+    /// The devices of a target, each once.
+    async fn resolve(
+        self: &Arc<Inner>,
+        request: &PingRequest,
+        limits: &Limits,
+    ) -> Result<Vec<DeviceId>, PingError> {
+        let too_many = PingError::TooManyDevices {
+            limit: limits.devices_max,
+        };
+        let devices_max = limits.devices_max as usize;
+        let mut devices = Vec::new();
+        let mut seen = HashSet::new();
+        match &request.target {
+            Target::Device(device) => devices.push(*device),
+            Target::Devices(named) => {
+                for &device in named {
+                    if seen.insert(device) {
+                        devices.push(device);
+                    }
+                    if devices.len() > devices_max {
+                        return Err(too_many);
+                    }
+                }
+            }
+            Target::Users(users) => {
+                if users.len() > USERS_PER_PING {
+                    return Err(too_many);
+                }
+                for owned in self
+                    .user_devices(request.app, users, devices_max + 1)
+                    .await?
+                {
+                    for device in self.newest_first(&owned) {
+                        if seen.insert(device) {
+                            devices.push(device);
+                        }
+                    }
+                    if devices.len() > devices_max {
+                        return Err(too_many);
+                    }
+                }
+            }
+        }
+        Ok(devices)
+    }
+
+    /// A user's devices: those attached now, the newest first, then the others.
+    fn newest_first(&self, owned: &[DeviceId]) -> Vec<DeviceId> {
+        let mut devices = owned.to_vec();
+        if devices.len() > 1 {
+            devices.sort_by_cached_key(|&device| {
+                let presence = self.shard(device).presence(device);
+                std::cmp::Reverse(presence.map_or(0, |presence| presence.since_ms))
+            });
+        }
+        devices
+    }
+
+    // ---- Afterwards ----------------------------------------------------------------------------------------------
+
+    /// Waits until every notification of a ping has ended, or the time is over; answers what is known then.
+    async fn outcomes(&self, app: AppId, ping: PingId, wait: Duration) -> Vec<PairView> {
+        let ended = async {
+            while let Some((watch, _)) = self.shared.ledger.watch(ping) {
+                let notified = watch.notified();
+                tokio::pin!(notified);
+                notified.as_mut().enable();
+                match self.shared.ledger.watch(ping) {
+                    Some((_, open)) if open > 0 => notified.await,
+                    _ => return,
+                }
+            }
+        };
+        // Either way, what is known is read below.
+        drop(tokio::time::timeout(wait, ended).await);
+        let limit = self.limits.load().devices_max as usize;
+        match self.ping_view(app, ping, None, limit).await {
+            Ok(Some(view)) => view.devices,
+            Ok(None) | Err(_) => self
+                .shared
+                .ledger
+                .known(ping, None, limit)
+                .map(|known| known.pairs)
+                .unwrap_or_default(),
+        }
+    }
+
+    pub(super) async fn ping_view(
+        &self,
+        app: AppId,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Option<PingView>, RuntimeError> {
+        let limit = limit.max(1);
+        let recent = self.shared.ledger.known(ping, after, limit + 1);
+        if recent.as_ref().is_some_and(|known| known.app != app) {
+            return Ok(None);
+        }
+        let known = recent.is_some();
+        let (stored, exists) = self
+            .shared
+            .reading
+            .read(move |store| {
+                let page = store.pairs(ping, after, limit + 1)?;
+                let exists = known
+                    || !page.items.is_empty()
+                    || (after.is_some() && !store.pairs(ping, None, 1)?.items.is_empty());
+                Ok((page, exists))
+            })
+            .await?;
+        if !exists || stored.items.iter().any(|&(owner, _, _)| owner != app) {
+            return Ok(None);
+        }
+        let mut devices: Vec<PairView> = stored
+            .items
+            .iter()
+            .map(|&(_, device, state)| PairView { device, state })
+            .collect();
+        // Beyond the end of a cut page of the store the ledger may name devices whose stored neighbours are not here.
+        let end = stored.next.and(devices.last().map(|pair| pair.device));
+        for pair in recent.map(|known| known.pairs).unwrap_or_default() {
+            match devices.binary_search_by_key(&pair.device, |known| known.device) {
+                Ok(index) => devices[index].state = later(devices[index].state, pair.state),
+                Err(index) => devices.insert(index, pair),
+            }
+        }
+        if let Some(end) = end {
+            devices.retain(|pair| pair.device <= end);
+        }
+        let more = devices.len() > limit || end.is_some();
+        devices.truncate(limit);
+        Ok(Some(PingView {
+            id: ping,
+            next: devices.last().map(|pair| pair.device).filter(|_| more),
+            devices,
+        }))
+    }
+
+    pub(super) async fn revoke_ping(
+        self: &Arc<Inner>,
+        app: AppId,
+        ping: PingId,
+    ) -> Result<Option<RevokeCounts>, RuntimeError> {
+        let mut counts = RevokeCounts::default();
+        let mut answers = Vec::new();
+        let mut after = None;
+        loop {
+            let Some(page) = self.ping_view(app, ping, after, REVOKE_PAGE).await? else {
+                return Ok(None);
+            };
+            for pair in page.devices {
+                match pair.state {
+                    PairState::Ended { .. } => counts.ended += 1,
+                    PairState::Waiting { .. } => {
+                        let (answer, answered) = oneshot::channel();
+                        self.shard(pair.device).inbox.push(Input::Revoke {
+                            device: pair.device,
+                            ping,
+                            answer,
+                        });
+                        answers.push(answered);
+                    }
+                }
+            }
+            if page.next.is_none() {
+                break;
+            }
+            after = page.next;
+        }
+        let settled = async {
+            for answered in answers {
+                if answered.await.map_err(|_| RuntimeError::Draining)? {
+                    counts.revoked += 1;
+                } else {
+                    counts.ended += 1;
+                }
+            }
+            Ok(())
+        };
+        self.in_time(settled).await?;
+        self.shared
+            .meters
+            .revocations
+            .increment(u64::from(counts.revoked));
+        Ok(Some(counts))
+    }
+}
+
+/// The id that a key and a body make in an app: nobody without the app's secret can guess it.
+fn derived_id(app: &App, key: &str, body_hash: &[u8; 32]) -> PingId {
+    let mut context = hmac::Context::with_key(&app.secret);
+    // The hash has a fixed length, so key and hash cannot be cut differently.
+    context.update(key.as_bytes());
+    context.update(body_hash);
+    let mut id = [0; 16];
+    for (to, from) in id.iter_mut().zip(context.sign().as_ref()) {
+        *to = *from;
+    }
+    PingId(id)
+}
+
+fn repeat(record: &IdempotencyRecord) -> PingAnswer {
+    PingAnswer {
+        id: record.ping,
+        devices: record.devices,
+        ttl_s: record.ttl_s,
+        rejected: Vec::new(),
+        outcomes: Vec::new(),
+    }
+}
+
+/// Of two things known of one notification: an outcome beats waiting.
+fn later(stored: PairState, recent: PairState) -> PairState {
+    match (stored, recent) {
+        (PairState::Ended { .. }, _) => stored,
+        (PairState::Waiting { .. }, _) => recent,
+    }
+}
+
+fn refusal(why: Rejection) -> PingError {
+    match why {
+        Rejection::UnknownDevice => PingError::UnknownDevice,
+        Rejection::MailboxFull => PingError::MailboxFull,
+        Rejection::NoRoom => RuntimeError::NoRoom.into(),
+        Rejection::StoreFailed => RuntimeError::StoreUnavailable.into(),
+    }
+}
+
+/// The store's trouble, if every device was refused because of it.
+fn all_for_the_store(rejected: &[(DeviceId, Rejection)]) -> Option<RuntimeError> {
+    let mut error = RuntimeError::NoRoom;
+    for (_, why) in rejected {
+        match why {
+            Rejection::NoRoom => {}
+            Rejection::StoreFailed => error = RuntimeError::StoreUnavailable,
+            Rejection::UnknownDevice | Rejection::MailboxFull => return None,
+        }
+    }
+    Some(error)
+}
+
+fn code(error: &PingError) -> &'static str {
+    match error {
+        PingError::UnknownDevice => "unknown_device",
+        PingError::MailboxFull => "mailbox_full",
+        PingError::IdempotencyConflict => "idempotency_conflict",
+        PingError::ContentTooLarge { .. } => "content_too_large",
+        PingError::TooManyDevices { .. } => "too_many_devices",
+        PingError::Runtime(error) => match error {
+            RuntimeError::StoreUnavailable => "store_unavailable",
+            RuntimeError::StoreBusy => "store_busy",
+            RuntimeError::Draining => "draining",
+            RuntimeError::MemoryReserve => "memory_reserve",
+            RuntimeError::NoRoom => "no_room",
+            RuntimeError::Invalid(_) => "invalid",
+        },
+    }
+}

@@ -1,0 +1,1003 @@
+//! A shard as a task: it owns mailboxes that are awake, the sessions of their devices and whoever waits for an answer,
+//! and turns events into effects. Nothing of that is locked.
+//!
+//! A turn: look at the clock once; hear what the committer says; take inputs up to [`TURN_INPUTS`]; do what is due;
+//! carry out the effects; hand a batch to the committer if it has a place; then wake each link once, hand all reads
+//! to the reading threads at once, and answer.
+//!
+//! The inbox has no limit of its own, because everybody who puts something in is bounded already: a publisher by
+//! the memory reserve and its requests, a link by its window and its frames in flight, the reading threads and the
+//! committer by what the shard asked them for, the sweep by its page.
+//!
+//! A panic in a turn would leave mailboxes half decided, so it ends the process, loudly: the log is the promise, a
+//! supervisor restarts, and everything that was answered is there again.
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use slab::Slab;
+use tokio::sync::{Notify, oneshot};
+
+use super::api::{Out, Outlet};
+use super::ledger::Ledger;
+use super::meters::Meters;
+use super::reading::{MailboxJob, Reading};
+use super::{locked, reply};
+use crate::delivery::{
+    AppId, Attach, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono, Notification,
+    Outcome, PingId, Policy, Rejection, SessionId, Shard, Ticket,
+};
+use crate::ports::{Clock, Committed, Grant, Op, SourceId, Store, StoreHealth};
+
+/// Inputs of one turn: enough to fill a frame, few enough that the committer and the other tasks do not wait long.
+const TURN_INPUTS: usize = 512;
+/// Room of an inbox that is given back when a burst is over.
+const INBOX_KEEPS: usize = 4 * TURN_INPUTS;
+/// Buffers kept for the words of links.
+const SPARE_BUFFERS: usize = 256;
+
+/// How a device is connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Carrier {
+    Quic,
+    WebSocket,
+}
+
+impl Carrier {
+    /// Anything that is not `quic` is a WebSocket.
+    pub(super) fn named(name: &str) -> Carrier {
+        if name == "quic" {
+            Carrier::Quic
+        } else {
+            Carrier::WebSocket
+        }
+    }
+
+    /// The word for it.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Carrier::Quic => "quic",
+            Carrier::WebSocket => "websocket",
+        }
+    }
+}
+
+/// What a shard is told.
+pub(super) enum Input {
+    Event(DeviceId, Event),
+    Enqueue {
+        device: DeviceId,
+        notification: Arc<Notification>,
+        may_repeat: bool,
+        waiter: Waiter,
+    },
+    Attach {
+        device: DeviceId,
+        attach: Box<Attach>,
+        outlet: Arc<dyn Outlet>,
+        carrier: Carrier,
+    },
+    Detach {
+        device: DeviceId,
+        session: SessionId,
+    },
+    Revoke {
+        device: DeviceId,
+        ping: PingId,
+        answer: oneshot::Sender<bool>,
+    },
+    Wipe {
+        device: DeviceId,
+        answer: oneshot::Sender<u32>,
+    },
+    /// What the disk can do now; comes every second.
+    Disk(Disk),
+    Policy(Box<Policy>),
+    /// Tell a part of the sessions to go: all that remain when this is the last step.
+    Drain {
+        steps_left: u32,
+        min_ms: u64,
+        max_ms: u64,
+    },
+    /// Detach every session that is left; answer how many there were.
+    Cut(oneshot::Sender<u64>),
+    /// Answer when nothing waits for the disk.
+    Settle(oneshot::Sender<()>),
+    /// The end.
+    Stop,
+}
+
+/// How a notification for one device was settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// Promised, or ended already.
+    Accepted,
+    Rejected(Rejection),
+    /// The store did not answer in time.
+    Busy,
+}
+
+/// Somebody who waits for an answer of the core.
+pub(super) enum Waiter {
+    One(oneshot::Sender<Settled>),
+    Part(Arc<Gather>),
+    Revoke(oneshot::Sender<bool>),
+    Wipe(oneshot::Sender<u32>),
+    /// Was answered without the core; the core's answer is heard by nobody.
+    Gone,
+}
+
+/// Collects the answers of several devices. Only the waiters own it: when the last one is dropped unanswered, the
+/// receiver learns that as well.
+pub(super) struct Gather(Mutex<Gathered>);
+
+struct Gathered {
+    left: usize,
+    answer: Option<oneshot::Sender<Parts>>,
+    parts: Parts,
+}
+
+/// What several devices answered.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    pub(super) rejected: Vec<(DeviceId, Rejection)>,
+    pub(super) busy: bool,
+}
+
+impl Gather {
+    /// Waits for so many answers, at least one.
+    pub(super) fn new(count: usize) -> (Arc<Gather>, oneshot::Receiver<Parts>) {
+        let (answer, answered) = oneshot::channel();
+        let gather = Gather(Mutex::new(Gathered {
+            left: count,
+            answer: Some(answer),
+            parts: Parts::default(),
+        }));
+        (Arc::new(gather), answered)
+    }
+
+    fn settle(&self, device: DeviceId, settled: Settled) {
+        let mut gathered = locked(&self.0);
+        match settled {
+            Settled::Accepted => {}
+            Settled::Rejected(why) => gathered.parts.rejected.push((device, why)),
+            Settled::Busy => gathered.parts.busy = true,
+        }
+        gathered.left = gathered.left.saturating_sub(1);
+        // Who was told to come again need not wait for the rest.
+        if (gathered.left == 0 || gathered.parts.busy)
+            && let Some(answer) = gathered.answer.take()
+        {
+            reply(answer, std::mem::take(&mut gathered.parts));
+        }
+    }
+}
+
+/// Where everybody leaves things for a shard.
+#[derive(Default)]
+pub(super) struct Inbox {
+    queue: Mutex<Queue>,
+    notify: Notify,
+}
+
+#[derive(Default)]
+struct Queue {
+    grants: Vec<Grant>,
+    inputs: VecDeque<Input>,
+    /// The shard has stopped: what comes in is dropped, and with it the waiters.
+    closed: bool,
+}
+
+impl Inbox {
+    /// Leaves one input.
+    pub(super) fn push(&self, input: Input) {
+        let mut queue = locked(&self.queue);
+        if queue.closed {
+            return;
+        }
+        queue.inputs.push_back(input);
+        let first = queue.inputs.len() == 1;
+        drop(queue);
+        if first {
+            self.notify.notify_one();
+        }
+    }
+
+    /// Leaves several, in order.
+    pub(super) fn push_all(&self, inputs: Vec<Input>) {
+        let mut queue = locked(&self.queue);
+        if queue.closed {
+            return;
+        }
+        queue.inputs.extend(inputs);
+        drop(queue);
+        self.notify.notify_one();
+    }
+
+    /// Leaves a word of the committer, which overtakes the inputs: the committer waits for nobody.
+    fn grant(&self, grant: Grant) {
+        locked(&self.queue).grants.push(grant);
+        self.notify.notify_one();
+    }
+
+    /// Inputs that wait.
+    pub(super) fn waiting(&self) -> usize {
+        locked(&self.queue).inputs.len()
+    }
+}
+
+/// What is known of an attached device from outside its shard.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Presence {
+    session: SessionId,
+    pub(super) since_ms: u64,
+    pub(super) carrier: Carrier,
+}
+
+/// The outside of a shard.
+pub(super) struct ShardDoor {
+    pub(super) inbox: Arc<Inbox>,
+    presence: Mutex<HashMap<DeviceId, Presence>>,
+    awake: AtomicUsize,
+    sessions: AtomicU64,
+}
+
+impl ShardDoor {
+    /// A door to a shard that [`ShardTask::start`] starts.
+    pub(super) fn new() -> ShardDoor {
+        ShardDoor {
+            inbox: Arc::default(),
+            presence: Mutex::default(),
+            awake: AtomicUsize::new(0),
+            sessions: AtomicU64::new(0),
+        }
+    }
+
+    /// How a device is attached.
+    pub(super) fn presence(&self, device: DeviceId) -> Option<Presence> {
+        locked(&self.presence).get(&device).copied()
+    }
+
+    /// Mailboxes awake.
+    pub(super) fn awake(&self) -> usize {
+        self.awake.load(Ordering::Relaxed)
+    }
+
+    /// Sessions, greeted or not.
+    pub(super) fn sessions(&self) -> u64 {
+        self.sessions.load(Ordering::Relaxed)
+    }
+}
+
+/// What all shards share.
+pub(super) struct Shared {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) reading: Reading,
+    pub(super) ledger: Ledger,
+    pub(super) meters: Meters,
+    /// Longest wait for a settlement, milliseconds.
+    pub(super) accept_wait_ms: AtomicU64,
+    /// The store failed: said once.
+    pub(super) failed: AtomicBool,
+}
+
+struct SessionEntry {
+    device: DeviceId,
+    outlet: Arc<dyn Outlet>,
+    /// Its place in `touched`, if that still names this session.
+    touched: u32,
+    carrier: Carrier,
+    welcomed: bool,
+}
+
+/// The words of this turn for one link.
+struct Touched {
+    session: SessionId,
+    outlet: Arc<dyn Outlet>,
+    outs: Vec<Out>,
+}
+
+/// Somebody who waits, with what the ledger needs to know of the notification.
+struct Slot {
+    waiter: Waiter,
+    generation: u32,
+    app: AppId,
+    accepted_ms: u64,
+    expires_ms: u64,
+}
+
+/// Those who wait for an answer. A ticket is a place and a generation, so that a late answer never meets a newcomer.
+#[derive(Default)]
+struct Waiters {
+    slots: Slab<Slot>,
+    generation: u32,
+    /// Publishers, oldest first, with the moment at which they are told that the store is busy.
+    patience: VecDeque<(Mono, Ticket)>,
+}
+
+impl Waiters {
+    fn add(&mut self, waiter: Waiter, app: AppId, accepted_ms: u64, expires_ms: u64) -> Ticket {
+        self.generation = self.generation.wrapping_add(1);
+        let generation = self.generation;
+        let place = self.slots.insert(Slot {
+            waiter,
+            generation,
+            app,
+            accepted_ms,
+            expires_ms,
+        });
+        Ticket((u64::from(generation) << 32) | place as u64)
+    }
+
+    fn slot(&mut self, ticket: Ticket) -> Option<&mut Slot> {
+        let (place, generation) = split(ticket);
+        self.slots
+            .get_mut(place)
+            .filter(|slot| slot.generation == generation)
+    }
+
+    fn take(&mut self, ticket: Ticket) -> Option<Slot> {
+        let (place, generation) = split(ticket);
+        let fits = self
+            .slots
+            .get(place)
+            .is_some_and(|slot| slot.generation == generation);
+        fits.then(|| self.slots.remove(place))
+    }
+
+    /// Forgets those at the head who were answered; tells the overdue.
+    fn patience(&mut self, now: Mono) {
+        while let Some(&(until, ticket)) = self.patience.front() {
+            let overdue = until <= now;
+            match self.slot(ticket) {
+                Some(slot) if overdue => {
+                    match std::mem::replace(&mut slot.waiter, Waiter::Gone) {
+                        Waiter::One(answer) => reply(answer, Settled::Busy),
+                        // The device does not matter: the whole ping is told to come again.
+                        Waiter::Part(gather) => gather.settle(DeviceId([0; 16]), Settled::Busy),
+                        other @ (Waiter::Revoke(_) | Waiter::Wipe(_) | Waiter::Gone) => {
+                            slot.waiter = other;
+                        }
+                    }
+                }
+                Some(_) => break,
+                None => {}
+            }
+            self.patience.pop_front();
+        }
+        if self.patience.is_empty() && self.patience.capacity() > INBOX_KEEPS {
+            self.patience = VecDeque::new();
+        }
+    }
+}
+
+fn split(ticket: Ticket) -> (usize, u32) {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the two halves of the ticket"
+    )]
+    let (place, generation) = ((ticket.0 as u32) as usize, (ticket.0 >> 32) as u32);
+    (place, generation)
+}
+
+/// One shard. See the head of this file.
+pub(super) struct ShardTask {
+    core: Shard,
+    door: Arc<ShardDoor>,
+    shared: Arc<Shared>,
+    source: SourceId,
+    run: u32,
+    /// A place was asked for and not granted yet.
+    wanted: bool,
+    /// A batch was submitted and not answered yet.
+    outstanding: bool,
+    waiters: Waiters,
+    sessions: HashMap<SessionId, SessionEntry>,
+    inputs: VecDeque<Input>,
+    grants: Vec<Grant>,
+    effects: Vec<Effect>,
+    touched: Vec<Touched>,
+    spare: Vec<Vec<Out>>,
+    reads: Vec<MailboxJob>,
+    /// Sessions that have not been told to go, while the server drains.
+    drain: Option<Drain>,
+    settling: Vec<oneshot::Sender<()>>,
+    stopped: bool,
+}
+
+struct Drain {
+    untold: Vec<SessionId>,
+    /// The last step was taken: newcomers are told at once.
+    over: bool,
+    min_ms: u64,
+    max_ms: u64,
+}
+
+impl ShardTask {
+    /// Registers with the store and prepares the task; [`ShardTask::run`] is the task.
+    pub(super) fn new(door: Arc<ShardDoor>, shared: Arc<Shared>, policy: Policy) -> ShardTask {
+        let inbox = Arc::clone(&door.inbox);
+        let source = shared
+            .store
+            .register(Box::new(move |grant| inbox.grant(grant)));
+        ShardTask {
+            run: policy.run,
+            core: Shard::new(policy),
+            door,
+            shared,
+            source,
+            wanted: false,
+            outstanding: false,
+            waiters: Waiters::default(),
+            sessions: HashMap::new(),
+            inputs: VecDeque::new(),
+            grants: Vec::new(),
+            effects: Vec::new(),
+            touched: Vec::new(),
+            spare: Vec::new(),
+            reads: Vec::new(),
+            drain: None,
+            settling: Vec::new(),
+            stopped: false,
+        }
+    }
+
+    /// Runs until it is told to stop.
+    pub(super) async fn run(mut self) {
+        let door = Arc::clone(&self.door);
+        let timer = tokio::time::sleep(Duration::ZERO);
+        tokio::pin!(timer);
+        // The moment for which the timer is set. Later deadlines do not move it: waking early is harmless.
+        let mut armed: Option<Mono> = None;
+        loop {
+            if let Some(deadline) = self.core.next_deadline()
+                && armed.is_none_or(|at| deadline < at)
+            {
+                let now = self.shared.clock.now();
+                timer.set(tokio::time::sleep(deadline - now.mono));
+                armed = Some(deadline);
+            }
+            tokio::select! {
+                biased;
+                () = door.inbox.notify.notified() => {}
+                () = &mut timer, if armed.is_some() => armed = None,
+            }
+            loop {
+                let turn = catch_unwind(AssertUnwindSafe(|| self.turn()));
+                let Ok(more) = turn else {
+                    tracing::error!(
+                        "a shard panicked; the process ends so that a restart finds everything as the log has it"
+                    );
+                    std::process::abort();
+                };
+                if self.stopped {
+                    return;
+                }
+                if !more {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// One turn; `true` if more waits.
+    fn turn(&mut self) -> bool {
+        {
+            let mut queue = locked(&self.door.inbox.queue);
+            std::mem::swap(&mut queue.grants, &mut self.grants);
+            if self.inputs.is_empty() {
+                std::mem::swap(&mut queue.inputs, &mut self.inputs);
+            }
+        }
+        let now = self.shared.clock.now();
+        let mut place = false;
+        let mut grants = std::mem::take(&mut self.grants);
+        for grant in grants.drain(..) {
+            match grant {
+                Grant::Ready => place = true,
+                Grant::Committed(result) => self.committed(result, now),
+            }
+        }
+        self.grants = grants;
+        for _ in 0..TURN_INPUTS {
+            let Some(input) = self.inputs.pop_front() else {
+                break;
+            };
+            self.input(input, now);
+        }
+        if self.inputs.is_empty() && self.inputs.capacity() > INBOX_KEEPS {
+            self.inputs = VecDeque::new();
+        }
+        self.core.handle_deadlines(now, &mut self.effects);
+        self.carry_out(now.unix_ms);
+        if place {
+            self.wanted = false;
+            self.submit();
+        } else if !self.wanted && !self.outstanding && self.core.has_offers() {
+            if self.shared.store.want(self.source) {
+                self.submit();
+            } else {
+                self.wanted = true;
+            }
+        }
+        self.wake_links();
+        if !self.reads.is_empty() {
+            self.shared
+                .reading
+                .mailboxes(&self.door.inbox, &mut self.reads);
+        }
+        self.waiters.patience(now.mono);
+        self.door.awake.store(self.core.awake(), Ordering::Relaxed);
+        self.settle();
+        !self.inputs.is_empty() || !locked(&self.door.inbox.queue).inputs.is_empty()
+    }
+
+    fn input(&mut self, input: Input, now: crate::delivery::Now) {
+        let (device, event) = match input {
+            Input::Event(device, event) => (device, event),
+            Input::Enqueue {
+                device,
+                notification,
+                may_repeat,
+                waiter,
+            } => {
+                let ticket = self.waiters.add(
+                    waiter,
+                    notification.app,
+                    notification.accepted_ms,
+                    notification.expires_ms,
+                );
+                let patience =
+                    Duration::from_millis(self.shared.accept_wait_ms.load(Ordering::Relaxed));
+                self.waiters
+                    .patience
+                    .push_back((now.mono + patience, ticket));
+                let enqueue = Enqueue {
+                    ticket,
+                    notification,
+                    may_repeat,
+                };
+                (device, Event::Enqueue(enqueue))
+            }
+            Input::Attach {
+                device,
+                attach,
+                outlet,
+                carrier,
+            } => {
+                let entry = SessionEntry {
+                    device,
+                    outlet,
+                    touched: u32::MAX,
+                    carrier,
+                    welcomed: false,
+                };
+                self.sessions.insert(attach.session, entry);
+                self.count_sessions();
+                (device, Event::Attach(*attach))
+            }
+            Input::Detach { device, session } => {
+                self.forget_session(session);
+                (device, Event::Detach { session })
+            }
+            Input::Revoke {
+                device,
+                ping,
+                answer,
+            } => {
+                let ticket = self.waiters.add(Waiter::Revoke(answer), AppId(0), 0, 0);
+                (device, Event::Revoke { ticket, ping })
+            }
+            Input::Wipe { device, answer } => {
+                let ticket = self.waiters.add(Waiter::Wipe(answer), AppId(0), 0, 0);
+                (device, Event::Wipe { ticket })
+            }
+            Input::Disk(disk) => return self.core.set_disk(disk, now, &mut self.effects),
+            Input::Policy(policy) => {
+                // The run is a fact, not a setting.
+                return self.core.set_policy(Policy {
+                    run: self.run,
+                    ..*policy
+                });
+            }
+            Input::Drain {
+                steps_left,
+                min_ms,
+                max_ms,
+            } => return self.drain(steps_left, min_ms, max_ms),
+            Input::Cut(answer) => {
+                let left: Vec<(SessionId, DeviceId)> = self
+                    .sessions
+                    .iter()
+                    .map(|(session, entry)| (*session, entry.device))
+                    .collect();
+                for &(session, device) in &left {
+                    self.forget_session(session);
+                    self.core
+                        .handle(device, Event::Detach { session }, now, &mut self.effects);
+                }
+                reply(answer, left.len() as u64);
+                return;
+            }
+            Input::Settle(answer) => return self.settling.push(answer),
+            Input::Stop => {
+                let mut queue = locked(&self.door.inbox.queue);
+                queue.closed = true;
+                queue.inputs.clear();
+                self.stopped = true;
+                return;
+            }
+        };
+        self.core.handle(device, event, now, &mut self.effects);
+    }
+
+    // ---- The disk ------------------------------------------------------------------------------------------------
+
+    fn submit(&mut self) {
+        self.outstanding = true;
+        let batch = self.core.seal().into_iter().map(Op::Mailbox).collect();
+        self.shared.store.submit(self.source, batch);
+    }
+
+    fn committed(&mut self, result: Committed, now: crate::delivery::Now) {
+        self.outstanding = false;
+        match result {
+            Ok(()) => {}
+            Err(CommitFailure::NoRoom) => {
+                self.shared.meters.commit_no_room.increment(1);
+                if matches!(self.shared.store.health(), StoreHealth::Full { .. }) {
+                    self.core.set_disk(Disk::Full, now, &mut self.effects);
+                }
+            }
+            Err(CommitFailure::Failed) => {
+                self.shared.meters.commit_failed.increment(1);
+                if !self.shared.failed.swap(true, Ordering::Relaxed) {
+                    tracing::error!("the store failed; nothing is promised until a restart");
+                }
+            }
+        }
+        self.core.handle_committed(result, now, &mut self.effects);
+    }
+
+    /// Answers those who wait for a quiet disk.
+    fn settle(&mut self) {
+        if self.settling.is_empty()
+            || self.outstanding
+            || self.wanted
+            || self.core.has_offers()
+            || !self.waiters.slots.is_empty()
+            || !self.inputs.is_empty()
+        {
+            return;
+        }
+        for answer in self.settling.drain(..) {
+            reply(answer, ());
+        }
+    }
+
+    // ---- Effects -------------------------------------------------------------------------------------------------
+
+    fn carry_out(&mut self, now_ms: u64) {
+        let mut effects = std::mem::take(&mut self.effects);
+        for effect in effects.drain(..) {
+            self.effect(effect, now_ms);
+        }
+        self.effects = effects;
+    }
+
+    fn effect(&mut self, effect: Effect, now_ms: u64) {
+        match effect {
+            Effect::Accepted {
+                ticket,
+                device,
+                ping,
+            } => {
+                if let Some(slot) = self.waiters.take(ticket) {
+                    self.shared.ledger.accepted(
+                        slot.app,
+                        ping,
+                        device,
+                        slot.accepted_ms,
+                        slot.expires_ms,
+                    );
+                    answer(slot.waiter, device, Settled::Accepted);
+                }
+            }
+            Effect::Ended {
+                tickets,
+                app,
+                device,
+                ping,
+                outcome,
+                at_ms,
+                stored,
+            } => self.ended(tickets, app, device, ping, outcome, at_ms, stored),
+            Effect::Rejected {
+                ticket,
+                device,
+                ping: _,
+                why,
+            } => {
+                self.shared.meters.rejected(why);
+                if let Some(slot) = self.waiters.take(ticket) {
+                    answer(slot.waiter, device, Settled::Rejected(why));
+                }
+            }
+            Effect::RevokeAnswered { ticket, revoked } => {
+                if let Some(Slot {
+                    waiter: Waiter::Revoke(answer),
+                    ..
+                }) = self.waiters.take(ticket)
+                {
+                    reply(answer, revoked);
+                }
+            }
+            Effect::Wiped { ticket, revoked } => {
+                if let Some(Slot {
+                    waiter: Waiter::Wipe(answer),
+                    ..
+                }) = self.waiters.take(ticket)
+                {
+                    reply(answer, revoked);
+                }
+            }
+            Effect::Welcome {
+                session,
+                pending,
+                window,
+            } => self.welcome(session, pending, window, now_ms),
+            Effect::Refuse { session, why } => {
+                self.shared.meters.refused(why);
+                self.tell(session, Out::Refuse(why));
+            }
+            Effect::Send {
+                session,
+                seq,
+                redelivered,
+                notification,
+            } => {
+                self.shared.meters.sends[usize::from(redelivered)].increment(1);
+                self.tell(
+                    session,
+                    Out::Send {
+                        seq,
+                        redelivered,
+                        notification,
+                    },
+                );
+            }
+            Effect::Withdraw { session, pings } => {
+                self.shared.meters.withdrawals.increment(pings.len() as u64);
+                self.tell(session, Out::Withdraw(pings));
+            }
+            Effect::Close { session, why } => {
+                self.shared.meters.closed(why);
+                self.tell(session, Out::Close(why));
+                self.absent(session);
+            }
+            Effect::Read(request) => self.reads.push(MailboxJob::Read(request)),
+            Effect::Fetch { device, rows } => self.reads.push(MailboxJob::Fetch(device, rows)),
+            Effect::Noticed(notice) => self.shared.meters.noticed(notice),
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the members of one effect")]
+    fn ended(
+        &mut self,
+        tickets: Vec<Ticket>,
+        app: AppId,
+        device: DeviceId,
+        ping: PingId,
+        outcome: Outcome,
+        at_ms: u64,
+        stored: bool,
+    ) {
+        let mut accepted_ms = None;
+        let waiters: smallvec::SmallVec<[Waiter; 2]> = tickets
+            .into_iter()
+            .filter_map(|ticket| {
+                let slot = self.waiters.take(ticket)?;
+                accepted_ms = accepted_ms.or(Some(slot.accepted_ms));
+                Some(slot.waiter)
+            })
+            .collect();
+        let noted =
+            self.shared
+                .ledger
+                .ended(app, ping, device, outcome, at_ms, stored, accepted_ms);
+        self.shared.meters.ended(app, outcome, at_ms, noted);
+        // After the ledger, so that whoever is answered and asks finds it there.
+        for waiter in waiters {
+            answer(waiter, device, Settled::Accepted);
+        }
+    }
+
+    // ---- Sessions ------------------------------------------------------------------------------------------------
+
+    /// Adds a word for a link; the link is woken at the end of the turn.
+    fn tell(&mut self, session: SessionId, out: Out) {
+        let Some(entry) = self.sessions.get_mut(&session) else {
+            return;
+        };
+        if let Some(touched) = self
+            .touched
+            .get_mut(entry.touched as usize)
+            .filter(|touched| touched.session == session)
+        {
+            touched.outs.push(out);
+            return;
+        }
+        let mut outs = self.spare.pop().unwrap_or_default();
+        outs.push(out);
+        entry.touched = u32::try_from(self.touched.len()).unwrap_or(u32::MAX);
+        self.touched.push(Touched {
+            session,
+            outlet: Arc::clone(&entry.outlet),
+            outs,
+        });
+    }
+
+    fn wake_links(&mut self) {
+        for mut touched in self.touched.drain(..) {
+            touched.outlet.push_all(&mut touched.outs);
+            if self.spare.len() < SPARE_BUFFERS {
+                touched.outs.clear();
+                self.spare.push(touched.outs);
+            }
+        }
+    }
+
+    fn welcome(&mut self, session: SessionId, pending: u32, window: u16, now_ms: u64) {
+        let Some(entry) = self.sessions.get_mut(&session) else {
+            return;
+        };
+        entry.welcomed = true;
+        let (device, carrier) = (entry.device, entry.carrier);
+        let presence = Presence {
+            session,
+            since_ms: now_ms,
+            carrier,
+        };
+        if let Some(before) = locked(&self.door.presence).insert(device, presence) {
+            self.shared.meters.left(before.carrier);
+        }
+        self.shared.meters.attached(carrier);
+        self.tell(session, Out::Welcome { pending, window });
+        if let Some(drain) = &mut self.drain {
+            if drain.over {
+                let (min_ms, max_ms) = (drain.min_ms, drain.max_ms);
+                self.tell(session, Out::Drain { min_ms, max_ms });
+            } else {
+                drain.untold.push(session);
+            }
+        }
+    }
+
+    /// The device of this session is no longer attached by it.
+    fn absent(&mut self, session: SessionId) {
+        let Some(entry) = self.sessions.get(&session).filter(|entry| entry.welcomed) else {
+            return;
+        };
+        let mut presence = locked(&self.door.presence);
+        if presence
+            .get(&entry.device)
+            .is_some_and(|presence| presence.session == session)
+        {
+            presence.remove(&entry.device);
+            self.shared.meters.left(entry.carrier);
+        }
+    }
+
+    fn forget_session(&mut self, session: SessionId) {
+        self.absent(session);
+        self.sessions.remove(&session);
+        self.count_sessions();
+    }
+
+    fn count_sessions(&self) {
+        self.door
+            .sessions
+            .store(self.sessions.len() as u64, Ordering::Relaxed);
+    }
+
+    fn drain(&mut self, steps_left: u32, min_ms: u64, max_ms: u64) {
+        let sessions = &self.sessions;
+        let drain = self.drain.get_or_insert_with(|| Drain {
+            untold: sessions.keys().copied().collect(),
+            over: false,
+            min_ms,
+            max_ms,
+        });
+        drain.min_ms = min_ms;
+        drain.max_ms = max_ms;
+        drain.over |= steps_left <= 1;
+        let count = drain.untold.len().div_ceil(steps_left.max(1) as usize);
+        let now = drain.untold.split_off(drain.untold.len() - count);
+        for session in now {
+            self.tell(session, Out::Drain { min_ms, max_ms });
+            self.shared.meters.drained.increment(1);
+        }
+    }
+}
+
+fn answer(waiter: Waiter, device: DeviceId, settled: Settled) {
+    match waiter {
+        Waiter::One(answer) => reply(answer, settled),
+        Waiter::Part(gather) => gather.settle(device, settled),
+        Waiter::Revoke(_) | Waiter::Wipe(_) | Waiter::Gone => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn what_an_idle_attached_device_costs_here_is_small() {
+        let session = size_of::<(SessionId, SessionEntry)>();
+        let presence = size_of::<(DeviceId, Presence)>();
+        // A hash map is at worst a little over half empty, and keeps one byte a place.
+        let worst = (session + presence + 2) * 16 / 7;
+        println!("session {session} B, presence {presence} B, at worst {worst} B in their maps");
+        assert!(worst <= 300, "{worst} B for an idle device");
+        println!(
+            "input {} B, effect {} B, slot {} B",
+            size_of::<Input>(),
+            size_of::<Effect>(),
+            size_of::<Slot>()
+        );
+    }
+
+    #[test]
+    fn a_late_answer_never_meets_a_newcomer() {
+        let mut waiters = Waiters::default();
+        let (first, _kept) = oneshot::channel();
+        let old = waiters.add(Waiter::One(first), AppId(1), 0, 0);
+        assert!(waiters.take(old).is_some());
+        let (second, _kept) = oneshot::channel();
+        let new = waiters.add(Waiter::One(second), AppId(1), 0, 0);
+        assert!(waiters.take(old).is_none());
+        assert!(waiters.take(new).is_some());
+    }
+
+    #[test]
+    fn the_impatient_are_told_once_and_their_ticket_stays_the_cores() {
+        let mut waiters = Waiters::default();
+        let (sender, mut told) = oneshot::channel();
+        let ticket = waiters.add(Waiter::One(sender), AppId(1), 0, 0);
+        waiters.patience.push_back((Mono(10), ticket));
+        waiters.patience(Mono(9));
+        assert!(told.try_recv().is_err());
+        waiters.patience(Mono(10));
+        assert_eq!(told.try_recv().unwrap(), Settled::Busy);
+        assert!(waiters.patience.is_empty());
+        assert!(waiters.take(ticket).is_some());
+        assert!(waiters.slots.is_empty());
+    }
+
+    #[test]
+    fn several_parts_make_one_answer() {
+        let (gather, mut answered) = Gather::new(3);
+        gather.settle(DeviceId([1; 16]), Settled::Accepted);
+        gather.settle(
+            DeviceId([2; 16]),
+            Settled::Rejected(Rejection::UnknownDevice),
+        );
+        assert!(answered.try_recv().is_err());
+        gather.settle(DeviceId([3; 16]), Settled::Accepted);
+        let parts = answered.try_recv().unwrap();
+        assert_eq!(
+            parts.rejected,
+            [(DeviceId([2; 16]), Rejection::UnknownDevice)]
+        );
+        assert!(!parts.busy);
+    }
+}

@@ -1,0 +1,781 @@
+//! One connection, whatever carries it: the session machine of the protocol between a pipe and the runtime.
+//!
+//! A link is one task and one hand-written future. It wakes for three things only: bytes to read, words in its outbox,
+//! kicks of the wheel. While nothing happens it holds no buffer and no timer; a timer exists only until `hello`, during
+//! a drain and while closing.
+//!
+//! Reading goes on while writing is blocked, so that acknowledgements are seen and no two peers wait for each other.
+//! What is answered to frames meanwhile is bounded: beyond a few waiting answers, further ones count as said.
+//!
+//! Whatever happens (a refusal, a cut, a panic), each attach is followed by exactly one detach.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bellwire_protocol::limits::{
+    GOAWAY_GRACE_MS, REPLACED_AWAY_MIN_MS, WINDOW_DEFAULT, WINDOW_MAX, WINDOW_MIN, WITHDRAW_IDS_MAX,
+};
+use bellwire_protocol::{
+    Ack, Carrier, Code, Codec, DecodeError, Goaway, GoawayReason, Hello, Id, KeepAlive,
+    PresenceState, ReconnectRange, ServerAction, ServerFrame, ServerSession, SharedNotify, Topics,
+    Welcome, Withdraw,
+};
+use bytes::Bytes;
+use tokio::time::{Sleep, sleep};
+use tracing::{debug, warn};
+
+use super::admission::Knock;
+use super::door::Door;
+use super::meters::Meters;
+use super::outbox::{Kick, Outbox};
+use super::wheel::Wheel;
+use crate::delivery::{
+    Acknowledged, Closing, DeviceId, Notification, PingId, Refusal, SessionId, Urgency, Verdict,
+};
+use crate::runtime::{AttachRequest, Identity, Out, Outlet, WhoError};
+
+/// Encoded bytes that wait to be written; beyond them notifications stay in the outbox, where all devices of a fan-out
+/// share them. Enough to fill the pipe of a fast network for one turn.
+const QUEUED_HIGH_BYTES: usize = 64 * 1024;
+
+/// Frames taken from one device before other links have their turn.
+const FRAMES_PER_TURN: usize = 64;
+
+/// Answers to frames (`pong`, `subscribed`) that wait to be written; one waiting answer stands for all later ones.
+const ANSWERS_WAITING_MAX: u32 = 16;
+
+/// How long a closing link waits for the peer to take the last frame.
+const LINGER: Duration = Duration::from_secs(3);
+
+/// When a replaced client may come back: away for the minute that the protocol asks, then spread over another.
+const REPLACED_RECONNECT_MS: ReconnectRange = ReconnectRange {
+    min_ms: REPLACED_AWAY_MIN_MS as u32,
+    max_ms: 2 * REPLACED_AWAY_MIN_MS as u32,
+};
+
+/// When those may come back who arrive while the server goes down.
+const DRAINING_RECONNECT_MS: ReconnectRange = ReconnectRange {
+    min_ms: 1_000,
+    max_ms: 10_000,
+};
+
+/// Why nothing more can be read from a pipe, or written to it.
+#[derive(Debug)]
+pub(crate) enum Broken {
+    /// The peer is gone; there is nobody to tell. The word is for metrics.
+    Gone(&'static str),
+    /// The peer left in good order, without `bye`.
+    Left,
+    /// The peer broke the rules of the carrier, and can still be told.
+    Fault(Code, String),
+}
+
+/// Bytes of frames that went through a pipe so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Traffic {
+    /// From the peer.
+    pub(crate) received: u64,
+    /// Taken by the peer's transport or our system's.
+    pub(crate) sent: u64,
+}
+
+/// What carries frames. All methods are called from one task, and wake it.
+pub(crate) trait Pipe: Send + Unpin + 'static {
+    /// Which carrier.
+    const CARRIER: Carrier;
+
+    /// How frames are written here.
+    fn codec(&self) -> Codec;
+
+    /// The next frame; `None` for a sign of life that is no frame.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;
+
+    /// Takes a frame, given in two parts, for writing. It always fits; look at [`Pipe::queued`] first.
+    fn queue(&mut self, head: &[u8], tail: &[u8]);
+
+    /// Bytes taken and not yet written.
+    fn queued(&self) -> usize;
+
+    /// Writes what was taken; ready when all of it is on its way.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>>;
+
+    /// What went through so far.
+    fn traffic(&self) -> Traffic;
+
+    /// A number that rises whenever the peer's transport is heard, for carriers whose system does not tell when the
+    /// peer stops acknowledging.
+    fn heard_of_peer(&self) -> Option<u64>;
+
+    /// Nothing more will be queued: prepares to close with this code.
+    fn end(&mut self, code: Code, message: &str);
+
+    /// After [`Pipe::end`]: ready when the peer has everything and the connection can be dropped.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+}
+
+/// What all links share.
+pub(crate) struct Shared<D> {
+    pub(crate) door: D,
+    pub(crate) wheel: Arc<Wheel>,
+    pub(crate) quic: Meters,
+    pub(crate) websocket: Meters,
+}
+
+impl<D> Shared<D> {
+    /// The counters of a carrier.
+    pub(crate) fn meters(&self, carrier: Carrier) -> &Meters {
+        match carrier {
+            Carrier::Quic => &self.quic,
+            Carrier::WebSocket => &self.websocket,
+        }
+    }
+}
+
+/// The keep-alive bounds advised on a carrier.
+pub(crate) fn keep_alive<D: Door>(door: &D, carrier: Carrier) -> KeepAlive {
+    let settings = door.link_settings();
+    match carrier {
+        Carrier::Quic => settings.keep_alive_quic_s,
+        Carrier::WebSocket => settings.keep_alive_websocket_s,
+    }
+    .into()
+}
+
+/// Since when something waits without progress.
+#[derive(Debug, Default)]
+struct Waiting {
+    since: Option<u32>,
+    mark: u64,
+}
+
+impl Waiting {
+    /// It waits; `mark` rises with every progress.
+    fn note(&mut self, mark: u64, now: u32) {
+        if self.since.is_none() || self.mark != mark {
+            *self = Waiting {
+                since: Some(now),
+                mark,
+            };
+        }
+    }
+
+    fn done(&mut self) {
+        self.since = None;
+    }
+
+    /// Ticks until it has waited for too long; `Some(0)`: it has.
+    fn left(&self, limit: u32, now: u32) -> Option<u32> {
+        self.since
+            .map(|since| limit.saturating_sub(now.saturating_sub(since)))
+    }
+}
+
+type Proving<D> =
+    Pin<Box<dyn Future<Output = (Result<<D as Door>::Proof, WhoError>, Box<Hello>)> + Send>>;
+
+/// One connection.
+pub(crate) struct Link<D: Door, P: Pipe> {
+    shared: Arc<Shared<D>>,
+    pipe: P,
+    outbox: Arc<Outbox>,
+    session: ServerSession,
+    /// Words taken out of the outbox that found the pipe full.
+    backlog: VecDeque<Out>,
+    /// The authentication under way.
+    proving: Option<Proving<D>>,
+    /// Given back once the device is authenticated.
+    knock: Option<Box<Knock>>,
+    /// [`Door::detach`] is owed for these.
+    attached: Option<(DeviceId, SessionId)>,
+    /// Until `hello`, while draining, while closing.
+    timer: Option<Pin<Box<Sleep>>>,
+    /// Bytes that the pipe cannot write.
+    stalled: Waiting,
+    /// Bytes that were written, and nothing was heard since.
+    unanswered: Waiting,
+    /// The wheel will kick with [`Kick::Sent`].
+    reminded: bool,
+    answers_waiting: u32,
+    counted: Traffic,
+    /// The session has had its last action.
+    ending: bool,
+    /// Why it ended, for metrics.
+    reason: &'static str,
+    peer: SocketAddr,
+}
+
+impl<D: Door, P: Pipe> Link<D, P> {
+    /// A link on a connection that stands and has not said `hello`. `deadline` ends with the hello deadline.
+    pub(crate) fn new(
+        shared: Arc<Shared<D>>,
+        pipe: P,
+        knock: Knock,
+        deadline: Pin<Box<Sleep>>,
+        peer: SocketAddr,
+    ) -> Link<D, P> {
+        // Silence on QUIC is noticed by its own idle timer (quic.rs); the wheel only knows the link.
+        let silence = match P::CARRIER {
+            Carrier::Quic => u32::MAX,
+            Carrier::WebSocket => silence_ticks(keep_alive(&shared.door, P::CARRIER)),
+        };
+        let outbox = Outbox::new(Arc::clone(&shared.wheel), silence);
+        outbox.watch_silence();
+        Link {
+            shared,
+            pipe,
+            outbox,
+            // Its time is the timer's: it is asked once that has rung.
+            session: ServerSession::new(0),
+            backlog: VecDeque::new(),
+            proving: None,
+            knock: Some(Box::new(knock)),
+            attached: None,
+            timer: Some(deadline),
+            stalled: Waiting::default(),
+            unanswered: Waiting::default(),
+            reminded: false,
+            answers_waiting: 0,
+            counted: Traffic::default(),
+            ending: false,
+            reason: "lost",
+            peer,
+        }
+    }
+
+    fn meters(&self) -> &Meters {
+        self.shared.meters(P::CARRIER)
+    }
+
+    // ---- One turn --------------------------------------------------------------------------------------------------
+
+    /// Does what can be done now; ready when the link is over.
+    fn turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut frames_left = FRAMES_PER_TURN;
+        loop {
+            self.mind_kicks();
+            if let Err(broken) = self.receive(cx, &mut frames_left)
+                && self.is_over(broken)
+            {
+                return Poll::Ready(());
+            }
+            self.mind_proof(cx);
+            self.mind_words();
+            if self.mind_timer(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            if self.ending {
+                return self.pipe.poll_end(cx);
+            }
+            let written = match self.pipe.poll_send(cx) {
+                Poll::Ready(Ok(())) => true,
+                Poll::Ready(Err(broken)) => {
+                    if self.is_over(broken) {
+                        return Poll::Ready(());
+                    }
+                    continue;
+                }
+                Poll::Pending => false,
+            };
+            self.note_sending(written);
+            if frames_left == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            if self.backlog.is_empty() || !written {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn mind_kicks(&mut self) {
+        let kicks = self.outbox.take_kicks();
+        if kicks.is_empty() || self.ending {
+            return;
+        }
+        if kicks.has(Kick::Shutdown) {
+            self.go_away(GoawayReason::Drain, DRAINING_RECONNECT_MS);
+        }
+        if kicks.has(Kick::Silence) {
+            self.fail(Code::Silence, "nothing was heard for too long");
+        }
+        if kicks.has(Kick::Overflow) {
+            warn!(peer = %self.peer, "more words wait for a device than may; it is cut off");
+            self.fail(Code::SlowReader, "more waits for the device than may");
+        }
+        if kicks.has(Kick::Sent) {
+            self.reminded = false;
+            self.mind_sent();
+        }
+    }
+
+    /// Takes frames until there are no more for now.
+    fn receive(&mut self, cx: &mut Context<'_>, frames_left: &mut usize) -> Result<(), Broken> {
+        while !self.ending && *frames_left > 0 {
+            let Poll::Ready(received) = self.pipe.poll_receive(cx) else {
+                return Ok(());
+            };
+            // Even what breaks the rules was heard.
+            self.outbox.heard();
+            self.unanswered.done();
+            *frames_left -= 1;
+            if let Some(frame) = received? {
+                self.meters().frame_received();
+                let decoded = self.pipe.codec().decode_device(&frame);
+                self.drive(|session, actions| session.handle_decoded(decoded, actions));
+            }
+        }
+        Ok(())
+    }
+
+    /// Polls the authentication under way and goes on with its result.
+    fn mind_proof(&mut self, cx: &mut Context<'_>) {
+        let Some(proving) = &mut self.proving else {
+            return;
+        };
+        if self.ending {
+            self.proving = None;
+            return;
+        }
+        let Poll::Ready((proof, hello)) = proving.as_mut().poll(cx) else {
+            return;
+        };
+        self.proving = None;
+        match proof {
+            Ok(proof) => {
+                self.knock = None;
+                let device = DeviceId(hello.device.0);
+                let session = self.shared.door.next_session();
+                self.attached = Some((device, session));
+                let outlet: Arc<dyn Outlet> = Arc::clone(&self.outbox) as Arc<dyn Outlet>;
+                let request = attach_request(session, &hello, P::CARRIER);
+                self.shared.door.attach(proof, request, outlet);
+            }
+            Err(WhoError::Unauthorized) => self.refuse(Code::Unauthorized),
+            Err(WhoError::StoreUnavailable) => self.refuse(Code::StoreUnavailable),
+            Err(WhoError::Draining) => self.go_away(GoawayReason::Drain, DRAINING_RECONNECT_MS),
+        }
+    }
+
+    /// Turns words of the runtime into frames, as far as the pipe has room.
+    fn mind_words(&mut self) {
+        while !self.ending && self.pipe.queued() < QUEUED_HIGH_BYTES {
+            if self.backlog.is_empty() {
+                self.backlog = self.outbox.take_words();
+            }
+            match self.backlog.pop_front() {
+                Some(out) => self.say(out),
+                None => break,
+            }
+        }
+        if self.backlog.is_empty() {
+            // Gives the memory back: an idle link holds no queue.
+            self.backlog = VecDeque::new();
+        }
+    }
+
+    /// Lets the timer ring; ready when the link was closing and its time is up.
+    fn mind_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(timer) = &mut self.timer {
+            if timer.as_mut().poll(cx).is_pending() {
+                break;
+            }
+            self.timer = None;
+            if self.ending {
+                return Poll::Ready(());
+            }
+            self.drive(|session, actions| session.handle_deadline(u64::MAX, actions));
+        }
+        Poll::Pending
+    }
+
+    /// Whether a broken pipe means the end at once. If not, the peer is being told.
+    fn is_over(&mut self, broken: Broken) -> bool {
+        match broken {
+            Broken::Gone(reason) => {
+                if !self.ending {
+                    self.reason = reason;
+                }
+                true
+            }
+            _ if self.ending => true,
+            Broken::Left => {
+                self.reason = "left";
+                self.finish(Code::Bye, "");
+                false
+            }
+            Broken::Fault(code, message) => {
+                self.fail(code, message);
+                false
+            }
+        }
+    }
+
+    // ---- Sending ---------------------------------------------------------------------------------------------------
+
+    /// After an attempt to write: notes what waits, and has the wheel remind this link of it.
+    fn note_sending(&mut self, written: bool) {
+        let traffic = self.pipe.traffic();
+        let sent = traffic.sent - self.counted.sent;
+        self.count_traffic();
+        if written {
+            self.stalled.done();
+            self.answers_waiting = 0;
+        } else {
+            self.stalled.note(traffic.sent, self.outbox.now());
+        }
+        if sent > 0
+            && let Some(mark) = self.pipe.heard_of_peer()
+        {
+            self.unanswered.note(mark, self.outbox.now());
+        }
+        self.mind_reminder();
+    }
+
+    /// Has the wheel remind this link when something may have waited for too long.
+    fn mind_reminder(&mut self) {
+        if self.reminded {
+            return;
+        }
+        let (limit, now) = (self.write_ticks(), self.outbox.now());
+        let left = [&self.stalled, &self.unanswered]
+            .into_iter()
+            .filter_map(|waiting| waiting.left(limit, now))
+            .min();
+        if let Some(left) = left {
+            self.reminded = true;
+            self.outbox.remind(left.max(1));
+        }
+    }
+
+    /// The wheel reminds: does something wait for too long?
+    fn mind_sent(&mut self) {
+        let (limit, now) = (self.write_ticks(), self.outbox.now());
+        if let Some(mark) = self.pipe.heard_of_peer()
+            && mark != self.unanswered.mark
+        {
+            self.unanswered.done();
+        }
+        let late = |waiting: &Waiting| waiting.left(limit, now) == Some(0);
+        if late(&self.stalled) || late(&self.unanswered) {
+            self.fail(Code::SlowReader, "what was sent was not taken in time");
+        } else {
+            self.mind_reminder();
+        }
+    }
+
+    fn write_ticks(&self) -> u32 {
+        let deadline = self.shared.door.link_settings().write_deadline;
+        u32::try_from(deadline.as_secs()).unwrap_or(u32::MAX).max(1)
+    }
+
+    fn count_traffic(&mut self) {
+        let traffic = self.pipe.traffic();
+        if traffic != self.counted {
+            let received = traffic.received - self.counted.received;
+            let sent = traffic.sent - self.counted.sent;
+            self.meters().bytes(received, sent);
+            self.counted = traffic;
+        }
+    }
+
+    fn send(&mut self, frame: &ServerFrame) {
+        if matches!(frame, ServerFrame::Pong | ServerFrame::Subscribed(_)) {
+            if self.answers_waiting >= ANSWERS_WAITING_MAX {
+                return;
+            }
+            self.answers_waiting += 1;
+        }
+        let bytes = self.pipe.codec().encode_server(frame);
+        self.pipe.queue(&bytes, &[]);
+        self.meters().frame_sent();
+    }
+
+    /// Says one word of the runtime to the device.
+    fn say(&mut self, out: Out) {
+        match out {
+            Out::Welcome { pending, window } => self.welcome(pending, window),
+            Out::Refuse(why) => self.refuse(match why {
+                Refusal::StaleAttempt => Code::StaleAttempt,
+                Refusal::DuplicateDevice => Code::DuplicateDevice,
+                // The same answer as for an unknown one: it is unknown now.
+                Refusal::UnknownDevice => Code::Unauthorized,
+                Refusal::StoreFailed => Code::StoreUnavailable,
+            }),
+            Out::Send {
+                seq,
+                redelivered,
+                notification,
+            } => self.notify(seq, redelivered, &notification),
+            Out::Withdraw(pings) => {
+                for pings in pings.chunks(WITHDRAW_IDS_MAX) {
+                    let ids = pings.iter().map(|ping| Id(ping.0)).collect();
+                    self.send(&ServerFrame::Withdraw(Withdraw { ids }));
+                }
+            }
+            Out::Close(Closing::Replaced) => {
+                self.go_away(GoawayReason::Replaced, REPLACED_RECONNECT_MS);
+            }
+            Out::Close(Closing::Revoked) => {
+                let never = ReconnectRange {
+                    min_ms: 0,
+                    max_ms: 0,
+                };
+                self.go_away(GoawayReason::Revoked, never);
+            }
+            Out::Close(Closing::AckTimeout) => {
+                self.fail(Code::AckTimeout, Code::AckTimeout.meaning());
+            }
+            Out::Drain { min_ms, max_ms } => {
+                let at_most = |ms: u64| u32::try_from(ms).unwrap_or(u32::MAX);
+                let range = ReconnectRange {
+                    min_ms: at_most(min_ms),
+                    max_ms: at_most(max_ms),
+                };
+                self.go_away(GoawayReason::Drain, range);
+            }
+        }
+    }
+
+    fn welcome(&mut self, pending: u32, window: u16) {
+        let Some((_, session)) = self.attached else {
+            return;
+        };
+        let door = &self.shared.door;
+        let welcome = Welcome {
+            session: session.0,
+            pending: pending.into(),
+            window,
+            max_bytes: door.link_settings().content_max,
+            keep_alive_s: keep_alive(door, P::CARRIER),
+            now_ms: door.now_ms(),
+        };
+        self.drive(|session, actions| session.handle_welcome(welcome, actions));
+    }
+
+    fn notify(&mut self, seq: u64, redelivered: bool, notification: &Notification) {
+        // After `goaway` nothing new is sent; the mailbox takes it back when this link detaches.
+        if !self.session.is_attached() || self.session.deadline_ms().is_some() {
+            return;
+        }
+        if notification.expires_ms <= self.shared.door.now_ms() {
+            // It waited here, behind a pipe that was full: nothing is sent past its expiry. The device would decline it.
+            self.decline(notification.ping);
+            return;
+        }
+        let shared = notification
+            .wire
+            .get_or_init(|| shared_notify(notification));
+        let Some(Ok(shared)) = shared.as_deref() else {
+            warn!(ping = %notification.ping, "the stored content cannot be sent; it is declined");
+            self.decline(notification.ping);
+            return;
+        };
+        let frame = shared.frame(self.pipe.codec(), seq, redelivered);
+        self.pipe.queue(frame.head.as_bytes(), &frame.tail);
+        self.meters().frame_sent();
+        self.session.handle_sent(seq);
+    }
+
+    fn decline(&self, ping: PingId) {
+        if let Some((device, session)) = self.attached {
+            self.shared.door.decline(device, session, ping);
+        }
+    }
+
+    // ---- The session machine ---------------------------------------------------------------------------------------
+
+    /// Lets the session decide, and does what it says.
+    fn drive(&mut self, decide: impl FnOnce(&mut ServerSession, &mut Vec<ServerAction>)) {
+        let mut actions = Vec::new();
+        decide(&mut self.session, &mut actions);
+        for action in actions {
+            self.perform(action);
+        }
+        if self.ending {
+            return;
+        }
+        match self.session.deadline_ms() {
+            None => self.timer = None,
+            Some(_) if self.timer.is_none() => {
+                let grace = Duration::from_millis(GOAWAY_GRACE_MS);
+                self.timer = Some(Box::pin(sleep(grace)));
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn perform(&mut self, action: ServerAction) {
+        let door = &self.shared.door;
+        match (action, self.attached) {
+            (ServerAction::Attach(hello), _) => self.prove(hello),
+            (ServerAction::Send(frame), _) => self.send(&frame),
+            (ServerAction::Acknowledge(ack), Some((device, session))) => {
+                let what = match ack {
+                    Ack::UpTo(seq) => Acknowledged::UpTo(seq),
+                    Ack::Ids(ids) => {
+                        Acknowledged::Ids(ids.into_iter().map(|id| PingId(id.0)).collect())
+                    }
+                };
+                door.acknowledge(device, session, what);
+            }
+            (ServerAction::Decline { id, .. }, Some((device, session))) => {
+                door.decline(device, session, PingId(id.0));
+            }
+            (ServerAction::Presence(state), Some((device, session))) => {
+                door.presence(device, session, state == PresenceState::Active);
+            }
+            // No app allows its devices to choose topics by themselves, so the full set that they chose is empty.
+            (ServerAction::Subscribe(_) | ServerAction::Unsubscribe(_), _) => {
+                self.send(&ServerFrame::Subscribed(Topics { topics: Vec::new() }));
+            }
+            (ServerAction::Leave, _) => self.detach(),
+            (ServerAction::Close { code, message, .. }, _) => self.finish(code, &message),
+            // The machine gives these to an attached session only.
+            (
+                ServerAction::Acknowledge(_)
+                | ServerAction::Decline { .. }
+                | ServerAction::Presence(_),
+                None,
+            ) => {}
+        }
+    }
+
+    fn prove(&mut self, hello: Box<Hello>) {
+        if hello.secret.is_none() {
+            self.refuse(Code::Unauthorized);
+            return;
+        }
+        let door = self.shared.door.clone();
+        self.proving = Some(Box::pin(async move {
+            let secret = hello.secret.as_ref().map_or("", |secret| secret.expose());
+            let device = DeviceId(hello.device.0);
+            let proof = door.authenticate(device, Identity::Secret(secret)).await;
+            (proof, hello)
+        }));
+    }
+
+    fn refuse(&mut self, code: Code) {
+        self.drive(|session, actions| session.handle_refused(code, code.meaning(), actions));
+    }
+
+    fn fail(&mut self, code: Code, message: impl Into<String>) {
+        let message = message.into();
+        self.drive(|session, actions| session.handle_failure(code, message, actions));
+    }
+
+    fn go_away(&mut self, reason: GoawayReason, reconnect_ms: ReconnectRange) {
+        let goaway = Goaway {
+            reason,
+            reconnect_ms,
+            endpoint: None,
+        };
+        // Its time is the timer's, as with `hello`.
+        self.drive(|session, actions| session.handle_goaway(goaway, 0, actions));
+    }
+
+    // ---- The end ---------------------------------------------------------------------------------------------------
+
+    /// Closes: the last frames are written, then the connection ends with this code.
+    fn finish(&mut self, code: Code, message: &str) {
+        if self.ending {
+            return;
+        }
+        self.ending = true;
+        if self.reason == "lost" {
+            self.reason = code.name();
+        }
+        debug!(peer = %self.peer, carrier = P::CARRIER.name(), %code, message, "the link closes");
+        self.detach();
+        self.proving = None;
+        self.backlog = VecDeque::new();
+        self.pipe.end(code, message);
+        self.timer = Some(Box::pin(sleep(LINGER)));
+    }
+
+    /// Lets go of the mailbox, once.
+    fn detach(&mut self) {
+        if let Some((device, session)) = self.attached.take() {
+            self.shared.door.detach(device, session);
+        }
+        self.outbox.close();
+    }
+}
+
+impl<D: Door, P: Pipe> Future for Link<D, P> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.outbox.register(cx.waker());
+        self.turn(cx)
+    }
+}
+
+impl<D: Door, P: Pipe> Drop for Link<D, P> {
+    fn drop(&mut self) {
+        self.detach();
+        self.count_traffic();
+        self.meters().ended(self.reason);
+    }
+}
+
+/// Ticks of silence that are borne.
+fn silence_ticks(keep_alive: KeepAlive) -> u32 {
+    u32::try_from(keep_alive.silence_ms().div_ceil(1_000)).unwrap_or(u32::MAX)
+}
+
+fn attach_request(session: SessionId, hello: &Hello, carrier: Carrier) -> AttachRequest {
+    let window = hello.window.unwrap_or(WINDOW_DEFAULT);
+    AttachRequest {
+        session,
+        instance: u128::from_be_bytes(hello.instance.0),
+        attempt: hello.attempt,
+        window: window.clamp(WINDOW_MIN, WINDOW_MAX),
+        min_urgency: hello.min_urgency.map_or(Urgency::VeryLow, urgency_inside),
+        seen: hello
+            .seen
+            .iter()
+            .map(|seen| (PingId(seen.id.0), verdict_inside(seen.verdict)))
+            .collect(),
+        carrier: carrier.name(),
+    }
+}
+
+fn verdict_inside(verdict: bellwire_protocol::Verdict) -> Verdict {
+    match verdict {
+        bellwire_protocol::Verdict::Acknowledged => Verdict::Acknowledged,
+        bellwire_protocol::Verdict::Declined => Verdict::Declined,
+    }
+}
+
+fn urgency_inside(urgency: bellwire_protocol::Urgency) -> Urgency {
+    match urgency {
+        bellwire_protocol::Urgency::VeryLow => Urgency::VeryLow,
+        bellwire_protocol::Urgency::Low => Urgency::Low,
+        bellwire_protocol::Urgency::Normal => Urgency::Normal,
+        bellwire_protocol::Urgency::High => Urgency::High,
+    }
+}
+
+fn urgency_outside(urgency: Urgency) -> bellwire_protocol::Urgency {
+    match urgency {
+        Urgency::VeryLow => bellwire_protocol::Urgency::VeryLow,
+        Urgency::Low => bellwire_protocol::Urgency::Low,
+        Urgency::Normal => bellwire_protocol::Urgency::Normal,
+        Urgency::High => bellwire_protocol::Urgency::High,
+    }
+}
+
+fn shared_notify(notification: &Notification) -> Result<SharedNotify, DecodeError> {
+    SharedNotify::new(
+        Id(notification.ping.0),
+        notification.accepted_ms,
+        notification.expires_ms,
+        urgency_outside(notification.urgency),
+        notification.content.clone(),
+    )
+}

@@ -1,0 +1,437 @@
+//! The device port: one number, TCP for WebSocket and UDP for QUIC, and the tasks that let connections in.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bellwire_protocol::{Carrier, Code};
+use metrics::gauge;
+use quinn::{Endpoint, EndpointConfig, Incoming};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{MissedTickBehavior, Sleep, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+
+use super::admission::{Admission, Knock};
+use super::door::Door;
+use super::link::{Link, Shared, keep_alive};
+use super::meters::Meters;
+use super::outbox::Kick;
+use super::tls::{Tls, TlsError, TlsSettings};
+use super::wheel::Wheel;
+use super::{quic, websocket};
+use crate::telemetry::metrics as names;
+
+/// Connections that the system holds ready for the accepting task.
+const BACKLOG: i32 = 4_096;
+
+/// Buffer asked of the system for UDP in each direction, in bytes: 20 ms of a gigabit. What a system grants by default
+/// drops packets when a fleet reconnects.
+const UDP_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+
+/// Port 0: how often TCP gives a number that UDP has taken, before we give up.
+const PORT_TRIES: u32 = 64;
+
+/// Shortest pause of accepting while the system is out of something; doubled each time up to a second.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+
+/// Longest pause of accepting.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// One tick of the wheel.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How long [`Transport::shutdown`] waits for links to say good-bye: grace for last verdicts, lingering, and a little.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(10);
+
+/// What the device port needs to know. Limits come from the runtime, so that a reload reaches them.
+#[derive(Debug, Clone)]
+pub struct TransportSettings {
+    /// Where to listen. Port 0 picks one.
+    pub addr: SocketAddr,
+    /// The certificate shown on both carriers.
+    pub tls: TlsSettings,
+    /// Counts connections from loopback by address, like all others. Default false: a proxy or a load generator on
+    /// this machine speaks for many.
+    pub count_loopback: bool,
+}
+
+/// Why the device port does not open. All of it is the operator's to mend.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// Certificate or key.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The address.
+    #[error("cannot listen on {addr} ({protocol}): {source}")]
+    Bind {
+        /// Which address.
+        addr: SocketAddr,
+        /// TCP or UDP.
+        protocol: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// No number was free for both TCP and UDP.
+    #[error("no port of {0} is free for both TCP and UDP")]
+    NoCommonPort(std::net::IpAddr),
+}
+
+/// The device port, open. Dropping it does not close it; [`Transport::shutdown`] does.
+pub struct Transport {
+    local_addr: SocketAddr,
+    tls: Arc<Tls>,
+    wheel: Arc<Wheel>,
+    endpoint: Endpoint,
+    /// What the endpoint's configuration is made of at a reload.
+    advised: Box<dyn Fn() -> bellwire_protocol::KeepAlive + Send + Sync>,
+    /// Stops accepting.
+    accepting: CancellationToken,
+    /// Stops the wheel.
+    turning: CancellationToken,
+    /// Everything that belongs to connections.
+    tasks: TaskTracker,
+}
+
+impl Transport {
+    /// Opens the port and serves devices at `door`.
+    ///
+    /// # Errors
+    /// When the certificate cannot be used or the address cannot be bound.
+    pub fn start<D: Door>(
+        door: D,
+        settings: &TransportSettings,
+    ) -> Result<Transport, TransportError> {
+        let tls = Arc::new(Tls::new(&settings.tls)?);
+        let (tcp, udp) = bind(settings.addr)?;
+        let failed = |protocol| {
+            move |source| TransportError::Bind {
+                addr: settings.addr,
+                protocol,
+                source,
+            }
+        };
+        let local_addr = tcp.local_addr().map_err(failed("TCP"))?;
+        let tcp = TcpListener::from_std(tcp).map_err(failed("TCP"))?;
+        let config = quic::server_config(tls.quic(), keep_alive(&door, Carrier::Quic));
+        let endpoint = Endpoint::new(
+            EndpointConfig::default(),
+            Some(config),
+            udp,
+            Arc::new(quinn::TokioRuntime),
+        )
+        .map_err(failed("UDP"))?;
+
+        let wheel = Arc::new(Wheel::new());
+        let port = Port {
+            shared: Arc::new(Shared {
+                door: door.clone(),
+                wheel: Arc::clone(&wheel),
+                quic: Meters::new(Carrier::Quic),
+                websocket: Meters::new(Carrier::WebSocket),
+            }),
+            admission: Admission::new(settings.count_loopback),
+            tls: Arc::clone(&tls),
+            tasks: TaskTracker::new(),
+            accepting: CancellationToken::new(),
+        };
+        let transport = Transport {
+            local_addr,
+            tls,
+            wheel: Arc::clone(&wheel),
+            endpoint: endpoint.clone(),
+            advised: Box::new(move || keep_alive(&door, Carrier::Quic)),
+            accepting: port.accepting.clone(),
+            turning: CancellationToken::new(),
+            tasks: port.tasks.clone(),
+        };
+        tokio::spawn(turn(
+            wheel,
+            port.admission.clone(),
+            transport.turning.clone(),
+        ));
+        tokio::spawn(accept_quic(port.clone(), endpoint));
+        tokio::spawn(accept_tcp(port, tcp));
+        info!(address = %local_addr, "devices are served over QUIC and WebSocket");
+        Ok(transport)
+    }
+
+    /// The address really bound.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Links that are open, and connections on their way to one.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Takes another certificate, and the keep-alive bounds of the runtime's settings, for new connections. Living ones
+    /// keep theirs, and tickets stay good.
+    ///
+    /// # Errors
+    /// When the certificate cannot be used; nothing changes then.
+    pub fn reload(&self, tls: &TlsSettings) -> Result<(), TlsError> {
+        self.tls.reload(tls)?;
+        let config = quic::server_config(self.tls.quic(), (self.advised)());
+        self.endpoint.set_server_config(Some(config));
+        Ok(())
+    }
+
+    /// Lets nobody in any more, and leaves the living links alone: the first step of a drain.
+    pub fn stop_accepting(&self) {
+        self.accepting.cancel();
+        self.endpoint.set_server_config(None);
+    }
+
+    /// Closes the port: sends the links away that are still there, and waits until all are gone, for some seconds at
+    /// most. Call it after the runtime has drained.
+    pub async fn shutdown(self) {
+        self.stop_accepting();
+        self.tasks.close();
+        self.wheel.kick_all(Kick::Shutdown);
+        if timeout(SHUTDOWN_MAX, self.tasks.wait()).await.is_err() {
+            warn!(
+                left = self.tasks.len(),
+                "links did not end in time; they are cut off"
+            );
+        }
+        let code = Code::Drain;
+        self.endpoint
+            .close(quic::close_number(code), code.meaning().as_bytes());
+        // Gives the last packets their way out; a peer that does not answer is not waited for.
+        let _ = timeout(TICK, self.endpoint.wait_idle()).await;
+        self.turning.cancel();
+    }
+}
+
+// ---- Sockets -------------------------------------------------------------------------------------------------------
+
+/// Binds TCP, then UDP on the same number.
+fn bind(addr: SocketAddr) -> Result<(std::net::TcpListener, UdpSocket), TransportError> {
+    let failed = |protocol| {
+        move |source| TransportError::Bind {
+            addr,
+            protocol,
+            source,
+        }
+    };
+    for _ in 0..PORT_TRIES {
+        let tcp = bind_tcp(addr).map_err(failed("TCP"))?;
+        let bound = tcp.local_addr().map_err(failed("TCP"))?;
+        match bind_udp(bound) {
+            Ok(udp) => return Ok((tcp, udp)),
+            Err(error) if addr.port() == 0 && error.kind() == io::ErrorKind::AddrInUse => {
+                debug!(
+                    port = bound.port(),
+                    "UDP has this port taken; trying another"
+                );
+            }
+            Err(error) => return Err(failed("UDP")(error)),
+        }
+    }
+    Err(TransportError::NoCommonPort(addr.ip()))
+}
+
+fn socket(addr: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
+    if addr.is_ipv6() && addr.ip().is_unspecified() {
+        // `[::]` means everybody, whatever the system's default is.
+        socket.set_only_v6(false)?;
+    }
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+fn bind_tcp(addr: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = socket(addr, Type::STREAM, Protocol::TCP)?;
+    // Connections of the last run may still be in TIME_WAIT. Windows means something else by it.
+    #[cfg(not(windows))]
+    socket.set_reuse_address(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn bind_udp(addr: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = socket(addr, Type::DGRAM, Protocol::UDP)?;
+    // Asking is free; how much is granted is the system's limit, and worth a line.
+    let _ = socket.set_recv_buffer_size(UDP_BUFFER_BYTES);
+    let _ = socket.set_send_buffer_size(UDP_BUFFER_BYTES);
+    let receive = socket.recv_buffer_size().unwrap_or(0);
+    let send = socket.send_buffer_size().unwrap_or(0);
+    if receive < UDP_BUFFER_BYTES || send < UDP_BUFFER_BYTES {
+        info!(
+            receive,
+            send,
+            wanted = UDP_BUFFER_BYTES,
+            "the system grants smaller UDP buffers; for large fleets raise net.core.rmem_max and net.core.wmem_max"
+        );
+    }
+    socket.bind(&addr.into())?;
+    Ok(socket.into())
+}
+
+// ---- Tasks ---------------------------------------------------------------------------------------------------------
+
+/// What the accepting tasks share.
+struct Port<D> {
+    shared: Arc<Shared<D>>,
+    admission: Admission,
+    tls: Arc<Tls>,
+    tasks: TaskTracker,
+    accepting: CancellationToken,
+}
+
+impl<D> Clone for Port<D> {
+    fn clone(&self) -> Port<D> {
+        Port {
+            shared: Arc::clone(&self.shared),
+            admission: self.admission.clone(),
+            tls: Arc::clone(&self.tls),
+            tasks: self.tasks.clone(),
+            accepting: self.accepting.clone(),
+        }
+    }
+}
+
+async fn turn(wheel: Arc<Wheel>, admission: Admission, turning: CancellationToken) {
+    let unauthenticated = gauge!(names::LINKS_UNAUTHENTICATED);
+    let mut ticks = interval(TICK);
+    // After a stall of the machine time goes on from where it was, or all devices would seem silent.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while turning.run_until_cancelled(ticks.tick()).await.is_some() {
+        wheel.advance();
+        unauthenticated.set(admission.total());
+    }
+}
+
+async fn accept_tcp<D: Door>(port: Port<D>, listener: TcpListener) {
+    let meters = &port.shared.websocket;
+    let mut pause = PAUSE_MIN;
+    while let Some(accepted) = port.accepting.run_until_cancelled(listener.accept()).await {
+        match accepted {
+            Ok((tcp, peer)) => {
+                pause = PAUSE_MIN;
+                let limits = port.shared.door.link_settings();
+                match port.admission.knock(peer.ip(), &limits) {
+                    Ok(knock) => {
+                        meters.accepted();
+                        port.tasks.spawn(serve_tcp(port.clone(), tcp, peer, knock));
+                    }
+                    Err(crowded) => {
+                        meters.refused(crowded.as_str());
+                        websocket::reset(&tcp);
+                    }
+                }
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                // Out of file descriptors or memory: trying at once would only burn a core.
+                meters.refused("accept_failed");
+                warn!(%error, ?pause, "connections cannot be accepted; pausing");
+                sleep(pause).await;
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+        }
+    }
+}
+
+/// Whether a failure to accept says something about the connection that was to be accepted, rather than about us.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::NetworkDown
+            | io::ErrorKind::TimedOut
+    )
+}
+
+async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, knock: Knock) {
+    let settings = port.shared.door.link_settings();
+    let mut deadline = Box::pin(sleep(settings.hello_deadline));
+    if let Err(error) = websocket::prepare(&tcp, settings.write_deadline) {
+        debug!(%peer, %error, "the socket's options cannot be set");
+    }
+    let accepted = tokio::select! {
+        accepted = websocket::accept(tcp, port.tls.tcp()) => accepted,
+        () = &mut deadline => Err(Code::HelloTimeout.name()),
+    };
+    match accepted {
+        Ok(pipe) => {
+            // A fresh task: this one keeps the size of the handshake.
+            let shared = Arc::clone(&port.shared);
+            port.tasks
+                .spawn(Link::new(shared, pipe, knock, deadline, peer));
+        }
+        Err(reason) => {
+            debug!(%peer, reason, "a TCP connection is no device link");
+            port.shared.websocket.refused(reason);
+        }
+    }
+}
+
+async fn accept_quic<D: Door>(port: Port<D>, endpoint: Endpoint) {
+    while let Some(Some(incoming)) = port.accepting.run_until_cancelled(endpoint.accept()).await {
+        let meters = &port.shared.quic;
+        let peer = incoming.remote_address();
+        let limits = port.shared.door.link_settings();
+        if !incoming.remote_address_validated()
+            && incoming.may_retry()
+            && port.admission.wants_proof(peer.ip(), &limits)
+        {
+            meters.refused("retry");
+            // Cannot fail after `may_retry`; if it does, the peer tries again by itself.
+            let _ = incoming.retry();
+            continue;
+        }
+        match port.admission.knock(peer.ip(), &limits) {
+            Ok(knock) => {
+                meters.accepted();
+                let deadline = Box::pin(sleep(limits.hello_deadline));
+                port.tasks
+                    .spawn(serve_quic(port.clone(), incoming, peer, knock, deadline));
+            }
+            Err(crowded) => {
+                meters.refused(crowded.as_str());
+                incoming.refuse();
+            }
+        }
+    }
+}
+
+async fn serve_quic<D: Door>(
+    port: Port<D>,
+    incoming: Incoming,
+    peer: SocketAddr,
+    knock: Knock,
+    mut deadline: Pin<Box<Sleep>>,
+) {
+    let accepted = match incoming.accept() {
+        Ok(connecting) => quic::accept(connecting, deadline.as_mut()).await,
+        // The first packet was not what it seemed.
+        Err(_) => Err("closed"),
+    };
+    match accepted {
+        Ok(pipe) => {
+            let shared = Arc::clone(&port.shared);
+            port.tasks
+                .spawn(Link::new(shared, pipe, knock, deadline, peer));
+        }
+        Err(reason) => {
+            debug!(%peer, reason, "a QUIC connection is no device link");
+            port.shared.quic.refused(reason);
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! The device port: what carries the links between devices and their mailboxes.
+//!
+//! Read in this order: [`Link`](link::Link) is what both carriers share, with the [`Outbox`](outbox::Outbox) that the
+//! runtime writes to and the [`Wheel`](wheel::Wheel) that notices silence; `websocket` and `quic` bring frames to it;
+//! `listen` opens the port and lets connections in, as far as `admission` has room; `tls` is the only place that
+//! configures TLS.
+//!
+//! Decides nothing about notifications, and knows nothing of the store or HTTP. What it answers to peers that
+//! misbehave is listed in docs/abuse.md, each line with its test.
+
+mod admission;
+mod door;
+mod http_head;
+mod link;
+mod listen;
+mod meters;
+mod outbox;
+mod outgoing;
+mod quic;
+mod tls;
+mod websocket;
+mod wheel;
+
+pub use door::Door;
+pub use listen::{Transport, TransportError, TransportSettings};
+pub use tls::{PemSource, TlsError, TlsSettings};
+
+#[cfg(test)]
+mod testing {
+    #![allow(clippy::unwrap_used)]
+    use super::{PemSource, TlsSettings};
+    use bellwire_certs::{DevAuthority, SanName, Validity};
+
+    /// A fresh certificate for `localhost`.
+    pub(crate) fn tls() -> TlsSettings {
+        let now = time::OffsetDateTime::now_utc();
+        let authority = DevAuthority::generate("test", Validity::authority(now).unwrap()).unwrap();
+        let names: Vec<SanName> = vec!["localhost".parse().unwrap()];
+        let issued = authority
+            .server(&names, Validity::leaf(now).unwrap())
+            .unwrap();
+        TlsSettings {
+            chain: PemSource::Text(issued.chain_pem.as_bytes().to_vec()),
+            key: PemSource::Text(issued.key_pem.as_bytes().to_vec()),
+        }
+    }
+}
