@@ -33,7 +33,6 @@ pub struct Handle {
 }
 
 /// An app, with what is derived from its record.
-#[derive(Clone)]
 pub(super) struct App {
     /// Derives ping ids from idempotency keys.
     pub(super) secret: hmac::Key,
@@ -77,8 +76,8 @@ impl Inner {
         &self.shards[place as usize]
     }
 
-    pub(super) fn app(&self, app: AppId) -> Option<App> {
-        self.apps.get(&app).cloned()
+    pub(super) fn app(&self, app: AppId) -> Option<&App> {
+        self.apps.get(&app)
     }
 
     pub(super) fn draining(&self) -> bool {

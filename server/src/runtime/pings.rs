@@ -87,7 +87,7 @@ impl Inner {
                 .await
             }
             Some((key, body_hash)) => {
-                self.publish_once(&app, request, limits, key, body_hash)
+                self.publish_once(app, request, limits, key, body_hash)
                     .await
             }
         }

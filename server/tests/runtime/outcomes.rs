@@ -1,0 +1,300 @@
+//! What became of it: waiting, looking, taking back, expiry, the ledger's bounds.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bellwire_server::delivery::{AppId, Outcome, PingId};
+use bellwire_server::ports::PairState;
+use bellwire_server::runtime::{Out, PingRequest, RevokeCounts, Target};
+
+use crate::house::{APP, House, ping, settings, until};
+use crate::store::FakeStore;
+
+async fn state(house: &House, id: PingId) -> PairState {
+    let view = house
+        .handle
+        .ping_view(APP, id, None, 10)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(view.devices.len(), 1);
+    view.devices[0].state
+}
+
+fn outcome(state: PairState) -> Option<Outcome> {
+    match state {
+        PairState::Waiting { .. } => None,
+        PairState::Ended { outcome, .. } => Some(outcome),
+    }
+}
+
+fn waiting_for(target: Target, wait: Duration) -> PingRequest {
+    PingRequest {
+        wait_acknowledged: Some(wait),
+        ..ping(target)
+    }
+}
+
+#[tokio::test]
+async fn whoever_waits_is_answered_with_the_verdict() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let mut link = device.attach().await;
+    let handle = house.handle.clone();
+    let request = waiting_for(Target::Device(device.id), Duration::from_secs(60));
+    let asked = tokio::spawn(async move { handle.ping(request).await });
+    let (id, seq, _) = link.notification().await;
+    link.acknowledge(seq);
+    let answer = asked.await.unwrap().unwrap();
+    assert_eq!(answer.id, id);
+    assert_eq!(
+        outcome(answer.outcomes[0].state),
+        Some(Outcome::Acknowledged)
+    );
+}
+
+#[tokio::test]
+async fn waiting_ends_with_the_time_and_tells_what_is_known() {
+    let house = House::open().await;
+    let one = house.device("anna").await;
+    let two = house.device("anna").await;
+    let mut link = one.attach().await;
+    let handle = house.handle.clone();
+    let target = Target::Devices(vec![one.id, two.id]);
+    let request = waiting_for(target, Duration::from_millis(200));
+    let asked = tokio::spawn(async move { handle.ping(request).await });
+    let (_, seq, _) = link.notification().await;
+    link.acknowledge(seq);
+    let outcomes = asked.await.unwrap().unwrap().outcomes;
+    assert_eq!(outcomes.len(), 2);
+    for pair in outcomes {
+        let wanted = (pair.device == one.id).then_some(Outcome::Acknowledged);
+        assert_eq!(outcome(pair.state), wanted);
+    }
+}
+
+#[tokio::test]
+async fn outcomes_of_stored_notifications_survive_a_restart() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let id = house
+        .handle
+        .ping(ping(Target::Device(device.id)))
+        .await
+        .unwrap()
+        .id;
+    assert_eq!(outcome(state(&house, id).await), None);
+    let house = house.restart().await;
+    assert_eq!(outcome(state(&house, id).await), None);
+    let mut link = device.at(&house).attach().await;
+    link.notification().await;
+    link.acknowledge(1);
+    house.ended(id).await;
+    let house = house.restart().await;
+    assert_eq!(
+        outcome(state(&house, id).await),
+        Some(Outcome::Acknowledged)
+    );
+}
+
+#[tokio::test]
+async fn a_ping_of_another_app_is_not_known() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let id = house
+        .handle
+        .ping(ping(Target::Device(device.id)))
+        .await
+        .unwrap()
+        .id;
+    let other = AppId(2);
+    assert!(
+        house
+            .handle
+            .ping_view(other, id, None, 10)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert!(house.handle.revoke_ping(other, id).await.unwrap().is_none());
+    let house = house.restart().await;
+    assert!(
+        house
+            .handle
+            .ping_view(other, id, None, 10)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    let unknown = PingId([1; 16]);
+    assert!(
+        house
+            .handle
+            .ping_view(APP, unknown, None, 10)
+            .await
+            .unwrap()
+            .is_none()
+    );
+}
+
+#[tokio::test]
+async fn views_are_paged_by_device_over_ledger_and_store() {
+    let house = House::open().await;
+    let mut devices = Vec::new();
+    for _ in 0..7 {
+        devices.push(house.device("anna").await);
+    }
+    // One of them gets it without the disk.
+    let mut link = devices[3].attach().await;
+    let handle = house.handle.clone();
+    let anna = Target::Users(vec!["anna".to_owned()]);
+    let asked = tokio::spawn(async move { handle.ping(ping(anna)).await });
+    let (id, seq, _) = link.notification().await;
+    link.acknowledge(seq);
+    asked.await.unwrap().unwrap();
+    let mut seen = Vec::new();
+    let mut after = None;
+    loop {
+        let view = house
+            .handle
+            .ping_view(APP, id, after, 3)
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(view.devices.len() <= 3);
+        seen.extend(view.devices.iter().map(|pair| pair.device));
+        after = view.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    let mut wanted: Vec<_> = devices.iter().map(|device| device.id).collect();
+    wanted.sort_unstable();
+    assert_eq!(seen, wanted);
+}
+
+#[tokio::test]
+async fn a_revoked_ping_never_arrives_and_what_was_sent_is_withdrawn() {
+    let house = House::open().await;
+    let absent = house.device("anna").await;
+    let attached = house.device("anna").await;
+    let done = house.device("anna").await;
+    let mut link = attached.attach().await;
+    let mut quick = done.attach().await;
+    let anna = Target::Users(vec!["anna".to_owned()]);
+    let handle = house.handle.clone();
+    let asked = tokio::spawn(async move { handle.ping(ping(anna)).await });
+    let (id, _, _) = link.notification().await;
+    let (_, seq, _) = quick.notification().await;
+    quick.acknowledge(seq);
+    asked.await.unwrap().unwrap();
+    until("one verdict", async || {
+        let view = house
+            .handle
+            .ping_view(APP, id, None, 10)
+            .await
+            .unwrap()
+            .unwrap();
+        view.devices
+            .iter()
+            .any(|pair| outcome(pair.state).is_some())
+    })
+    .await;
+    let counts = house.handle.revoke_ping(APP, id).await.unwrap().unwrap();
+    assert_eq!(
+        counts,
+        RevokeCounts {
+            revoked: 2,
+            ended: 1
+        }
+    );
+    let word = link.next().await;
+    assert!(
+        matches!(&word, Out::Withdraw(ids) if ids == &[id]),
+        "{word:?}"
+    );
+    let mut late = absent.attach().await;
+    let next = house
+        .handle
+        .ping(ping(Target::Device(absent.id)))
+        .await
+        .unwrap()
+        .id;
+    assert_eq!(late.notification().await.0, next);
+    // A second time there is nothing left to take back.
+    let counts = house.handle.revoke_ping(APP, id).await.unwrap().unwrap();
+    assert_eq!((counts.revoked, counts.ended), (0, 3));
+}
+
+#[tokio::test]
+async fn a_sleeping_mailbox_is_swept_when_its_ttl_is_over() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let mut request = ping(Target::Device(device.id));
+    request.ttl_s = Some(60);
+    let id = house.handle.ping(request).await.unwrap().id;
+    house.clock.advance(Duration::from_secs(61));
+    house.ended(id).await;
+    assert_eq!(outcome(state(&house, id).await), Some(Outcome::Expired));
+    assert_eq!(house.store.disk(|disk| disk.rows.len()), 0);
+}
+
+#[tokio::test]
+async fn the_sweep_pauses_while_the_clock_has_jumped() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let mut request = ping(Target::Device(device.id));
+    request.ttl_s = Some(60);
+    let id = house.handle.ping(request).await.unwrap().id;
+    house.clock.set_jumped(true);
+    // The sweep looks at the clock before it begins: once more, and none that began before is under way.
+    let some_sweeps = async || {
+        let asked = house.clock.asked();
+        until("sweeps", async || house.clock.asked() > asked + 5).await;
+    };
+    some_sweeps().await;
+    house.clock.advance(Duration::from_secs(61));
+    some_sweeps().await;
+    assert_eq!(house.store.disk(|disk| disk.rows.len()), 1);
+    house.clock.set_jumped(false);
+    house.ended(id).await;
+}
+
+#[tokio::test]
+async fn old_receipts_are_dropped() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let mut request = ping(Target::Device(device.id));
+    request.ttl_s = Some(1);
+    let id = house.handle.ping(request).await.unwrap().id;
+    house.clock.advance(Duration::from_secs(2));
+    house.ended(id).await;
+    house.clock.advance(Duration::from_secs(25 * 3_600));
+    until("the receipt to go", async || {
+        house.store.disk(|disk| disk.outcomes.is_empty())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_ledger_forgets_the_oldest_but_the_store_remembers() {
+    let mut settings = settings();
+    settings.ledger_entries = 16;
+    let house = House::with(settings, Arc::new(FakeStore::default())).await;
+    let device = house.device("anna").await;
+    let mut ids = Vec::new();
+    for _ in 0..200 {
+        ids.push(
+            house
+                .handle
+                .ping(ping(Target::Device(device.id)))
+                .await
+                .unwrap()
+                .id,
+        );
+    }
+    assert!(house.handle.status().ledger_entries <= 16);
+    for id in ids {
+        assert_eq!(outcome(state(&house, id).await), None);
+    }
+}

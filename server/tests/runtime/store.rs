@@ -1,0 +1,439 @@
+//! A store in memory that does what it is told: commit at once, hold everything, refuse, break.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex};
+
+use bellwire_server::delivery::{
+    AppId, Body, Change, CommitFailure, DeviceId, Hold, MailboxRead, MailboxView, Notification,
+    Outcome, PingId, RowKey, RowMeta, Summary, WireSlot,
+};
+use bellwire_server::ports::{
+    AppRecord, Batch, Committed, DeviceFilter, DeviceRecord, ExpiredRow, ExpiryCursor, Grant,
+    IdempotencyRecord, KeyRecord, Op, Page, PairState, ReadError, SourceId, Store, StoreHealth,
+    StoreStats,
+};
+
+/// What the store does with a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Mode {
+    #[default]
+    Commit,
+    /// Keep it until [`FakeStore::set_mode`] says otherwise.
+    Hold,
+    NoRoom,
+    Fail,
+}
+
+type GrantFn = Arc<dyn Fn(Grant) + Send + Sync>;
+type DoneFn = Box<dyn FnOnce(Committed) + Send>;
+
+/// What survives a restart.
+#[derive(Default)]
+pub(crate) struct Disk {
+    pub(crate) apps: Vec<AppRecord>,
+    pub(crate) devices: BTreeMap<DeviceId, DeviceRecord>,
+    pub(crate) keys: HashMap<[u8; 10], KeyRecord>,
+    pub(crate) idempotency: HashMap<(AppId, [u8; 32]), IdempotencyRecord>,
+    pub(crate) summaries: HashMap<DeviceId, Summary>,
+    pub(crate) rows: BTreeMap<(DeviceId, u64), (RowMeta, Arc<Notification>)>,
+    pub(crate) outcomes: BTreeMap<(PingId, DeviceId), (AppId, Outcome, u64)>,
+    run: u32,
+}
+
+impl Disk {
+    fn apply(&mut self, batch: Batch) {
+        for op in batch {
+            match op {
+                Op::Mailbox(change) => self.change(change),
+                Op::PutApp(app) => self.apps.push(app),
+                Op::PutDevice { record, fresh, .. } => {
+                    if fresh {
+                        self.summaries.insert(record.id, Summary::new(record.app));
+                    }
+                    self.devices.insert(record.id, record);
+                }
+                Op::DropDevice(record) => drop(self.devices.remove(&record.id)),
+                Op::PutKey(key) => drop(self.keys.insert(key.id, key)),
+                Op::DropKey(_, id) => drop(self.keys.remove(&id)),
+                Op::PutIdempotency(record) => {
+                    self.idempotency
+                        .insert((record.app, record.key_hash), record);
+                }
+            }
+        }
+    }
+
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Insert {
+                device,
+                order,
+                run,
+                notification,
+            } => {
+                let meta = RowMeta {
+                    key: RowKey {
+                        urgency: notification.urgency,
+                        order,
+                    },
+                    ping: notification.ping,
+                    size: notification.size,
+                    expires_ms: notification.expires_ms,
+                    collapse: notification.collapse.clone(),
+                    run,
+                    shared: notification.shared,
+                };
+                self.rows
+                    .insert((device, order), (meta, written(&notification)));
+            }
+            Change::Remove {
+                app,
+                device,
+                row,
+                outcome,
+                at_ms,
+            } => {
+                self.rows.remove(&(device, row.key.order));
+                self.outcomes
+                    .insert((row.ping, device), (app, outcome, at_ms));
+            }
+            Change::Summary { device, summary } => drop(self.summaries.insert(device, summary)),
+            Change::Forget { device } => drop(self.summaries.remove(&device)),
+        }
+    }
+}
+
+/// What comes back from a disk: the same words, but nothing of the process that wrote them.
+fn written(notification: &Notification) -> Arc<Notification> {
+    Arc::new(Notification {
+        ping: notification.ping,
+        app: notification.app,
+        accepted_ms: notification.accepted_ms,
+        expires_ms: notification.expires_ms,
+        urgency: notification.urgency,
+        collapse: notification.collapse.clone(),
+        size: notification.size,
+        transient: notification.transient,
+        shared: notification.shared,
+        content: notification.content.clone(),
+        wire: WireSlot::default(),
+        hold: Hold::default(),
+    })
+}
+
+#[derive(Default)]
+struct State {
+    disk: Disk,
+    mode: Mode,
+    sources: Vec<GrantFn>,
+    held: Vec<(Option<usize>, Batch, Option<DoneFn>)>,
+    riding: Batch,
+    frames: u64,
+    asked: u64,
+    closed: bool,
+    device_reads: u64,
+    user_reads: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct FakeStore(Mutex<State>);
+
+impl FakeStore {
+    /// What a process that starts after a kill finds.
+    pub(crate) fn restarted(&self) -> Arc<FakeStore> {
+        let mut state = self.0.lock().unwrap();
+        let mut disk = std::mem::take(&mut state.disk);
+        disk.run += 1;
+        Arc::new(FakeStore(Mutex::new(State {
+            disk,
+            ..State::default()
+        })))
+    }
+
+    pub(crate) fn set_mode(&self, mode: Mode) {
+        let held = {
+            let mut state = self.0.lock().unwrap();
+            state.mode = mode;
+            if mode == Mode::Hold {
+                return;
+            }
+            std::mem::take(&mut state.held)
+        };
+        for (source, batch, done) in held {
+            self.write(source, batch, done);
+        }
+    }
+
+    pub(crate) fn disk<T>(&self, look: impl FnOnce(&mut Disk) -> T) -> T {
+        look(&mut self.0.lock().unwrap().disk)
+    }
+
+    pub(crate) fn held(&self) -> usize {
+        self.0.lock().unwrap().held.len()
+    }
+
+    pub(crate) fn closed(&self) -> bool {
+        self.0.lock().unwrap().closed
+    }
+
+    pub(crate) fn device_reads(&self) -> u64 {
+        self.0.lock().unwrap().device_reads
+    }
+
+    pub(crate) fn user_reads(&self) -> u64 {
+        self.0.lock().unwrap().user_reads
+    }
+
+    fn write(&self, source: Option<usize>, batch: Batch, done: Option<DoneFn>) {
+        let (result, grant) = {
+            let mut state = self.0.lock().unwrap();
+            let result = match state.mode {
+                Mode::Commit if !state.closed => {
+                    let riding = std::mem::take(&mut state.riding);
+                    state.disk.apply(riding);
+                    state.disk.apply(batch);
+                    state.frames += 1;
+                    Ok(())
+                }
+                Mode::Hold => {
+                    state.held.push((source, batch, done));
+                    return;
+                }
+                Mode::NoRoom => Err(CommitFailure::NoRoom),
+                Mode::Fail | Mode::Commit => Err(CommitFailure::Failed),
+            };
+            let grant = source.map(|source| Arc::clone(&state.sources[source]));
+            (result, grant)
+        };
+        if let Some(grant) = grant {
+            grant(Grant::Committed(result));
+        }
+        if let Some(done) = done {
+            done(result);
+        }
+    }
+}
+
+impl Store for FakeStore {
+    fn register(&self, grant: Box<dyn Fn(Grant) + Send + Sync>) -> SourceId {
+        let mut state = self.0.lock().unwrap();
+        state.sources.push(Arc::from(grant));
+        SourceId(state.sources.len() - 1)
+    }
+
+    fn want(&self, source: SourceId) -> bool {
+        let grant = {
+            let mut state = self.0.lock().unwrap();
+            state.asked += 1;
+            // Every other time the place comes later, as from a real committer.
+            if state.asked.is_multiple_of(2) {
+                return true;
+            }
+            Arc::clone(&state.sources[source.0])
+        };
+        grant(Grant::Ready);
+        false
+    }
+
+    fn submit(&self, source: SourceId, batch: Batch) {
+        self.write(Some(source.0), batch, None);
+    }
+
+    fn commit(&self, batch: Batch, done: DoneFn) {
+        self.write(None, batch, Some(done));
+    }
+
+    fn ride_along(&self, op: Op) {
+        self.0.lock().unwrap().riding.push(op);
+    }
+
+    fn read_mailbox(&self, request: &MailboxRead) -> Result<MailboxView, ReadError> {
+        // More than was asked for is allowed by no contract, but everything is: it says so.
+        let state = self.0.lock().unwrap();
+        let mut rows: Vec<RowMeta> = state
+            .disk
+            .rows
+            .range((request.device, 0)..=(request.device, u64::MAX))
+            .map(|(_, (meta, _))| meta.clone())
+            .collect();
+        rows.sort_by_key(|row| row.key.order);
+        Ok(MailboxView {
+            summary: state.disk.summaries.get(&request.device).copied(),
+            rows,
+            complete: true,
+        })
+    }
+
+    fn read_bodies(&self, device: DeviceId, rows: &[RowKey]) -> Result<Vec<Body>, ReadError> {
+        let state = self.0.lock().unwrap();
+        Ok(rows
+            .iter()
+            .map(|&key| {
+                let found = state.disk.rows.get(&(device, key.order));
+                (key, found.map(|(_, body)| Arc::clone(body)))
+            })
+            .collect())
+    }
+
+    fn pairs(
+        &self,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let mut pairs = BTreeMap::new();
+        for ((device, _), (meta, body)) in &state.disk.rows {
+            if meta.ping == ping {
+                let expires_ms = meta.expires_ms;
+                pairs.insert(*device, (body.app, PairState::Waiting { expires_ms }));
+            }
+        }
+        for ((of, device), &(app, outcome, at_ms)) in &state.disk.outcomes {
+            if *of == ping {
+                pairs.insert(*device, (app, PairState::Ended { outcome, at_ms }));
+            }
+        }
+        let mut items: Vec<_> = pairs
+            .into_iter()
+            .filter(|(device, _)| after.is_none_or(|after| *device > after))
+            .map(|(device, (app, pair))| (app, device, pair))
+            .collect();
+        let more = items.len() > limit;
+        items.truncate(limit);
+        let next = items.last().map(|item| item.1).filter(|_| more);
+        Ok(Page { items, next })
+    }
+
+    fn expired(
+        &self,
+        until_ms: u64,
+        _after: &ExpiryCursor,
+        limit: usize,
+    ) -> Result<Page<ExpiredRow, ExpiryCursor>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let items = state
+            .disk
+            .rows
+            .iter()
+            .filter(|(_, (meta, _))| meta.expires_ms <= until_ms)
+            .take(limit)
+            .map(|((device, _), (meta, _))| ExpiredRow {
+                device: *device,
+                key: meta.key,
+                expires_ms: meta.expires_ms,
+            })
+            .collect();
+        Ok(Page { items, next: None })
+    }
+
+    fn drop_receipts(&self, before_ms: u64, limit: usize) -> Result<usize, ReadError> {
+        let mut state = self.0.lock().unwrap();
+        let old: Vec<_> = state
+            .disk
+            .outcomes
+            .iter()
+            .filter(|(_, (_, _, at_ms))| *at_ms < before_ms)
+            .map(|(key, _)| *key)
+            .take(limit)
+            .collect();
+        for key in &old {
+            state.disk.outcomes.remove(key);
+        }
+        Ok(old.len())
+    }
+
+    fn device(&self, id: DeviceId) -> Result<Option<DeviceRecord>, ReadError> {
+        let mut state = self.0.lock().unwrap();
+        state.device_reads += 1;
+        Ok(state.disk.devices.get(&id).cloned())
+    }
+
+    fn devices(
+        &self,
+        app: AppId,
+        filter: &DeviceFilter,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<DeviceRecord, DeviceId>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let mut items: Vec<DeviceRecord> = state
+            .disk
+            .devices
+            .values()
+            .filter(|record| record.app == app)
+            .filter(|record| filter.user.as_ref().is_none_or(|user| *user == record.user))
+            .filter(|record| after.is_none_or(|after| record.id > after))
+            .take(limit + 1)
+            .cloned()
+            .collect();
+        let more = items.len() > limit;
+        items.truncate(limit);
+        let next = items.last().map(|item| item.id).filter(|_| more);
+        Ok(Page { items, next })
+    }
+
+    fn user_devices(
+        &self,
+        app: AppId,
+        user: &str,
+        limit: usize,
+    ) -> Result<Vec<DeviceId>, ReadError> {
+        let mut state = self.0.lock().unwrap();
+        state.user_reads += 1;
+        Ok(state
+            .disk
+            .devices
+            .values()
+            .filter(|record| record.app == app && record.user == user)
+            .map(|record| record.id)
+            .take(limit)
+            .collect())
+    }
+
+    fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {
+        Ok(self.0.lock().unwrap().disk.keys.get(&id).cloned())
+    }
+
+    fn keys(&self) -> Result<Vec<KeyRecord>, ReadError> {
+        Ok(self.0.lock().unwrap().disk.keys.values().cloned().collect())
+    }
+
+    fn apps(&self) -> Result<Vec<AppRecord>, ReadError> {
+        Ok(self.0.lock().unwrap().disk.apps.clone())
+    }
+
+    fn idempotency(
+        &self,
+        app: AppId,
+        key_hash: [u8; 32],
+    ) -> Result<Option<IdempotencyRecord>, ReadError> {
+        let state = self.0.lock().unwrap();
+        Ok(state.disk.idempotency.get(&(app, key_hash)).copied())
+    }
+
+    fn health(&self) -> StoreHealth {
+        match self.0.lock().unwrap().mode {
+            Mode::Commit | Mode::Hold => StoreHealth::Open,
+            Mode::NoRoom => StoreHealth::Full {
+                free: 1,
+                reserve: 2,
+            },
+            Mode::Fail => StoreHealth::Failed("told to".to_owned()),
+        }
+    }
+
+    fn stats(&self) -> StoreStats {
+        let state = self.0.lock().unwrap();
+        StoreStats {
+            engine: "fake",
+            run: state.disk.run + 1,
+            frames: state.frames,
+            ..StoreStats::default()
+        }
+    }
+
+    fn close(&self) {
+        self.0.lock().unwrap().closed = true;
+    }
+}
