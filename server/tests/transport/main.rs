@@ -1,0 +1,13 @@
+//! The device port on real sockets, with a runtime that does what the test says.
+//!
+//! Each test is a line of docs/abuse.md, or of the life of a well-behaved device. `desk` stands in for the runtime,
+//! `device` is a peer that can also misbehave.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod admission;
+mod desk;
+mod device;
+mod life;
+mod misbehaviour;
+mod slow;
