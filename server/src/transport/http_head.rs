@@ -218,7 +218,7 @@ impl Refused {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)]
     use super::*;
     use bellwire_protocol::Codec;
     use proptest::prelude::*;

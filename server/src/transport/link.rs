@@ -286,7 +286,8 @@ impl<D: Door, P: Pipe> Link<D, P> {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            if self.backlog.is_empty() || !written {
+            // Words that came while the pipe was full woke nobody: whoever made room looks for them.
+            if !written || (self.backlog.is_empty() && !self.outbox.has_words()) {
                 return Poll::Pending;
             }
         }
@@ -420,7 +421,7 @@ impl<D: Door, P: Pipe> Link<D, P> {
     /// After an attempt to write: notes what waits, and has the wheel remind this link of it.
     fn note_sending(&mut self, written: bool) {
         let traffic = self.pipe.traffic();
-        let sent = traffic.sent - self.counted.sent;
+        let sent = traffic.sent.saturating_sub(self.counted.sent);
         self.count_traffic();
         if written {
             self.stalled.done();
@@ -476,8 +477,8 @@ impl<D: Door, P: Pipe> Link<D, P> {
     fn count_traffic(&mut self) {
         let traffic = self.pipe.traffic();
         if traffic != self.counted {
-            let received = traffic.received - self.counted.received;
-            let sent = traffic.sent - self.counted.sent;
+            let received = traffic.received.saturating_sub(self.counted.received);
+            let sent = traffic.sent.saturating_sub(self.counted.sent);
             self.meters().bytes(received, sent);
             self.counted = traffic;
         }
@@ -778,4 +779,338 @@ fn shared_notify(notification: &Notification) -> Result<SharedNotify, DecodeErro
         urgency_outside(notification.urgency),
         notification.content.clone(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::delivery::{AppId, Hold, WireSlot};
+    use crate::runtime::LinkSettings;
+    use crate::transport::admission::Admission;
+    use bellwire_protocol::{Content, Decoded, DeviceFrame};
+    use futures_util::task::noop_waker_ref;
+    use std::sync::Mutex;
+
+    /// A runtime that lets everybody in and counts.
+    #[derive(Clone, Default)]
+    struct Desk(Arc<Mutex<Vec<&'static str>>>);
+
+    impl Desk {
+        fn note(&self, what: &'static str) {
+            self.0.lock().unwrap().push(what);
+        }
+    }
+
+    impl Door for Desk {
+        type Proof = ();
+
+        fn link_settings(&self) -> Arc<LinkSettings> {
+            Arc::new(LinkSettings::default())
+        }
+        fn now_ms(&self) -> u64 {
+            1
+        }
+        fn next_session(&self) -> SessionId {
+            SessionId(1)
+        }
+        async fn authenticate(&self, _: DeviceId, _: Identity<'_>) -> Result<(), WhoError> {
+            Ok(())
+        }
+        fn attach(&self, (): (), request: AttachRequest, outlet: Arc<dyn Outlet>) {
+            self.note("attach");
+            let window = request.window;
+            outlet.push(Out::Welcome { pending: 0, window });
+        }
+        fn detach(&self, _: DeviceId, _: SessionId) {
+            self.note("detach");
+        }
+        fn acknowledge(&self, _: DeviceId, _: SessionId, _: Acknowledged) {
+            self.note("acknowledge");
+        }
+        fn decline(&self, _: DeviceId, _: SessionId, _: PingId) {
+            self.note("decline");
+        }
+        fn presence(&self, _: DeviceId, _: SessionId, _: bool) {
+            self.note("presence");
+        }
+    }
+
+    /// A pipe in the test's hands. It never wakes anybody: the test polls.
+    #[derive(Default)]
+    struct Hose {
+        incoming: VecDeque<DeviceFrame>,
+        queued: Vec<Vec<u8>>,
+        written: Vec<ServerFrame>,
+        blocked: bool,
+        sent: u64,
+        heard: u64,
+        ended: Option<Code>,
+    }
+
+    impl Pipe for Hose {
+        const CARRIER: Carrier = Carrier::Quic;
+
+        fn codec(&self) -> Codec {
+            Codec::Cbor
+        }
+        fn poll_receive(&mut self, _: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+            match self.incoming.pop_front() {
+                None => Poll::Pending,
+                Some(frame) => Poll::Ready(Ok(Some(Codec::Cbor.encode_device(&frame).into()))),
+            }
+        }
+        fn queue(&mut self, head: &[u8], tail: &[u8]) {
+            self.queued.push([head, tail].concat());
+        }
+        fn queued(&self) -> usize {
+            self.queued.iter().map(Vec::len).sum()
+        }
+        fn poll_send(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+            if self.blocked && !self.queued.is_empty() {
+                return Poll::Pending;
+            }
+            for frame in self.queued.drain(..) {
+                let Ok(Decoded::Frame(frame)) = Codec::Cbor.decode_server(&frame) else {
+                    panic!("a frame")
+                };
+                self.written.push(frame);
+                self.sent += 1;
+            }
+            Poll::Ready(Ok(()))
+        }
+        fn traffic(&self) -> Traffic {
+            Traffic {
+                received: 0,
+                sent: self.sent,
+            }
+        }
+        fn heard_of_peer(&self) -> Option<u64> {
+            Some(self.heard)
+        }
+        fn end(&mut self, code: Code, _: &str) {
+            self.ended = Some(code);
+        }
+        fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+            self.poll_send(cx).map(drop)
+        }
+    }
+
+    type TestLink = Pin<Box<Link<Desk, Hose>>>;
+
+    fn link() -> (Desk, TestLink) {
+        let desk = Desk::default();
+        let shared = Arc::new(Shared {
+            door: desk.clone(),
+            wheel: Arc::new(Wheel::new()),
+            quic: Meters::new(Carrier::Quic),
+            websocket: Meters::new(Carrier::WebSocket),
+        });
+        let peer: SocketAddr = "192.0.2.1:9".parse().unwrap();
+        let knock = Admission::new(false).knock(peer.ip(), &LinkSettings::default());
+        let deadline = Box::pin(sleep(Duration::from_secs(10)));
+        let link = Link::new(shared, Hose::default(), knock.ok().unwrap(), deadline, peer);
+        (desk, Box::pin(link))
+    }
+
+    fn attached() -> (Desk, TestLink) {
+        let (desk, mut link) = link();
+        link.pipe.incoming.push_back(DeviceFrame::Hello(Hello {
+            device: Id([1; 16]),
+            secret: Some("s".into()),
+            instance: Id([2; 16]),
+            attempt: 1,
+            seen: Vec::new(),
+            window: None,
+            min_urgency: None,
+            agent: None,
+        }));
+        assert!(poll(&mut link).is_pending());
+        assert_eq!(link.pipe.written.len(), 1, "the welcome");
+        assert!(link.timer.is_none() && link.knock.is_none() && link.proving.is_none());
+        link.pipe.written.clear();
+        (desk, link)
+    }
+
+    fn poll(link: &mut TestLink) -> Poll<()> {
+        link.as_mut()
+            .poll(&mut Context::from_waker(noop_waker_ref()))
+    }
+
+    fn large(seq: u64) -> Out {
+        let content = Content {
+            body: Some("x".repeat(QUEUED_HIGH_BYTES / 2)),
+            ..Content::default()
+        };
+        Out::Send {
+            seq,
+            redelivered: false,
+            notification: Arc::new(Notification {
+                ping: PingId([7; 16]),
+                app: AppId::DEFAULT,
+                accepted_ms: 0,
+                expires_ms: 1_000,
+                urgency: Urgency::Normal,
+                collapse: None,
+                size: 0,
+                transient: false,
+                shared: false,
+                content: content.to_cbor().into(),
+                wire: WireSlot::default(),
+                hold: Hold::default(),
+            }),
+        }
+    }
+
+    fn pass(link: &TestLink, ticks: u32) {
+        (0..ticks).for_each(|_| link.shared.wheel.advance());
+    }
+
+    #[tokio::test]
+    async fn words_that_came_while_the_pipe_was_full_are_sent_when_it_is_free() {
+        let (_desk, mut link) = attached();
+        link.pipe.blocked = true;
+        (1..=2).for_each(|seq| link.outbox.push(large(seq)));
+        assert!(poll(&mut link).is_pending());
+        assert!(link.pipe.queued() >= QUEUED_HIGH_BYTES && link.backlog.is_empty());
+        (3..=6).for_each(|seq| link.outbox.push(large(seq)));
+        assert!(poll(&mut link).is_pending());
+        link.pipe.blocked = false;
+        assert!(poll(&mut link).is_pending());
+        assert_eq!(link.pipe.written.len(), 6);
+    }
+
+    #[tokio::test]
+    async fn what_is_encoded_ahead_of_a_full_pipe_is_bounded() {
+        let (_desk, mut link) = attached();
+        link.pipe.blocked = true;
+        (1..=100).for_each(|seq| link.outbox.push(large(seq)));
+        assert!(poll(&mut link).is_pending());
+        assert_eq!(link.pipe.queued.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn frames_are_taken_in_turns_and_surplus_answers_count_as_said() {
+        let (_desk, mut link) = attached();
+        link.pipe.blocked = true;
+        let pings = (0..3 * FRAMES_PER_TURN).map(|_| DeviceFrame::Ping);
+        link.pipe.incoming.extend(pings);
+        for left in [2, 1, 0] {
+            assert!(poll(&mut link).is_pending());
+            assert_eq!(link.pipe.incoming.len(), left * FRAMES_PER_TURN);
+        }
+        assert_eq!(link.pipe.queued.len(), ANSWERS_WAITING_MAX as usize);
+        link.pipe.blocked = false;
+        assert!(poll(&mut link).is_pending());
+        link.pipe.incoming.push_back(DeviceFrame::Ping);
+        assert!(poll(&mut link).is_pending());
+        assert_eq!(link.pipe.written.len(), ANSWERS_WAITING_MAX as usize + 1);
+    }
+
+    #[tokio::test]
+    async fn a_pipe_that_takes_nothing_for_the_write_deadline_is_given_up() {
+        let (desk, mut link) = attached();
+        link.pipe.blocked = true;
+        link.outbox.push(large(1));
+        assert!(poll(&mut link).is_pending());
+        // The peer's transport lives: it acknowledges, but takes nothing.
+        for _ in 0..29 {
+            pass(&link, 1);
+            link.pipe.heard += 1;
+            assert!(poll(&mut link).is_pending());
+            assert_eq!(link.pipe.ended, None);
+        }
+        pass(&link, 1);
+        assert!(poll(&mut link).is_pending());
+        assert_eq!(link.pipe.ended, Some(Code::SlowReader));
+        assert_eq!(desk.0.lock().unwrap().as_slice(), ["attach", "detach"]);
+    }
+
+    #[tokio::test]
+    async fn a_transport_that_does_not_acknowledge_is_given_up_and_one_that_does_is_not() {
+        for (hears, ended) in [(true, None), (false, Some(Code::SlowReader))] {
+            let (_desk, mut link) = attached();
+            link.outbox.push(large(1));
+            assert!(poll(&mut link).is_pending());
+            link.pipe.heard += u64::from(hears);
+            pass(&link, 60);
+            let _ = poll(&mut link);
+            assert_eq!(link.pipe.ended, ended);
+        }
+    }
+
+    #[tokio::test]
+    async fn the_last_of_many_sends_counts_from_its_own_time() {
+        let (_desk, mut link) = attached();
+        link.outbox.push(large(1));
+        assert!(poll(&mut link).is_pending());
+        pass(&link, 25);
+        link.pipe.heard += 1;
+        link.outbox.push(large(2));
+        assert!(poll(&mut link).is_pending());
+        pass(&link, 29);
+        assert!(poll(&mut link).is_pending());
+        assert_eq!(link.pipe.ended, None);
+        pass(&link, 1);
+        let _ = poll(&mut link);
+        assert_eq!(link.pipe.ended, Some(Code::SlowReader));
+    }
+
+    #[tokio::test]
+    async fn an_idle_link_holds_no_buffer_and_no_timer() {
+        let (_desk, mut link) = attached();
+        (1..=50).for_each(|seq| link.outbox.push(large(seq)));
+        assert!(poll(&mut link).is_pending());
+        assert_eq!(link.pipe.written.len(), 50);
+        assert_eq!(link.backlog.capacity(), 0);
+        assert_eq!(link.outbox.take_words().capacity(), 0);
+        assert!(link.timer.is_none());
+        // The task is this and what the carrier needs.
+        assert!(
+            size_of::<Link<Desk, ()>>() <= 512,
+            "{}",
+            size_of::<Link<Desk, ()>>()
+        );
+    }
+
+    /// A pipe of no size, to weigh the link alone.
+    impl Pipe for () {
+        const CARRIER: Carrier = Carrier::Quic;
+        fn codec(&self) -> Codec {
+            Codec::Cbor
+        }
+        fn poll_receive(&mut self, _: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+            Poll::Pending
+        }
+        fn queue(&mut self, _: &[u8], _: &[u8]) {}
+        fn queued(&self) -> usize {
+            0
+        }
+        fn poll_send(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+            Poll::Pending
+        }
+        fn traffic(&self) -> Traffic {
+            Traffic::default()
+        }
+        fn heard_of_peer(&self) -> Option<u64> {
+            None
+        }
+        fn end(&mut self, _: Code, _: &str) {}
+        fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<()> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test]
+    async fn a_link_that_is_dropped_detaches_once() {
+        let (desk, link) = attached();
+        drop(link);
+        assert_eq!(desk.0.lock().unwrap().as_slice(), ["attach", "detach"]);
+        let (desk, mut link) = attached();
+        link.outbox.push(Out::Close(Closing::Replaced));
+        let _ = poll(&mut link);
+        assert_eq!(link.pipe.ended, Some(Code::Replaced));
+        drop(link);
+        assert_eq!(desk.0.lock().unwrap().as_slice(), ["attach", "detach"]);
+    }
 }

@@ -86,6 +86,11 @@ impl Outbox {
             .unwrap_or_default()
     }
 
+    /// Whether there are words to take.
+    pub(crate) fn has_words(&self) -> bool {
+        self.words().as_ref().is_some_and(|words| !words.is_empty())
+    }
+
     /// The kicks since the last call.
     pub(crate) fn take_kicks(&self) -> Kicks {
         // Mostly there are none, and then nothing is written.
@@ -183,6 +188,7 @@ impl Outlet for Outbox {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::wildcard_enum_match_arm)]
     use super::*;
     use crate::delivery::PingId;
     use futures_util::task::{ArcWake, waker};

@@ -210,11 +210,12 @@ impl Pair {
             });
         }
         let text = zeroize::Zeroizing::new(settings.key.read("private key")?);
-        let key = PrivateKeyDer::from_pem_slice(&text).map_err(|error| match error {
-            pem::Error::NoItemsFound => TlsError::NoKey {
-                place: settings.key.place(),
-            },
-            error => malformed("private key", &settings.key, &error),
+        let key = PrivateKeyDer::from_pem_slice(&text).map_err(|error| {
+            if matches!(error, pem::Error::NoItemsFound) {
+                let place = settings.key.place();
+                return TlsError::NoKey { place };
+            }
+            malformed("private key", &settings.key, &error)
         })?;
         Ok(Pair { chain, key })
     }

@@ -446,12 +446,12 @@ fn push_header(outgoing: &mut Outgoing, opcode: u8, length: usize) {
 
 fn broken(error: WsError) -> Broken {
     match error {
-        WsError::Io(error) => Broken::Gone(match error.kind() {
+        WsError::Io(error) if error.kind() == io::ErrorKind::TimedOut => {
             // `prepare` had the system notice.
-            io::ErrorKind::TimedOut => Code::SlowReader.name(),
-            io::ErrorKind::InvalidData => "tls",
-            _ => "lost",
-        }),
+            Broken::Gone(Code::SlowReader.name())
+        }
+        WsError::Io(error) if error.kind() == io::ErrorKind::InvalidData => Broken::Gone("tls"),
+        WsError::Io(_) => Broken::Gone("lost"),
         WsError::Capacity(CapacityError::MessageTooLong { size, max_size }) => Broken::Fault(
             Code::FrameTooLarge,
             format!("a frame of {size} bytes; at most {max_size} are accepted"),

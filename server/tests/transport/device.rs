@@ -91,6 +91,7 @@ pub fn quic_tls(alpn: &[u8]) -> ClientConfig {
 
 type Socket = WebSocketStream<TlsStream<TcpStream>>;
 
+#[allow(clippy::large_enum_variant, reason = "there are a handful of devices")]
 enum Pipe {
     WebSocket(Box<Socket>),
     Quic {

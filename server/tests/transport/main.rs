@@ -4,6 +4,11 @@
 //! `device` is a peer that can also misbehave.
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "all others are one surprise"
+)]
+#![allow(unreachable_pub, reason = "what the modules of one test share")]
 
 mod admission;
 mod desk;
