@@ -194,7 +194,7 @@ fn event_text(event: &Event) -> Option<String> {
         Event::Repeated { id } => format!("{id} came again; it was answered before and got the same verdict"),
         Event::Expired { id } => format!("{id} came too late and was declined"),
         Event::Trouble { what } => what.clone(),
-        _ => return None,
+        Event::Stopped | _ => return None,
     })
 }
 
