@@ -251,12 +251,6 @@ impl From<RuntimeError> for Problem {
     }
 }
 
-impl From<Rejection> for Problem {
-    fn from(why: Rejection) -> Problem {
-        Problem::plain(rejection_code(why))
-    }
-}
-
 impl From<WhoError> for Problem {
     fn from(error: WhoError) -> Problem {
         match error {

@@ -1,6 +1,5 @@
 //! `/v1/pings`: publish, look, take back.
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use axum::extract::{Request, State};
@@ -16,8 +15,8 @@ use super::error::{Place, Problem, rejection_code};
 use super::ping_body::{self, PingSchema};
 use super::query::{self, PathId, Query};
 use super::{Backend, answer, body, text};
-use crate::delivery::{DeviceId, PingId, Rejection};
-use crate::runtime::{Content, PairState, PairView, PingAnswer, PingRequest, Target, sha256};
+use crate::delivery::{DeviceId, PingId};
+use crate::runtime::{Content, PairState, PairView, PingAnswer, PingRequest, sha256};
 
 /// Longest wait for acknowledgements.
 const WAIT_MAX_S: u64 = 60;
@@ -169,9 +168,7 @@ pub(super) async fn create(
     let key = idempotency_key(&parts.headers)?;
     body::expect_json(&parts.headers)?;
     let bytes = body::read(body).await?;
-    let mut ping = ping_body::read(&bytes)?;
-    named_once(&mut ping.target);
-    let several = !matches!(ping.target, Target::Device(_));
+    let ping = ping_body::read(&bytes)?;
     let answered = backend
         .handle
         .ping(PingRequest {
@@ -189,13 +186,10 @@ pub(super) async fn create(
             wait_acknowledged: wait,
         })
         .await?;
-    accepted(&answered, several, wait.is_some())
+    Ok(accepted(&answered, wait.is_some()))
 }
 
-fn accepted(answered: &PingAnswer, several: bool, waited: bool) -> Result<Response, Problem> {
-    if let Some(why) = nothing_accepted(answered, several) {
-        return Err(why.into());
-    }
+fn accepted(answered: &PingAnswer, waited: bool) -> Response {
     let body = Accepted {
         id: answered.id,
         devices: answered.devices,
@@ -215,40 +209,7 @@ fn accepted(answered: &PingAnswer, several: bool, waited: bool) -> Result<Respon
     } else {
         StatusCode::ACCEPTED
     };
-    Ok(answer(status, &body))
-}
-
-/// The reason when no device at all accepted and the answer must not look like a success: always for a single device,
-/// and for several when the trouble is the server's, so that the caller sends the whole ping again.
-fn nothing_accepted(answered: &PingAnswer, several: bool) -> Option<Rejection> {
-    let (_, first) = answered.rejected.first()?;
-    if usize::try_from(answered.devices) != Ok(answered.rejected.len()) {
-        return None;
-    }
-    if !several {
-        return Some(*first);
-    }
-    answered
-        .rejected
-        .iter()
-        .all(|(_, why)| matches!(why, Rejection::NoRoom | Rejection::StoreFailed))
-        .then_some(*first)
-}
-
-/// Lets every name in a list count once.
-fn named_once(target: &mut Target) {
-    match target {
-        Target::Device(_) => {}
-        Target::Devices(devices) => {
-            let mut seen = HashSet::with_capacity(devices.len());
-            devices.retain(|device| seen.insert(*device));
-        }
-        Target::Users(users) if users.len() == 1 => {}
-        Target::Users(users) => {
-            let mut seen = HashSet::with_capacity(users.len());
-            users.retain(|user| seen.insert(user.clone()));
-        }
-    }
+    answer(status, &body)
 }
 
 /// How long to wait, from the query.
