@@ -73,7 +73,10 @@ impl Site {
             Some(response) => response,
             None => inner.handle_safely(request).await,
         };
-        if let Some(problem) = response.extensions_mut().remove::<Problem>() {
+        let problem = response.extensions_mut().remove::<Problem>();
+        if method == Method::OPTIONS && response.status() == StatusCode::METHOD_NOT_ALLOWED {
+            response = options(&response);
+        } else if let Some(problem) = problem {
             let allow = response.headers_mut().remove(ALLOW);
             response = problem.render(id.to_str().unwrap_or_default());
             if let Some(allow) = allow {
@@ -82,8 +85,6 @@ impl Site {
             if method == Method::HEAD {
                 *response.body_mut() = Body::empty();
             }
-        } else if method == Method::OPTIONS && response.status() == StatusCode::METHOD_NOT_ALLOWED {
-            response = options(response);
         }
 
         let status = response.status();
@@ -186,7 +187,7 @@ fn dressed(mut response: Response) -> Response {
 }
 
 /// The answer to `OPTIONS`: which methods there are. No other site may call from a browser, so there is no CORS.
-fn options(refused: Response) -> Response {
+fn options(refused: &Response) -> Response {
     let methods = refused
         .headers()
         .get(ALLOW)

@@ -1,7 +1,5 @@
 //! `openapi.json` at the top of the repository is the document that the code generates.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeSet;
 
 use bellwire_server::{compat, http};

@@ -1,0 +1,13 @@
+//! The HTTP side over real sockets, on the real runtime, with a store that a test can make fail.
+
+#![allow(clippy::unwrap_used)]
+
+mod native;
+mod openapi;
+mod rhoconnect;
+mod serving;
+mod support;
+
+#[path = "../runtime/store.rs"]
+#[expect(dead_code, reason = "the tests of the runtime use more of it")]
+mod store;
