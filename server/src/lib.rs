@@ -9,5 +9,6 @@ pub mod delivery;
 pub mod http;
 pub mod ports;
 pub mod runtime;
+pub mod store;
 pub mod telemetry;
 pub mod transport;

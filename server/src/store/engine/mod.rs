@@ -1,0 +1,73 @@
+//! The seam to the engines: an ordered map of bytes that takes batches.
+//!
+//! An engine is an index over the log. It need not be durable, it may be thrown away, but two things it must do:
+//! a batch is applied whole or not at all, together with the position that it brings the engine to, and whatever survives a
+//! kill of the process is the state after some prefix of the batches. Nothing above this folder knows trees.
+
+pub(in crate::store) mod memory;
+pub(in crate::store) mod sled;
+
+use std::ops::{ControlFlow, Range};
+
+use bytes::Bytes;
+
+/// Most operations in one batch: sled holds off its readers while it applies one.
+pub(in crate::store) const BATCH_OPERATIONS: usize = 256;
+
+/// An engine that did not do what was asked; the text is for the operator.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub(in crate::store) struct EngineError(pub(in crate::store) String);
+
+/// From which end a range is walked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Direction {
+    /// Smallest key first.
+    Up,
+    /// Greatest key first.
+    Down,
+}
+
+/// What a walk is told about each entry; it may stop the walk.
+pub(in crate::store) type Visit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>;
+
+/// One put or delete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::store) struct EngineWrite {
+    /// Which key.
+    pub(in crate::store) key: Bytes,
+    /// Its value; `None` deletes.
+    pub(in crate::store) value: Option<Bytes>,
+}
+
+/// An ordered map of bytes.
+pub(in crate::store) trait Engine: Send + Sync + 'static {
+    /// Its name in settings, logs and metrics.
+    fn name(&self) -> &'static str;
+
+    /// The value of a key.
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError>;
+
+    /// Walks over a range. What is written meanwhile may be seen or not.
+    fn scan(
+        &self,
+        range: Range<&[u8]>,
+        direction: Direction,
+        visit: Visit<'_>,
+    ) -> Result<(), EngineError>;
+
+    /// Applies a batch of at most [`BATCH_OPERATIONS`], and the position if one is given, whole or not at all.
+    fn apply(&self, batch: &[EngineWrite], position: Option<u64>) -> Result<(), EngineError>;
+
+    /// The frame that it takes next; `None` if it never was told.
+    fn position(&self) -> Result<Option<u64>, EngineError>;
+
+    /// Size of its files, or of what it holds in memory, bytes.
+    fn size_bytes(&self) -> u64;
+
+    /// Hands what it buffers to the operating system. Called by one thread only.
+    fn flush(&self) -> Result<(), EngineError>;
+
+    /// Hands everything to the disk. Reads still work.
+    fn close(&self) -> Result<(), EngineError>;
+}

@@ -1,0 +1,160 @@
+//! The engine on sled 0.34.7: the embedded default.
+//!
+//! sled is asked for little, because little is known to hold: its `flush` never syncs (it ends in
+//! `sync_file_range`), its blobs are never synced, there is no repair, and it does not check what it reads beyond
+//! its own frames. The log makes that harmless. Kept to here:
+//! - one tree, because a batch covers one tree;
+//! - segments of 8 MiB, so that no leaf of records up to 72 KiB becomes a blob;
+//! - sled's own flush thread is off; [`Engine::flush`] comes from the applier alone, because two at once were seen to hang;
+//! - after each batch crossbeam's garbage is let go: a batch pins the epoch once, and without this a million inserts
+//!   held 9 GB;
+//! - opening is guarded against panics, which is what damaged files lead to in places.
+
+use std::fs::File;
+use std::io;
+use std::ops::{ControlFlow, Range};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+
+use super::{BATCH_OPERATIONS, Direction, Engine, EngineError, EngineWrite, Visit};
+use crate::store::keys;
+
+/// sled's unit of writing. A leaf becomes a blob beyond a quarter of it, and holds up to 16 records. Fixed when the
+/// files are made.
+const SEGMENT: usize = 8 << 20;
+
+/// Calls that let crossbeam's garbage go after a batch; each frees a bounded piece.
+const EPOCH_FLUSHES: usize = 64;
+
+/// sled's own errors are values; its panics are turned into the same.
+fn guarded<T>(what: &str, run: impl FnOnce() -> sled::Result<T>) -> Result<T, EngineError> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(EngineError(format!("sled could not {what}: {error}"))),
+        Err(_) => Err(EngineError(format!("sled panicked when asked to {what}"))),
+    }
+}
+
+pub(in crate::store) struct SledEngine {
+    db: sled::Db,
+    dir: PathBuf,
+}
+
+impl SledEngine {
+    /// Opens or makes the files below `dir`.
+    pub(in crate::store) fn open(dir: &Path, cache_bytes: u64) -> Result<SledEngine, EngineError> {
+        let db = guarded("open its files", || {
+            sled::Config::new()
+                .path(dir)
+                .cache_capacity(cache_bytes)
+                .segment_size(SEGMENT)
+                .flush_every_ms(None)
+                .open()
+        })?;
+        Ok(SledEngine {
+            db,
+            dir: dir.to_owned(),
+        })
+    }
+}
+
+impl Engine for SledEngine {
+    fn name(&self) -> &'static str {
+        "sled"
+    }
+
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
+        let value = guarded("read", || self.db.get(key))?;
+        Ok(value.map(Bytes::from_owner))
+    }
+
+    fn scan(
+        &self,
+        range: Range<&[u8]>,
+        direction: Direction,
+        visit: Visit<'_>,
+    ) -> Result<(), EngineError> {
+        if range.start >= range.end {
+            return Ok(());
+        }
+        let mut entries = self.db.range(range);
+        loop {
+            let entry = guarded("walk over a range", || {
+                match direction {
+                    Direction::Up => entries.next(),
+                    Direction::Down => entries.next_back(),
+                }
+                .transpose()
+            })?;
+            match entry {
+                Some((key, value)) => {
+                    if let ControlFlow::Break(()) = visit(&key, &value) {
+                        return Ok(());
+                    }
+                }
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn apply(&self, batch: &[EngineWrite], position: Option<u64>) -> Result<(), EngineError> {
+        debug_assert!(batch.len() <= BATCH_OPERATIONS);
+        let mut writes = sled::Batch::default();
+        for write in batch {
+            match &write.value {
+                Some(value) => writes.insert(&*write.key, &**value),
+                None => writes.remove(&*write.key),
+            }
+        }
+        if let Some(position) = position {
+            let mut value = Vec::new();
+            crate::store::record::put_number(keys::POSITION, &mut value, position);
+            writes.insert(keys::POSITION, value);
+        }
+        guarded("apply a batch", || self.db.apply_batch(writes))?;
+        for _ in 0..EPOCH_FLUSHES {
+            crossbeam_epoch::pin().flush();
+        }
+        Ok(())
+    }
+
+    fn position(&self) -> Result<Option<u64>, EngineError> {
+        let Some(value) = self.get(keys::POSITION)? else {
+            return Ok(None);
+        };
+        crate::store::record::number(keys::POSITION, &value)
+            .map(Some)
+            .map_err(|fault| EngineError(format!("the engine's position cannot be read: {fault}")))
+    }
+
+    fn size_bytes(&self) -> u64 {
+        guarded("measure its files", || self.db.size_on_disk()).unwrap_or(0)
+    }
+
+    fn flush(&self) -> Result<(), EngineError> {
+        guarded("flush", || self.db.flush()).map(|_| ())
+    }
+
+    fn close(&self) -> Result<(), EngineError> {
+        self.flush()?;
+        // sled does not sync; a clean end does it for it, so that the next start may trust the files
+        // even if the machine went down in between.
+        sync_files(&self.dir)
+            .map_err(|error| EngineError(format!("sled's files could not be synced: {error}")))
+    }
+}
+
+/// Syncs every file below a directory, and the directory.
+fn sync_files(dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_files(&entry.path())?;
+        } else {
+            File::open(entry.path())?.sync_all()?;
+        }
+    }
+    File::open(dir)?.sync_all()
+}

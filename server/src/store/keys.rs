@@ -1,0 +1,388 @@
+//! The only place that knows keys.
+//!
+//! One keyspace, sorted by bytes, serves every engine; the first byte says what a key leads to. Numbers are big endian,
+//! so that their order is the order of the bytes; texts of any length are led by their length, so that no key of
+//! one range is the beginning of another's.
+//!
+//! | key | value |
+//! | --- | --- |
+//! | `r` device urgency order | a row: its meta and, unless it is shared, its body |
+//! | `b` ping | the body that the rows of a ping share |
+//! | `s` device | the summary of a mailbox; it exists as long as the device does |
+//! | `x` expiry device urgency order | the ping of the row: rows by the time they run out |
+//! | `c` device collapse-key order | the urgency of the row: rows by replacement key, the newest last |
+//! | `p` ping device | what is known of one notification of a ping |
+//! | `t` time ping device | nothing: ended notifications by age |
+//! | `d` device | a device as the backend registered it |
+//! | `e` app device | nothing: the devices of an app |
+//! | `u` app user device | nothing: the devices of a user |
+//! | `a` app | an app |
+//! | `k` key id | an API key |
+//! | `i` app key hash | a used idempotency key |
+//! | `j` time app key hash | nothing: used idempotency keys by age |
+//! | `m` name | what the store keeps of itself |
+
+use std::ops::Deref;
+
+use smallvec::SmallVec;
+
+use crate::delivery::{AppId, CollapseKey, DeviceId, PingId, RowKey, Urgency};
+
+/// Bytes of a key that need no allocation; longer are only those with a user or a long replacement key.
+const INLINE: usize = 48;
+
+/// The longest key that is ever built: `u` app length user(255) device.
+pub(super) const KEY_MAX: usize = 1 + 4 + 1 + 255 + 16;
+
+/// The longest user name that fits a key; the runtime allows no longer one.
+pub(super) const USER_MAX: usize = 255;
+
+/// A key, or the beginning of one.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Key(SmallVec<[u8; INLINE]>);
+
+impl Key {
+    fn new(room: u8) -> Key {
+        let mut bytes = SmallVec::new();
+        bytes.push(room);
+        Key(bytes)
+    }
+
+    fn with(mut self, part: &[u8]) -> Key {
+        self.0.extend_from_slice(part);
+        self
+    }
+
+    fn with_text(self, text: &str) -> Key {
+        let length = u8::try_from(text.len()).unwrap_or(u8::MAX);
+        self.with(&[length]).with(text.as_bytes())
+    }
+
+    /// The first key that is greater than every key which begins like this one.
+    pub(super) fn end(&self) -> Key {
+        let mut end = self.0.clone();
+        while let Some(last) = end.last_mut() {
+            if *last < u8::MAX {
+                *last += 1;
+                break;
+            }
+            end.pop();
+        }
+        Key(end)
+    }
+
+    /// The key right behind this one: where a scan goes on that stopped here.
+    pub(super) fn after(self) -> Key {
+        self.with(&[0])
+    }
+
+    /// A key that was read from an engine.
+    pub(super) fn from_slice(bytes: &[u8]) -> Key {
+        Key(SmallVec::from_slice(bytes))
+    }
+}
+
+impl Deref for Key {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Whether a key is written once and never again after it was removed, because it names an acceptance number.
+/// Such a key that is written and removed between two looks of the engine need never reach it.
+pub(super) fn is_written_once(key: &[u8]) -> bool {
+    matches!(key.first(), Some(b'r' | b'x' | b'c'))
+}
+
+/// A row.
+pub(super) fn row(device: DeviceId, row: RowKey) -> Key {
+    rows(device)
+        .with(&[row.urgency.rank()])
+        .with(&row.order.to_be_bytes())
+}
+
+/// Every row of a mailbox, lowest urgency first, oldest first within it.
+pub(super) fn rows(device: DeviceId) -> Key {
+    Key::new(b'r').with(&device.0)
+}
+
+/// Which row a key of [`rows`] leads to.
+pub(super) fn parse_row(key: &[u8]) -> Option<(DeviceId, RowKey)> {
+    let rest = key.strip_prefix(b"r")?;
+    let (device, rest) = take::<16>(rest)?;
+    Some((DeviceId(device), parse_row_key(rest)?))
+}
+
+fn parse_row_key(rest: &[u8]) -> Option<RowKey> {
+    let (rank, rest) = take::<1>(rest)?;
+    let (order, rest) = take::<8>(rest)?;
+    let urgency = Urgency::from_rank(rank[0])?;
+    rest.is_empty().then_some(RowKey {
+        urgency,
+        order: u64::from_be_bytes(order),
+    })
+}
+
+/// The shared body of a ping.
+pub(super) fn body(ping: PingId) -> Key {
+    Key::new(b'b').with(&ping.0)
+}
+
+/// The summary of a mailbox.
+pub(super) fn summary(device: DeviceId) -> Key {
+    Key::new(b's').with(&device.0)
+}
+
+/// A row by its expiry.
+pub(super) fn expiry(expires_ms: u64, device: DeviceId, row: RowKey) -> Key {
+    expiries(expires_ms)
+        .with(&device.0)
+        .with(&[row.urgency.rank()])
+        .with(&row.order.to_be_bytes())
+}
+
+/// Where the rows begin that expire at this time or later.
+pub(super) fn expiries(expires_ms: u64) -> Key {
+    Key::new(b'x').with(&expires_ms.to_be_bytes())
+}
+
+/// What an expiry key says.
+pub(super) fn parse_expiry(key: &[u8]) -> Option<(u64, DeviceId, RowKey)> {
+    let rest = key.strip_prefix(b"x")?;
+    let (expires, rest) = take::<8>(rest)?;
+    let (device, rest) = take::<16>(rest)?;
+    Some((
+        u64::from_be_bytes(expires),
+        DeviceId(device),
+        parse_row_key(rest)?,
+    ))
+}
+
+/// A row by its replacement key.
+pub(super) fn collapse(device: DeviceId, key: &CollapseKey, order: u64) -> Key {
+    collapses(device, key).with(&order.to_be_bytes())
+}
+
+/// The rows of a mailbox with one replacement key, by order.
+pub(super) fn collapses(device: DeviceId, key: &CollapseKey) -> Key {
+    const { assert!(CollapseKey::MAX_BYTES <= u8::MAX as usize) };
+    Key::new(b'c').with(&device.0).with_text(key.as_str())
+}
+
+/// The order at the end of a key of [`collapses`].
+pub(super) fn parse_collapse(key: &[u8]) -> Option<u64> {
+    let at = key.len().checked_sub(8)?;
+    let (order, _) = take::<8>(key.get(at..)?)?;
+    Some(u64::from_be_bytes(order))
+}
+
+/// What is known of one notification of a ping.
+pub(super) fn pair(ping: PingId, device: DeviceId) -> Key {
+    pairs(ping).with(&device.0)
+}
+
+/// Everything that is known of a ping.
+pub(super) fn pairs(ping: PingId) -> Key {
+    Key::new(b'p').with(&ping.0)
+}
+
+/// Whom a key of [`pairs`] is about.
+pub(super) fn parse_pair(key: &[u8]) -> Option<(PingId, DeviceId)> {
+    let rest = key.strip_prefix(b"p")?;
+    let (ping, rest) = take::<16>(rest)?;
+    let (device, rest) = take::<16>(rest)?;
+    rest.is_empty().then_some((PingId(ping), DeviceId(device)))
+}
+
+/// An ended notification by its age.
+pub(super) fn ended(at_ms: u64, ping: PingId, device: DeviceId) -> Key {
+    endings(at_ms).with(&ping.0).with(&device.0)
+}
+
+/// Where the notifications begin that ended at this time or later.
+pub(super) fn endings(at_ms: u64) -> Key {
+    Key::new(b't').with(&at_ms.to_be_bytes())
+}
+
+/// What a key of [`endings`] says.
+pub(super) fn parse_ended(key: &[u8]) -> Option<(u64, PingId, DeviceId)> {
+    let rest = key.strip_prefix(b"t")?;
+    let (at, rest) = take::<8>(rest)?;
+    let (ping, rest) = take::<16>(rest)?;
+    let (device, rest) = take::<16>(rest)?;
+    rest.is_empty()
+        .then_some((u64::from_be_bytes(at), PingId(ping), DeviceId(device)))
+}
+
+/// A device record.
+pub(super) fn device(device: DeviceId) -> Key {
+    Key::new(b'd').with(&device.0)
+}
+
+/// A device among those of its app.
+pub(super) fn app_device(app: AppId, device: DeviceId) -> Key {
+    app_devices(app).with(&device.0)
+}
+
+/// The devices of an app.
+pub(super) fn app_devices(app: AppId) -> Key {
+    Key::new(b'e').with(&app.0.to_be_bytes())
+}
+
+/// A device among those of its user.
+pub(super) fn user_device(app: AppId, user: &str, device: DeviceId) -> Key {
+    user_devices(app, user).with(&device.0)
+}
+
+/// The devices of a user.
+pub(super) fn user_devices(app: AppId, user: &str) -> Key {
+    Key::new(b'u').with(&app.0.to_be_bytes()).with_text(user)
+}
+
+/// The device at the end of a key of [`app_devices`] or [`user_devices`].
+pub(super) fn parse_device(key: &[u8]) -> Option<DeviceId> {
+    let at = key.len().checked_sub(16)?;
+    let (device, _) = take::<16>(key.get(at..)?)?;
+    Some(DeviceId(device))
+}
+
+/// An app.
+pub(super) fn app(app: AppId) -> Key {
+    apps().with(&app.0.to_be_bytes())
+}
+
+/// Every app.
+pub(super) fn apps() -> Key {
+    Key::new(b'a')
+}
+
+/// An API key.
+pub(super) fn api_key(id: [u8; 10]) -> Key {
+    api_keys().with(&id)
+}
+
+/// Every API key.
+pub(super) fn api_keys() -> Key {
+    Key::new(b'k')
+}
+
+/// A used idempotency key.
+pub(super) fn idempotency(app: AppId, hash: [u8; 32]) -> Key {
+    Key::new(b'i').with(&app.0.to_be_bytes()).with(&hash)
+}
+
+/// A used idempotency key by its age.
+pub(super) fn idempotency_age(at_ms: u64, app: AppId, hash: [u8; 32]) -> Key {
+    idempotency_ages(at_ms)
+        .with(&app.0.to_be_bytes())
+        .with(&hash)
+}
+
+/// Where the idempotency keys begin that were used at this time or later.
+pub(super) fn idempotency_ages(at_ms: u64) -> Key {
+    Key::new(b'j').with(&at_ms.to_be_bytes())
+}
+
+/// What a key of [`idempotency_ages`] says.
+pub(super) fn parse_idempotency_age(key: &[u8]) -> Option<(u64, AppId, [u8; 32])> {
+    let rest = key.strip_prefix(b"j")?;
+    let (at, rest) = take::<8>(rest)?;
+    let (app, rest) = take::<4>(rest)?;
+    let (hash, rest) = take::<32>(rest)?;
+    rest.is_empty()
+        .then_some((u64::from_be_bytes(at), AppId(u32::from_be_bytes(app)), hash))
+}
+
+/// The frame that the engine takes next. Written by the engines alone, in the batch that it describes; never in a
+/// frame and never in a snapshot.
+pub(super) const POSITION: &[u8] = b"mposition";
+
+/// The number of the run.
+pub(super) const RUN: &[u8] = b"mrun";
+
+/// The first `N` bytes and the rest.
+fn take<const N: usize>(bytes: &[u8]) -> Option<([u8; N], &[u8])> {
+    let (head, rest) = bytes.split_first_chunk::<N>()?;
+    Some((*head, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn device_id(n: u8) -> DeviceId {
+        DeviceId([n; 16])
+    }
+
+    #[test]
+    fn keys_of_a_mailbox_sort_by_urgency_and_then_by_order() {
+        let key = |urgency, order| row(device_id(7), RowKey { urgency, order });
+        let sorted = [
+            key(Urgency::VeryLow, 300),
+            key(Urgency::Low, 2),
+            key(Urgency::Normal, 1),
+            key(Urgency::Normal, 256),
+            key(Urgency::High, 0),
+        ];
+        assert!(sorted.is_sorted());
+    }
+
+    #[test]
+    fn what_a_key_says_is_read_back() {
+        let row_key = RowKey {
+            urgency: Urgency::High,
+            order: 77,
+        };
+        let (d, p) = (device_id(3), PingId([9; 16]));
+        assert_eq!(parse_row(&row(d, row_key)), Some((d, row_key)));
+        assert_eq!(parse_expiry(&expiry(5, d, row_key)), Some((5, d, row_key)));
+        assert_eq!(parse_pair(&pair(p, d)), Some((p, d)));
+        assert_eq!(parse_ended(&ended(6, p, d)), Some((6, p, d)));
+        let text = CollapseKey::new("score").unwrap();
+        assert_eq!(parse_collapse(&collapse(d, &text, 12)), Some(12));
+        assert_eq!(parse_device(&user_device(AppId(1), "ada", d)), Some(d));
+        assert_eq!(
+            parse_idempotency_age(&idempotency_age(8, AppId(2), [4; 32])),
+            Some((8, AppId(2), [4; 32]))
+        );
+    }
+
+    #[test]
+    fn one_text_that_begins_like_another_has_a_range_of_its_own() {
+        let (short, long) = (
+            user_devices(AppId(1), "an"),
+            user_device(AppId(1), "anna", device_id(0)),
+        );
+        assert!(!(*short <= *long && *long < *short.end()));
+    }
+
+    #[test]
+    fn the_end_of_a_range_of_highest_bytes_is_carried_over() {
+        let range = pairs(PingId([0xff; 16]));
+        assert_eq!(&*range.end(), b"q");
+    }
+
+    #[test]
+    fn no_key_is_longer_than_stated() {
+        let user = "u".repeat(USER_MAX);
+        assert_eq!(
+            user_device(AppId(u32::MAX), &user, device_id(1)).len(),
+            KEY_MAX
+        );
+    }
+
+    #[test]
+    fn foreign_bytes_are_no_key() {
+        for bytes in [&b""[..], b"r", b"rshort", b"x", b"p0123456789abcdef"] {
+            assert_eq!(parse_row(bytes), None);
+            assert_eq!(parse_expiry(bytes), None);
+            assert_eq!(parse_pair(bytes), None);
+            assert_eq!(parse_ended(bytes), None);
+            assert_eq!(parse_idempotency_age(bytes), None);
+        }
+    }
+}

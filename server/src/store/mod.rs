@@ -1,0 +1,689 @@
+//! Where accepted notifications are kept: **the log is the promise; the engine is an index that can be thrown away.**
+//!
+//! ```text
+//!   shards ── want/submit ──▸ committer ── one frame, one sync ──▸ log ──▸ answers
+//!                                │                                  │
+//!                                ▾ shows the frame                  ▾ a little later, merged
+//!   reads ───────────────────▸ overlay ──── over ──────────────▸ engine ──▸ snapshots ──▸ log is released
+//! ```
+//!
+//! - [`log`]: segments of checksummed, numbered frames. What it synced is safe, and nothing else is.
+//! - [`committer`]: gathers what everybody wants written, one frame at a time.
+//! - [`write`] and [`keys`]: from the port's operations to puts and deletes of keys; [`record`]: what a value looks like.
+//! - [`overlay`] and [`read`]: everything that is safe, in one consistent look, however far the engine is behind.
+//! - [`apply`]: from the log into the [`engine`].
+//! - [`snapshot`] and [`keeper`]: so that the log does not grow for ever, and an engine can be rebuilt.
+//! - [`recover`]: what can be proved at a start.
+//!
+//! Nothing outside this folder knows trees or keys. Time and chance come in through the ports.
+
+mod apply;
+mod committer;
+mod engine;
+pub mod fuzz;
+mod keeper;
+mod keys;
+mod lock;
+mod log;
+mod overlay;
+mod read;
+mod record;
+mod recover;
+mod set_aside;
+mod settings;
+mod snapshot;
+pub mod testing;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use data_encoding::HEXLOWER;
+
+use self::apply::{Applier, LagLimit, Queue};
+use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer};
+use self::engine::Engine;
+use self::keeper::{Inheritance, Keeper, Rules, Tools};
+use self::lock::{DirLock, LockError};
+use self::log::disk::{Disk, RealDisk, make_private_dir};
+use self::log::segment::Maker;
+use self::log::{Ending, Shelf, ShelfError};
+use self::overlay::Overlay;
+use self::read::Reader;
+use self::recover::{EngineHome, MemoryHome, Recovered, SledHome, recover};
+use self::set_aside::SetAside;
+use self::write::Chore;
+use crate::delivery::{
+    AppId, CommitFailure, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey,
+};
+use crate::ports::{
+    AppRecord, Batch, Clock, Committed, DeviceFilter, DeviceRecord, Entropy, ExpiredRow,
+    ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, Page, PairState, ReadError, SourceId,
+    Store, StoreHealth, StoreStats,
+};
+
+pub use self::settings::{EngineKind, OpenError, OpenReport, Rebuilt, StoreSettings};
+
+/// An open store and how it was found.
+pub struct Opened {
+    /// The store.
+    pub store: Arc<dyn Store>,
+    /// What happened at the start; it has been told to the log already.
+    pub report: OpenReport,
+}
+
+/// Opens the store in a data directory, or makes one there. Blocks for as long as the replay takes.
+///
+/// Starts four threads, which end with [`Store::close`] or when the store is dropped; idle, they cost one look at the
+/// free room a second.
+///
+/// # Errors
+///
+/// When the directory is in use, cannot be read or written, was written by a later version, or holds nothing that can be
+/// proved. Nothing is deleted then.
+pub fn open(
+    settings: &StoreSettings,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+) -> Result<Opened, OpenError> {
+    let (house, report) = open_house(settings, clock, entropy)?;
+    Ok(Opened {
+        store: Arc::new(house),
+        report,
+    })
+}
+
+fn open_house(
+    settings: &StoreSettings,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+) -> Result<(House, OpenReport), OpenError> {
+    let dir = settings.dir.as_path();
+    let made = match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => std::fs::create_dir_all(parent),
+        _ => Ok(()),
+    };
+    made.and_then(|()| make_private_dir(dir))
+        .map_err(OpenError::io("could not make the data directory", dir))?;
+    let lock = DirLock::take(dir).map_err(|error| match error {
+        LockError::Held(holder) => OpenError::InUse {
+            dir: dir.to_owned(),
+            holder,
+        },
+        LockError::Io(path, error) => OpenError::Io {
+            what: "could not lock",
+            path,
+            error,
+        },
+    })?;
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir));
+    let home: Box<dyn EngineHome + Send + Sync> = match settings.engine {
+        EngineKind::Memory => Box::new(MemoryHome),
+        EngineKind::Sled => Box::new(SledHome::new(dir, settings.cache_bytes)),
+    };
+    let parts = assemble(settings, disk, &*home, clock, entropy)?;
+    let report = parts.report.clone();
+    report.log();
+    Ok((House::start(parts, home, lock)?, report))
+}
+
+/// An open store before its threads run.
+struct Parts {
+    engine: Arc<dyn Engine>,
+    queue: Arc<Queue>,
+    reader: Reader,
+    writer: Writer,
+    applier: Applier,
+    keeper: Keeper,
+    figures: Arc<LogFigures>,
+    clock: Arc<dyn Clock>,
+    report: OpenReport,
+}
+
+/// From a disk to an open store.
+fn assemble(
+    settings: &StoreSettings,
+    disk: Arc<dyn Disk>,
+    home: &dyn EngineHome,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+) -> Result<Parts, OpenError> {
+    let dir = settings.dir.as_path();
+    let io = |what| OpenError::io(what, dir);
+    let store = identity(&*disk, dir, &*entropy)?;
+    let shelf = Shelf::look(&disk, store).map_err(|error| match error {
+        ShelfError::Io(error) => io("could not read the log in")(error),
+        ShelfError::Newer { .. } => OpenError::Newer {
+            what: error.to_string(),
+        },
+        ShelfError::Foreign(_) => OpenError::Mixed(error.to_string()),
+    })?;
+    let stamp = stamp(clock.now().unix_ms);
+    let mut report = OpenReport::default();
+    let Recovered {
+        engine,
+        tail,
+        next_frame,
+        live,
+    } = recover(&*disk, &shelf, home, store, &stamp, &mut report)?;
+    report.torn = tail.ending == Ending::Torn;
+    report.gaps = tail.gaps;
+    report.last_frame = next_frame - 1;
+    let maker = Maker::new(Arc::clone(&disk), entropy, store, settings.segment_bytes);
+    let (log, set_aside) = shelf
+        .take_over(&tail, next_frame, maker, &stamp)
+        .map_err(|error| {
+            if log::disk::is_no_room(&error) {
+                OpenError::NoRoom(error.to_string())
+            } else {
+                io("could not go on with the log in")(error)
+            }
+        })?;
+    report.set_aside = set_aside;
+    let overlay = Arc::new(Overlay::new());
+    let queue = Arc::new(Queue::new(
+        LagLimit {
+            bytes: settings.lag_bytes,
+            time: settings.lag_time,
+        },
+        next_frame - 1,
+    ));
+    let figures = Arc::new(LogFigures::default());
+    let unnumbered = Arc::new(SetAside::new(Arc::clone(&disk), 0));
+    let mut reader = Reader {
+        engine: Arc::clone(&engine),
+        overlay: Arc::clone(&overlay),
+        aside: unnumbered,
+    };
+    let run = match reader.run() {
+        Ok(run) => run.saturating_add(1),
+        Err(ReadError::Newer(version)) => {
+            return Err(OpenError::Newer {
+                what: format!("its records have format {version}"),
+            });
+        }
+        Err(ReadError::Engine(error)) => return Err(OpenError::Engine(error)),
+    };
+    report.run = run;
+    let aside = Arc::new(SetAside::new(Arc::clone(&disk), run));
+    reader.aside = Arc::clone(&aside);
+    let snapshots = snapshot::list(&*disk).map_err(io("could not list the snapshots in"))?;
+    let newest = snapshots.last().copied().unwrap_or(0);
+    let segments = Arc::clone(log.segments());
+    let keeper = Keeper::new(
+        Tools {
+            engine: Arc::clone(&engine),
+            disk,
+            store,
+            segments: Arc::clone(&segments),
+            figures: Arc::clone(&figures),
+            aside,
+            clock: Arc::clone(&clock),
+        },
+        Rules {
+            snapshot_bytes: settings.snapshot_bytes,
+            snapshot_every: settings.snapshot_every,
+            reserve_bytes: settings.reserve_bytes,
+        },
+        Inheritance {
+            snapshots,
+            live,
+            log_bytes: segments.size_from(newest),
+            last_frame: next_frame - 1,
+        },
+    );
+    let mut applier = Applier::new(
+        Arc::clone(&engine),
+        Arc::clone(&overlay),
+        Arc::clone(&clock),
+    );
+    let mut writer = Writer::new(
+        log,
+        overlay,
+        Arc::clone(&queue),
+        Arc::clone(&clock),
+        Arc::clone(&figures),
+    );
+    begin_run(&mut writer, &mut applier, &queue, run)?;
+    Ok(Parts {
+        engine,
+        queue,
+        reader,
+        writer,
+        applier,
+        keeper,
+        figures,
+        clock,
+        report,
+    })
+}
+
+/// The first frame of a run says its number. Until it is safe nobody is served: a row of an earlier run may have been
+/// sent, one of this run was not, and only the number tells them apart.
+fn begin_run(
+    writer: &mut Writer,
+    applier: &mut Applier,
+    queue: &Queue,
+    run: u32,
+) -> Result<(), OpenError> {
+    let mut entries = VecDeque::from([Entry {
+        waiter: Waiter::Single(Box::new(|_| {})),
+        work: Work::Chores(vec![Chore::Run(run)]),
+    }]);
+    for (_, verdict) in writer.write_frame(&mut entries, &mut Rides::default()) {
+        match verdict {
+            Ok(()) => {}
+            Err(CommitFailure::NoRoom) => {
+                return Err(OpenError::NoRoom("no room for a log segment".to_owned()));
+            }
+            Err(CommitFailure::Failed) => {
+                return Err(OpenError::Engine(
+                    "the first frame of this run could not be made safe; check the disk".to_owned(),
+                ));
+            }
+        }
+    }
+    applier
+        .step(queue)
+        .map_err(|error| OpenError::Engine(error.0))?;
+    Ok(())
+}
+
+/// The name of the file that says what the directory is.
+const FORMAT: &str = "format";
+const FORMAT_TEMPORARY: &str = "format.tmp";
+/// The version of the directory's layout.
+const FORMAT_VERSION: u32 = 1;
+
+/// Which store this is; a new one is given an identity.
+fn identity(disk: &dyn Disk, dir: &Path, entropy: &dyn Entropy) -> Result<[u8; 16], OpenError> {
+    let path = dir.join(FORMAT);
+    let bad = |why| OpenError::NotAStore {
+        path: path.clone(),
+        why,
+    };
+    match disk.open(FORMAT) {
+        Ok(file) => {
+            let io = || OpenError::io("could not read", &path);
+            let length = file.length().map_err(io())?.min(4096);
+            let mut bytes = vec![0; length as usize];
+            file.read_at(&mut bytes, 0).map_err(io())?;
+            let text = String::from_utf8(bytes).map_err(|_| bad("it is not text"))?;
+            let mut words = text.split_whitespace();
+            if words.next() != Some("bellwire-store") {
+                return Err(bad("it does not begin with `bellwire-store`"));
+            }
+            match words.next().and_then(|word| word.parse::<u32>().ok()) {
+                Some(FORMAT_VERSION) => {}
+                Some(version) if version > FORMAT_VERSION => {
+                    return Err(OpenError::Newer {
+                        what: format!("the data directory has format {version}"),
+                    });
+                }
+                _ => return Err(bad("it names no version")),
+            }
+            words
+                .next()
+                .and_then(|word| HEXLOWER.decode(word.as_bytes()).ok())
+                .and_then(|id| id.try_into().ok())
+                .ok_or_else(|| bad("it names no identity"))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            if disk
+                .list(log::segment::DIR)
+                .is_ok_and(|files| !files.is_empty())
+            {
+                return Err(bad("it is missing although there is a log"));
+            }
+            let mut id = [0; 16];
+            entropy.fill(&mut id);
+            let text = format!("bellwire-store {FORMAT_VERSION} {}\n", HEXLOWER.encode(&id));
+            disk.create(FORMAT_TEMPORARY)
+                .and_then(|file| {
+                    file.write_at(text.as_bytes(), 0)?;
+                    file.sync()
+                })
+                .and_then(|()| disk.rename(FORMAT_TEMPORARY, FORMAT))
+                .and_then(|()| disk.sync_dir(""))
+                .map_err(OpenError::io("could not write", &path))?;
+            Ok(id)
+        }
+        Err(error) => Err(OpenError::io("could not read", &path)(error)),
+    }
+}
+
+/// A time for names of files: `20261121T085913Z`.
+fn stamp(unix_ms: u64) -> String {
+    let seconds = i64::try_from(unix_ms / 1000).unwrap_or(i64::MAX);
+    match time::OffsetDateTime::from_unix_timestamp(seconds) {
+        Ok(at) => format!(
+            "{:04}{:02}{:02}T{:02}{:02}{:02}Z",
+            at.year(),
+            u8::from(at.month()),
+            at.day(),
+            at.hour(),
+            at.minute(),
+            at.second()
+        ),
+        // Beyond the year 9999.
+        Err(_) => format!("{unix_ms}"),
+    }
+}
+
+/// The store with its threads.
+struct House {
+    desk: Arc<Desk>,
+    queue: Arc<Queue>,
+    keeper: Arc<Keeper>,
+    reader: Reader,
+    engine: Arc<dyn Engine>,
+    figures: Arc<LogFigures>,
+    clock: Arc<dyn Clock>,
+    run: u32,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    committer: JoinHandle<()>,
+    applier: JoinHandle<()>,
+    keeper: JoinHandle<()>,
+    home: Box<dyn EngineHome + Send + Sync>,
+    _lock: DirLock,
+}
+
+impl House {
+    fn start(
+        parts: Parts,
+        home: Box<dyn EngineHome + Send + Sync>,
+        lock: DirLock,
+    ) -> Result<House, OpenError> {
+        let Parts {
+            engine,
+            queue,
+            reader,
+            mut writer,
+            applier,
+            keeper,
+            figures,
+            clock,
+            report,
+        } = parts;
+        let desk = Arc::new(Desk::new());
+        let keeper = Arc::new(keeper);
+        let trouble = |error| OpenError::Io {
+            what: "could not start a thread for",
+            path: Path::new("the store").to_owned(),
+            error,
+        };
+        writer.make_ahead().map_err(trouble)?;
+        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(run)
+                .map_err(trouble)
+        };
+        let committer = {
+            let desk = Arc::clone(&desk);
+            spawn("store-committer", Box::new(move || desk.run(writer)))?
+        };
+        let applier = {
+            let (desk, queue) = (Arc::clone(&desk), Arc::clone(&queue));
+            spawn(
+                "store-applier",
+                Box::new(move || applier.run(&queue, &|| desk.caught_up())),
+            )?
+        };
+        let keeping = {
+            let keeper = Arc::clone(&keeper);
+            spawn("store-keeper", Box::new(move || keeper.run()))?
+        };
+        Ok(House {
+            desk,
+            queue,
+            keeper,
+            reader,
+            engine,
+            figures,
+            clock,
+            run: report.run,
+            running: Mutex::new(Some(Running {
+                committer,
+                applier,
+                keeper: keeping,
+                home,
+                _lock: lock,
+            })),
+        })
+    }
+
+    /// Reads, and hands the committer what rot left behind.
+    fn reading<T>(&self, read: impl FnOnce(&Reader, &mut Vec<Chore>) -> T) -> T {
+        let mut chores = Vec::new();
+        let answer = read(&self.reader, &mut chores);
+        self.desk.chores(chores);
+        answer
+    }
+}
+
+/// What health comes to.
+fn health(figures: &LogFigures, keeper: &Keeper, behind: bool) -> StoreHealth {
+    if let Some(why) = figures.failed() {
+        return StoreHealth::Failed(why);
+    }
+    if keeper.room.full.load(Ordering::Relaxed) {
+        return StoreHealth::Full {
+            free: keeper.room.free.load(Ordering::Relaxed),
+            reserve: keeper.rules.reserve_bytes,
+        };
+    }
+    if behind {
+        return StoreHealth::Behind;
+    }
+    StoreHealth::Open
+}
+
+/// What the figures come to.
+fn stats(
+    figures: &LogFigures,
+    keeper: &Keeper,
+    queue: &Queue,
+    run: u32,
+    now: crate::delivery::Mono,
+) -> StoreStats {
+    let (lag_bytes, lag) = queue.lag(now);
+    let (log_bytes, log_segments) = keeper.segments.size();
+    StoreStats {
+        engine: keeper.engine.name(),
+        run,
+        frames: figures.frames.load(Ordering::Relaxed),
+        syncs: figures.syncs.load(Ordering::Relaxed),
+        last_frame: figures.last_frame.load(Ordering::Relaxed),
+        applied_frame: queue.applied(),
+        lag_bytes,
+        lag_ms: u64::try_from(lag.as_millis()).unwrap_or(u64::MAX),
+        log_bytes,
+        log_segments,
+        engine_bytes: keeper.engine.size_bytes(),
+        free_bytes: keeper.room.free.load(Ordering::Relaxed),
+        sync_us: figures.sync_us(),
+        snapshot_frame: keeper.snapshot_frame(),
+        set_aside: keeper.aside.count(),
+    }
+}
+
+impl Store for House {
+    fn register(&self, grant: Box<dyn Fn(Grant) + Send + Sync>) -> SourceId {
+        self.desk.register(grant)
+    }
+
+    fn want(&self, source: SourceId) -> bool {
+        self.desk.want(source)
+    }
+
+    fn submit(&self, source: SourceId, batch: Batch) {
+        self.desk.submit(source, batch);
+    }
+
+    fn commit(&self, batch: Batch, done: Done) {
+        self.desk.commit(Work::Ops(batch), done);
+    }
+
+    fn ride_along(&self, op: Op) {
+        self.desk.ride_along(op);
+    }
+
+    fn read_mailbox(&self, request: &MailboxRead) -> Result<MailboxView, ReadError> {
+        self.reading(|reader, chores| reader.mailbox(request, chores))
+    }
+
+    fn read_bodies(
+        &self,
+        device: DeviceId,
+        rows: &[RowKey],
+    ) -> Result<Vec<(RowKey, Option<Arc<Notification>>)>, ReadError> {
+        self.reading(|reader, chores| reader.bodies(device, rows, chores))
+    }
+
+    fn pairs(
+        &self,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError> {
+        self.reader.pairs(ping, after, limit)
+    }
+
+    fn expired(
+        &self,
+        until_ms: u64,
+        after: &ExpiryCursor,
+        limit: usize,
+    ) -> Result<Page<ExpiredRow, ExpiryCursor>, ReadError> {
+        self.reading(|reader, chores| reader.expired(until_ms, after, limit, chores))
+    }
+
+    fn drop_receipts(&self, before_ms: u64, limit: usize) -> Result<usize, ReadError> {
+        let chores = self.reader.receipts(before_ms, limit)?;
+        if chores.is_empty() {
+            return Ok(0);
+        }
+        let dropped = chores.len();
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.desk.commit(
+            Work::Chores(chores),
+            Box::new(move |verdict: Committed| {
+                // The receiver waits below for as long as this lives.
+                let _ = sender.send(verdict);
+            }),
+        );
+        match receiver.recv() {
+            Ok(Ok(())) => Ok(dropped),
+            Ok(Err(CommitFailure::NoRoom)) => {
+                Err(ReadError::Engine("there is no room on the disk".to_owned()))
+            }
+            Ok(Err(CommitFailure::Failed)) | Err(_) => Err(ReadError::Engine(
+                "nothing can be written until a restart".to_owned(),
+            )),
+        }
+    }
+
+    fn device(&self, id: DeviceId) -> Result<Option<DeviceRecord>, ReadError> {
+        self.reader.device(id)
+    }
+
+    fn devices(
+        &self,
+        app: AppId,
+        filter: &DeviceFilter,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<DeviceRecord, DeviceId>, ReadError> {
+        self.reader.devices(app, filter, after, limit)
+    }
+
+    fn user_devices(
+        &self,
+        app: AppId,
+        user: &str,
+        limit: usize,
+    ) -> Result<Vec<DeviceId>, ReadError> {
+        self.reader.user_devices(app, user, limit)
+    }
+
+    fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {
+        self.reader.key(id)
+    }
+
+    fn keys(&self) -> Result<Vec<KeyRecord>, ReadError> {
+        self.reader.keys()
+    }
+
+    fn apps(&self) -> Result<Vec<AppRecord>, ReadError> {
+        self.reader.apps()
+    }
+
+    fn idempotency(
+        &self,
+        app: AppId,
+        key_hash: [u8; 32],
+    ) -> Result<Option<IdempotencyRecord>, ReadError> {
+        self.reader.idempotency(app, key_hash)
+    }
+
+    fn health(&self) -> StoreHealth {
+        let behind = self.queue.behind(self.clock.now().mono);
+        health(&self.figures, &self.keeper, behind)
+    }
+
+    fn stats(&self) -> StoreStats {
+        let now = self.clock.now().mono;
+        stats(&self.figures, &self.keeper, &self.queue, self.run, now)
+    }
+
+    fn close(&self) {
+        let running = self
+            .running
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(running) = running else {
+            return;
+        };
+        // In the order of the way: nothing comes after what its predecessor has finished.
+        self.desk.close();
+        join("committer", running.committer);
+        self.queue.close();
+        join("applier", running.applier);
+        self.keeper.close();
+        join("keeper", running.keeper);
+        let closed = self.engine.close();
+        match closed {
+            Ok(()) => {
+                if let Err(error) = running.home.end() {
+                    tracing::warn!(%error, "the clean end of the engine could not be noted");
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the engine could not be closed; the next start replays more")
+            }
+        }
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn join(what: &str, thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!(what, "a thread of the store had panicked");
+    }
+}

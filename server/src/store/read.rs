@@ -1,0 +1,545 @@
+//! Reads: what the port asks, answered from one consistent view.
+//!
+//! A record that cannot be read is set aside and left out; only one of a later program fails the whole read, because
+//! going on without it would be a guess. What rot leaves behind, such as a place in an index whose row is gone, is
+//! noticed on the way and handed to the committer as a chore.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::engine::{Direction, Engine, EngineError};
+use super::keys::{self, Key};
+use super::overlay::{Overlay, View};
+use super::record::{self, Fault, PairStored};
+use super::set_aside::SetAside;
+use super::write::Chore;
+use crate::delivery::{
+    AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta,
+};
+use crate::ports::{
+    AppRecord, DeviceFilter, DeviceRecord, ExpiredRow, ExpiryCursor, IdempotencyRecord, KeyRecord,
+    Page, PairState, ReadError,
+};
+
+impl From<EngineError> for ReadError {
+    fn from(error: EngineError) -> ReadError {
+        ReadError::Engine(error.to_string())
+    }
+}
+
+/// Answers reads.
+pub(super) struct Reader {
+    pub(super) engine: Arc<dyn Engine>,
+    pub(super) overlay: Arc<Overlay>,
+    pub(super) aside: Arc<SetAside>,
+}
+
+/// What a walk is told about each entry, when looking at one may fail.
+type TryVisit<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, ReadError>;
+
+/// Rows and what was read of them.
+type Bodies = Vec<(RowKey, Option<Arc<Notification>>)>;
+
+impl Reader {
+    fn look(&self) -> Look<'_> {
+        Look {
+            view: self.overlay.view(&*self.engine),
+            aside: &self.aside,
+        }
+    }
+
+    pub(super) fn mailbox(
+        &self,
+        request: &MailboxRead,
+        chores: &mut Vec<Chore>,
+    ) -> Result<MailboxView, ReadError> {
+        self.look().mailbox(request, chores)
+    }
+
+    pub(super) fn bodies(
+        &self,
+        device: DeviceId,
+        rows: &[RowKey],
+        chores: &mut Vec<Chore>,
+    ) -> Result<Bodies, ReadError> {
+        self.look().bodies(device, rows, chores)
+    }
+
+    pub(super) fn pairs(
+        &self,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError> {
+        self.look().pairs(ping, after, limit)
+    }
+
+    pub(super) fn expired(
+        &self,
+        until_ms: u64,
+        after: &ExpiryCursor,
+        limit: usize,
+        chores: &mut Vec<Chore>,
+    ) -> Result<Page<ExpiredRow, ExpiryCursor>, ReadError> {
+        self.look().expired(until_ms, after, limit, chores)
+    }
+
+    /// What can be forgotten: outcomes and idempotency keys older than `before_ms`, at most `limit`.
+    pub(super) fn receipts(&self, before_ms: u64, limit: usize) -> Result<Vec<Chore>, ReadError> {
+        self.look().receipts(before_ms, limit)
+    }
+
+    pub(super) fn device(&self, id: DeviceId) -> Result<Option<DeviceRecord>, ReadError> {
+        let key = keys::device(id);
+        self.look()
+            .get(&key, |value| record::device(&key, id, value))
+    }
+
+    pub(super) fn devices(
+        &self,
+        app: AppId,
+        filter: &DeviceFilter,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<DeviceRecord, DeviceId>, ReadError> {
+        let range = match &filter.user {
+            Some(user) if user.len() > keys::USER_MAX => {
+                return Ok(Page {
+                    items: Vec::new(),
+                    next: None,
+                });
+            }
+            Some(user) => keys::user_devices(app, user),
+            None => keys::app_devices(app),
+        };
+        let look = self.look();
+        let (ids, next) = look.device_ids(&range, after, limit)?;
+        let mut items = Vec::with_capacity(ids.len());
+        for id in ids {
+            let key = keys::device(id);
+            if let Some(record) = look.get(&key, |value| record::device(&key, id, value))? {
+                items.push(record);
+            }
+        }
+        Ok(Page { items, next })
+    }
+
+    pub(super) fn user_devices(
+        &self,
+        app: AppId,
+        user: &str,
+        limit: usize,
+    ) -> Result<Vec<DeviceId>, ReadError> {
+        if user.len() > keys::USER_MAX {
+            return Ok(Vec::new());
+        }
+        let range = keys::user_devices(app, user);
+        Ok(self.look().device_ids(&range, None, limit)?.0)
+    }
+
+    pub(super) fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {
+        let key = keys::api_key(id);
+        self.look().get(&key, |value| record::api_key(&key, value))
+    }
+
+    pub(super) fn keys(&self) -> Result<Vec<KeyRecord>, ReadError> {
+        self.look().all(&keys::api_keys(), record::api_key)
+    }
+
+    pub(super) fn apps(&self) -> Result<Vec<AppRecord>, ReadError> {
+        self.look().all(&keys::apps(), record::app)
+    }
+
+    pub(super) fn idempotency(
+        &self,
+        app: AppId,
+        hash: [u8; 32],
+    ) -> Result<Option<IdempotencyRecord>, ReadError> {
+        let key = keys::idempotency(app, hash);
+        self.look()
+            .get(&key, |value| record::idempotency(&key, app, hash, value))
+    }
+
+    /// The number of the run that wrote last; 0 if there was none.
+    pub(super) fn run(&self) -> Result<u32, ReadError> {
+        let number = self
+            .look()
+            .get(keys::RUN, |value| record::number(keys::RUN, value))?;
+        Ok(number.map_or(0, |number| u32::try_from(number).unwrap_or(u32::MAX)))
+    }
+}
+
+/// One view, and what to do with what it shows.
+struct Look<'a> {
+    view: View<'a>,
+    aside: &'a SetAside,
+}
+
+impl Look<'_> {
+    /// What a record says; `None` if it was rotten, which is then known to the operator.
+    fn sound<T>(
+        &self,
+        key: &[u8],
+        value: &[u8],
+        read: Result<T, Fault>,
+    ) -> Result<Option<T>, ReadError> {
+        match read {
+            Ok(read) => Ok(Some(read)),
+            Err(Fault::Newer(version)) => Err(ReadError::Newer(version)),
+            Err(fault @ Fault::Rotten(_)) => {
+                self.aside.record(key, value, fault);
+                Ok(None)
+            }
+        }
+    }
+
+    fn get<T>(
+        &self,
+        key: &[u8],
+        read: impl FnOnce(&[u8]) -> Result<T, Fault>,
+    ) -> Result<Option<T>, ReadError> {
+        match self.view.get(key)? {
+            None => Ok(None),
+            Some(value) => self.sound(key, &value, read(&value)),
+        }
+    }
+
+    /// Every record of a range.
+    fn all<T>(
+        &self,
+        range: &Key,
+        read: impl Fn(&[u8], &[u8]) -> Result<T, Fault>,
+    ) -> Result<Vec<T>, ReadError> {
+        let mut items = Vec::new();
+        self.each(range, &range.end(), Direction::Up, &mut |key, value| {
+            items.extend(self.sound(key, value, read(key, value))?);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(items)
+    }
+
+    /// Walks over a range with a visitor that may fail.
+    fn each(
+        &self,
+        from: &Key,
+        to: &Key,
+        direction: Direction,
+        visit: TryVisit<'_>,
+    ) -> Result<(), ReadError> {
+        let mut outcome = Ok(());
+        self.view.scan(
+            from,
+            to,
+            direction,
+            &mut |key, value| match visit(key, value) {
+                Ok(flow) => flow,
+                Err(error) => {
+                    outcome = Err(error);
+                    ControlFlow::Break(())
+                }
+            },
+        )?;
+        outcome
+    }
+
+    fn mailbox(
+        &self,
+        request: &MailboxRead,
+        chores: &mut Vec<Chore>,
+    ) -> Result<MailboxView, ReadError> {
+        let device = request.device;
+        let key = keys::summary(device);
+        let summary = self.get(&key, |value| record::summary(&key, value))?;
+        let mut rows: BTreeMap<u64, RowMeta> = BTreeMap::new();
+        let mut complete = false;
+        if request.all || request.lowest.is_some() {
+            let (count, bytes) = match request.lowest {
+                Some(lowest) if !request.all => (u64::from(lowest.count), lowest.bytes),
+                _ => (u64::MAX, u64::MAX),
+            };
+            let (mut counted, mut sum) = (0u64, 0u64);
+            complete = true;
+            let range = keys::rows(device);
+            self.each(&range, &range.end(), Direction::Up, &mut |key, value| {
+                if counted >= count && sum >= bytes {
+                    complete = false;
+                    return Ok(ControlFlow::Break(()));
+                }
+                if let Some(meta) = self.row_meta(key, value, chores)? {
+                    counted += 1;
+                    sum = sum.saturating_add(u64::from(meta.size));
+                    rows.insert(meta.key.order, meta);
+                }
+                Ok(ControlFlow::Continue(()))
+            })?;
+        }
+        if !complete {
+            if let Some(ping) = request.ping {
+                let key = keys::pair(ping, device);
+                let pair = self.get(&key, |value| record::pair(&key, value))?;
+                if let Some(PairStored::Waiting { row, .. }) = pair.map(|pair| pair.state) {
+                    self.add_row(device, row, &mut rows, chores)?;
+                }
+            }
+            if let Some(collapse) = &request.collapse {
+                let range = keys::collapses(device, collapse);
+                let mut newest = Vec::new();
+                self.each(&range, &range.end(), Direction::Down, &mut |key, value| {
+                    if let (Some(order), Some(urgency)) = (
+                        keys::parse_collapse(key),
+                        self.sound(key, value, record::collapse(key, value))?,
+                    ) {
+                        newest.push(RowKey { urgency, order });
+                    }
+                    Ok(ControlFlow::Continue(()))
+                })?;
+                for row in newest {
+                    if self.add_row(device, row, &mut rows, chores)? {
+                        break;
+                    }
+                }
+            }
+            for row in &request.rows {
+                self.add_row(device, *row, &mut rows, chores)?;
+            }
+        }
+        Ok(MailboxView {
+            summary,
+            rows: rows.into_values().collect(),
+            complete,
+        })
+    }
+
+    /// The meta of a row that a walk came by.
+    fn row_meta(
+        &self,
+        key: &[u8],
+        value: &[u8],
+        chores: &mut Vec<Chore>,
+    ) -> Result<Option<RowMeta>, ReadError> {
+        let Some((device, row)) = keys::parse_row(key) else {
+            self.aside
+                .record(key, value, Fault::Rotten("no row has such a key"));
+            return Ok(None);
+        };
+        let meta = record::row(key, row, value).map(|row| row.meta);
+        let meta = self.sound(key, value, meta)?;
+        if meta.is_none() {
+            chores.push(Chore::DropRow { device, row });
+        }
+        Ok(meta)
+    }
+
+    fn add_row(
+        &self,
+        device: DeviceId,
+        row: RowKey,
+        rows: &mut BTreeMap<u64, RowMeta>,
+        chores: &mut Vec<Chore>,
+    ) -> Result<bool, ReadError> {
+        let key = keys::row(device, row);
+        let Some(value) = self.view.get(&key)? else {
+            return Ok(false);
+        };
+        let Some(meta) = self.row_meta(&key, &value, chores)? else {
+            return Ok(false);
+        };
+        rows.insert(meta.key.order, meta);
+        Ok(true)
+    }
+
+    fn bodies(
+        &self,
+        device: DeviceId,
+        rows: &[RowKey],
+        chores: &mut Vec<Chore>,
+    ) -> Result<Bodies, ReadError> {
+        let mut found = Vec::with_capacity(rows.len());
+        for row in rows {
+            found.push((*row, self.notification(device, *row, chores)?));
+        }
+        Ok(found)
+    }
+
+    fn notification(
+        &self,
+        device: DeviceId,
+        row: RowKey,
+        chores: &mut Vec<Chore>,
+    ) -> Result<Option<Arc<Notification>>, ReadError> {
+        let key = keys::row(device, row);
+        let Some(value) = self.view.get(&key)? else {
+            return Ok(None);
+        };
+        let Some(stored) = self.sound(&key, &value, record::row(&key, row, &value))? else {
+            chores.push(Chore::DropRow { device, row });
+            return Ok(None);
+        };
+        if !stored.meta.shared {
+            return Ok(Some(stored.notification(None)));
+        }
+        let key = keys::body(stored.meta.ping);
+        let Some(body) = self.view.get(&key)? else {
+            return Ok(None);
+        };
+        let content = self.sound(&key, &body, record::body(&key, &body))?;
+        Ok(content.map(|content| stored.notification(Some(content))))
+    }
+
+    fn pairs(
+        &self,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError> {
+        let range = keys::pairs(ping);
+        let from = match after {
+            Some(device) => keys::pair(ping, device).after(),
+            None => range.clone(),
+        };
+        let mut items = Vec::new();
+        let (mut last, mut next) = (None, None);
+        self.each(&from, &range.end(), Direction::Up, &mut |key, value| {
+            if items.len() >= limit {
+                next = last;
+                return Ok(ControlFlow::Break(()));
+            }
+            if let Some((_, device)) = keys::parse_pair(key) {
+                last = Some(device);
+                if let Some(pair) = self.sound(key, value, record::pair(key, value))? {
+                    items.push((pair.app, device, pair.state.state()));
+                }
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(Page { items, next })
+    }
+
+    fn expired(
+        &self,
+        until_ms: u64,
+        after: &ExpiryCursor,
+        limit: usize,
+        chores: &mut Vec<Chore>,
+    ) -> Result<Page<ExpiredRow, ExpiryCursor>, ReadError> {
+        let from = match keys::parse_expiry(&after.0) {
+            Some(_) => Key::from_slice(&after.0).after(),
+            None => keys::expiries(0),
+        };
+        let to = match until_ms.checked_add(1) {
+            Some(end) => keys::expiries(end),
+            None => keys::expiries(u64::MAX).end(),
+        };
+        let mut items: Vec<ExpiredRow> = Vec::new();
+        let (mut last, mut next) = (Bytes::new(), None);
+        let mut walked = 0;
+        self.each(&from, &to, Direction::Up, &mut |key, value| {
+            if walked >= limit {
+                next = Some(ExpiryCursor(last.to_vec()));
+                return Ok(ControlFlow::Break(()));
+            }
+            walked += 1;
+            last = Bytes::copy_from_slice(key);
+            let Some((expires_ms, device, row)) = keys::parse_expiry(key) else {
+                return Ok(ControlFlow::Continue(()));
+            };
+            if self.view.get(&keys::row(device, row))?.is_some() {
+                items.push(ExpiredRow {
+                    device,
+                    key: row,
+                    expires_ms,
+                });
+            } else {
+                let ping = self.sound(key, value, record::expiry(key, value))?;
+                chores.push(Chore::DropExpiry {
+                    expires_ms,
+                    device,
+                    row,
+                    ping,
+                });
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(Page { items, next })
+    }
+
+    fn receipts(&self, before_ms: u64, limit: usize) -> Result<Vec<Chore>, ReadError> {
+        let mut chores = Vec::new();
+        let step = |chores: &Vec<Chore>| {
+            if chores.len() >= limit {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        };
+        self.each(
+            &keys::endings(0),
+            &keys::endings(before_ms),
+            Direction::Up,
+            &mut |key, _| {
+                if step(&chores).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                if let Some((at_ms, ping, device)) = keys::parse_ended(key) {
+                    chores.push(Chore::DropReceipt {
+                        at_ms,
+                        ping,
+                        device,
+                    });
+                }
+                Ok(ControlFlow::Continue(()))
+            },
+        )?;
+        self.each(
+            &keys::idempotency_ages(0),
+            &keys::idempotency_ages(before_ms),
+            Direction::Up,
+            &mut |key, _| {
+                if step(&chores).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                if let Some((at_ms, app, key_hash)) = keys::parse_idempotency_age(key) {
+                    let key = keys::idempotency(app, key_hash);
+                    let current = self.get(&key, |value| {
+                        record::idempotency(&key, app, key_hash, value)
+                    })?;
+                    chores.push(Chore::DropIdempotency {
+                        at_ms,
+                        app,
+                        key_hash,
+                        record: current.is_none_or(|current| current.at_ms == at_ms),
+                    });
+                }
+                Ok(ControlFlow::Continue(()))
+            },
+        )?;
+        Ok(chores)
+    }
+
+    /// Devices of a range of one of their indexes, and where the next page starts.
+    fn device_ids(
+        &self,
+        range: &Key,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<(Vec<DeviceId>, Option<DeviceId>), ReadError> {
+        let from = match after {
+            Some(device) => Key::from_slice(&[&**range, &device.0].concat()).after(),
+            None => range.clone(),
+        };
+        let mut ids: Vec<DeviceId> = Vec::new();
+        let mut next = None;
+        self.each(&from, &range.end(), Direction::Up, &mut |key, _| {
+            if ids.len() >= limit {
+                next = ids.last().copied();
+                return Ok(ControlFlow::Break(()));
+            }
+            ids.extend(keys::parse_device(key));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok((ids, next))
+    }
+}

@@ -1,0 +1,210 @@
+//! What an operator can set, what can be wrong at the start, and what is told about it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Which engine indexes the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineKind {
+    /// Everything in memory, rebuilt from snapshot and log at each start. For tests and small servers.
+    Memory,
+    /// sled, in files below the data directory. The default.
+    #[default]
+    Sled,
+}
+
+impl EngineKind {
+    /// Its name in settings, logs and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EngineKind::Memory => "memory",
+            EngineKind::Sled => "sled",
+        }
+    }
+}
+
+/// How the store is set up. Sizes are bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreSettings {
+    /// The data directory; made with mode 0700 if it is not there. One process at a time.
+    pub dir: PathBuf,
+    /// Which engine indexes the log. Default sled.
+    pub engine: EngineKind,
+    /// The engine's cache. Default 64 MiB; smaller makes reads of absent devices slower, nothing else.
+    pub cache_bytes: u64,
+    /// Size of one log segment, allocated in full before it is used. Default 64 MiB; smaller means more frequent,
+    /// shorter pauses to change over.
+    pub segment_bytes: u64,
+    /// Log written since the last snapshot before the next is due, unless twice the live data is more. Default
+    /// 256 MiB. Larger means fewer snapshots, more disk, and a longer replay after the engine was lost.
+    pub snapshot_bytes: u64,
+    /// Time after which a snapshot is due if anything was written. Default 1 hour.
+    pub snapshot_every: Duration,
+    /// How far the engine may be behind the log before new work waits. Default 64 MiB; that much memory may be held
+    /// by frames on their way.
+    pub lag_bytes: u64,
+    /// The same as a time. Default 2 seconds.
+    pub lag_time: Duration,
+    /// Free room on the volume below which new pings are refused, so that removals still can be written. Default 512 MiB.
+    pub reserve_bytes: u64,
+}
+
+impl StoreSettings {
+    /// The defaults, for a data directory.
+    #[must_use]
+    pub fn new(dir: impl Into<PathBuf>) -> StoreSettings {
+        StoreSettings {
+            dir: dir.into(),
+            engine: EngineKind::default(),
+            cache_bytes: 64 << 20,
+            segment_bytes: 64 << 20,
+            snapshot_bytes: 256 << 20,
+            snapshot_every: Duration::from_secs(3600),
+            lag_bytes: 64 << 20,
+            lag_time: Duration::from_secs(2),
+            reserve_bytes: 512 << 20,
+        }
+    }
+}
+
+/// Why the store cannot be opened. The text says what the operator can do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has the directory.
+    #[error(
+        "the data directory {dir} is in use{}; stop that server first, or give this one a directory of its own",
+        holder.map_or(String::new(), |pid| format!(" by process {pid}"))
+    )]
+    InUse {
+        /// The data directory.
+        dir: PathBuf,
+        /// Who has it, if it said so.
+        holder: Option<u32>,
+    },
+    /// The operating system refused something.
+    #[error(
+        "{what} {path}: {error}; check that the directory is there, writable for this user and on a healthy disk"
+    )]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With which file or directory.
+        path: PathBuf,
+        /// What came back.
+        error: io::Error,
+    },
+    /// Written by a later version.
+    #[error(
+        "the store was written by a later version of this program ({what}); start that version, or restore a backup \
+         made by this one"
+    )]
+    Newer {
+        /// What is too new.
+        what: String,
+    },
+    /// Not a store.
+    #[error("{path} does not describe a store: {why}; this directory may belong to something else")]
+    NotAStore {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// Files of different stores are mixed.
+    #[error("{0}; files of two data directories were mixed, put them back where they belong")]
+    Mixed(String),
+    /// Neither engine nor snapshot plus log give a provable state.
+    #[error(
+        "what is stored cannot be proved: {why}. Nothing was deleted. Restore a backup into a fresh directory, or move \
+         `snapshots` and `log` back if they were taken away"
+    )]
+    Unprovable {
+        /// What was tried and why it failed.
+        why: String,
+    },
+    /// The engine cannot even be made anew.
+    #[error("the engine cannot be opened: {0}")]
+    Engine(String),
+    /// No room for the first frame of this run.
+    #[error("there is no room on the disk to start: {0}; free some and start again")]
+    NoRoom(String),
+}
+
+impl OpenError {
+    pub(super) fn io(
+        what: &'static str,
+        path: impl AsRef<Path>,
+    ) -> impl FnOnce(io::Error) -> OpenError {
+        let path = path.as_ref().to_owned();
+        move |error| OpenError::Io { what, path, error }
+    }
+}
+
+/// What happened at the start, for the log and the operator.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OpenReport {
+    /// The number of this run, raised at each start.
+    pub run: u32,
+    /// The engine's name.
+    pub engine: &'static str,
+    /// Frames that the engine did not have and that were replayed.
+    pub replayed_frames: u64,
+    /// The last frame of the log.
+    pub last_frame: u64,
+    /// The last write before this start was cut off; it was never promised.
+    pub torn: bool,
+    /// Frames that were damaged although nothing needs them any more.
+    pub gaps: u64,
+    /// The engine was made anew.
+    pub rebuilt: Option<Rebuilt>,
+    /// Files that could not be used and were kept, relative to the data directory. Anything here means that promised
+    /// notifications may be missing.
+    pub set_aside: Vec<String>,
+}
+
+/// Why and from what an engine was made anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rebuilt {
+    /// What was wrong with the old one.
+    pub why: String,
+    /// The frame of the snapshot that was loaded; `None`: the whole log was replayed.
+    pub snapshot: Option<u64>,
+    /// Where the old one is now, relative to the data directory.
+    pub moved_to: Option<String>,
+}
+
+impl OpenReport {
+    /// Tells the operator's log.
+    pub(super) fn log(&self) {
+        tracing::info!(
+            run = self.run,
+            engine = self.engine,
+            replayed_frames = self.replayed_frames,
+            last_frame = self.last_frame,
+            torn = self.torn,
+            "the store is open"
+        );
+        if self.gaps > 0 {
+            tracing::warn!(
+                frames = self.gaps,
+                "the log holds damaged frames that nothing needs any more; have the disk checked"
+            );
+        }
+        if let Some(rebuilt) = &self.rebuilt {
+            tracing::warn!(
+                why = rebuilt.why,
+                snapshot = rebuilt.snapshot,
+                moved_to = rebuilt.moved_to,
+                "the engine was made anew from snapshot and log"
+            );
+        }
+        for file in &self.set_aside {
+            tracing::error!(
+                file,
+                "a part of the log is damaged and was set aside: promised notifications may be missing"
+            );
+        }
+    }
+}
