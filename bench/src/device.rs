@@ -1,0 +1,344 @@
+//! Devices without comfort: the frames of the protocol on a socket, nothing else. They say hello, take what comes and
+//! acknowledge it, so that many of them fit beside the server that is measured.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bellwire_protocol::{
+    ALPN, Carrier, Codec, Decoded, DeviceFrame, FrameReader, Hello, Id, KeepAlive, LINK_PATH,
+    SUBPROTOCOL_CBOR, Secret, ServerFrame, write_framed,
+};
+use bytes::Bytes;
+use futures_util::{FutureExt, SinkExt, StreamExt};
+use quinn::crypto::rustls::QuicClientConfig;
+use rustls::client::Resumption;
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::http::header::SEC_WEBSOCKET_PROTOCOL;
+use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
+
+use crate::api::Registered;
+use crate::failure::{During, Failure, Outcome};
+
+/// Time for a connection, its handshake and the welcome.
+const CONNECT_MAX: Duration = Duration::from_secs(60);
+
+/// Most bytes of one read of a QUIC stream.
+const READ_MAX_BYTES: usize = 64 * 1024;
+
+/// UDP sockets that all QUIC devices share.
+const ENDPOINTS: usize = 4;
+
+/// Buffers asked of the system for each of them, in bytes. What is granted depends on the system.
+const UDP_BUFFER_BYTES: usize = 8 * 1024 * 1024;
+
+/// Read buffer of a WebSocket, in bytes.
+const READ_BUFFER_BYTES: usize = 4 * 1024;
+
+/// The name in the certificates of servers measured here.
+const SERVER_NAME: &str = "localhost";
+
+/// Connects devices to one server.
+#[derive(Clone)]
+pub(crate) struct Dialer {
+    address: SocketAddr,
+    tls: Arc<ClientConfig>,
+    quic: quinn::ClientConfig,
+    endpoints: Arc<[quinn::Endpoint]>,
+    next_endpoint: Arc<AtomicUsize>,
+    /// Offer the subprotocol and the path of device links.
+    speaks_bellwire: bool,
+    /// Rising with every connection, whoever's it is.
+    attempt: Arc<AtomicU64>,
+}
+
+impl Dialer {
+    /// A dialer that trusts the authorities in `authority` (PEM). Every handshake is a full one.
+    pub(crate) fn new(
+        address: SocketAddr,
+        authority: &[u8],
+        speaks_bellwire: bool,
+    ) -> Outcome<Dialer> {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(authority) {
+            roots
+                .add(certificate.during("read the server's authority")?)
+                .during("trust the server's authority")?;
+        }
+        let config = || -> Outcome<ClientConfig> {
+            let mut config = ClientConfig::builder_with_provider(Arc::clone(&provider))
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .during("set up TLS")?
+                .with_root_certificates(roots.clone())
+                .with_no_client_auth();
+            config.resumption = Resumption::disabled();
+            Ok(config)
+        };
+        let tls = config()?;
+        let mut quic = config()?;
+        quic.alpn_protocols = vec![ALPN.to_vec()];
+        let quic = QuicClientConfig::try_from(quic).during("set up QUIC")?;
+        let mut quic = quinn::ClientConfig::new(Arc::new(quic));
+        let mut transport = quinn::TransportConfig::default();
+        transport
+            .max_idle_timeout(None)
+            .max_concurrent_bidi_streams(0u32.into())
+            .max_concurrent_uni_streams(0u32.into())
+            .datagram_receive_buffer_size(None)
+            .mtu_discovery_config(None);
+        quic.transport_config(Arc::new(transport));
+        let endpoints = (0..ENDPOINTS)
+            .map(|_| endpoint())
+            .collect::<Outcome<Vec<_>>>()?;
+        Ok(Dialer {
+            address,
+            tls: Arc::new(tls),
+            quic,
+            endpoints: endpoints.into(),
+            next_endpoint: Arc::default(),
+            speaks_bellwire,
+            attempt: Arc::new(AtomicU64::new(1)),
+        })
+    }
+
+    /// Connects, as far as the carrier goes.
+    pub(crate) async fn connect(&self, carrier: Carrier) -> Outcome<Link> {
+        timeout(CONNECT_MAX, async {
+            match carrier {
+                Carrier::WebSocket => self.connect_websocket().await,
+                Carrier::Quic => self.connect_quic().await,
+            }
+        })
+        .await
+        .map_err(|_| Failure::new("a connection did not stand within 60 s"))?
+    }
+
+    async fn connect_websocket(&self) -> Outcome<Link> {
+        let tcp = TcpStream::connect(self.address)
+            .await
+            .during("connect by TCP")?;
+        tcp.set_nodelay(true).during("set an option of a socket")?;
+        let name = ServerName::try_from(SERVER_NAME).during("name the server")?;
+        let tls = TlsConnector::from(Arc::clone(&self.tls))
+            .connect(name, tcp)
+            .await
+            .during("complete the TLS handshake")?;
+        let url = format!("wss://{SERVER_NAME}:{}{LINK_PATH}", self.address.port());
+        let mut request = url.into_client_request().during("make the upgrade")?;
+        if self.speaks_bellwire {
+            request.headers_mut().insert(
+                SEC_WEBSOCKET_PROTOCOL,
+                HeaderValue::from_static(SUBPROTOCOL_CBOR),
+            );
+        }
+        let config = WebSocketConfig::default()
+            .read_buffer_size(READ_BUFFER_BYTES)
+            .write_buffer_size(0);
+        let (socket, _) =
+            tokio_tungstenite::client_async_with_config(request, Box::new(tls), Some(config))
+                .await
+                .during("upgrade to WebSocket")?;
+        Ok(Link::WebSocket(Box::new(socket)))
+    }
+
+    async fn connect_quic(&self) -> Outcome<Link> {
+        let turn = self.next_endpoint.fetch_add(1, Ordering::Relaxed);
+        let endpoint = &self.endpoints[turn % self.endpoints.len()];
+        let connection = endpoint
+            .connect_with(self.quic.clone(), self.address, SERVER_NAME)
+            .during("start a QUIC connection")?
+            .await
+            .during("complete the QUIC handshake")?;
+        let (send, receive) = connection.open_bi().await.during("open a stream")?;
+        Ok(Link::Quic(Box::new(QuicLink {
+            _connection: connection,
+            send,
+            receive,
+            reader: FrameReader::new(Codec::Cbor.server_frame_max_bytes()),
+        })))
+    }
+
+    /// Connects and says hello; returns once welcomed.
+    pub(crate) async fn attach(
+        &self,
+        carrier: Carrier,
+        device: &Registered,
+    ) -> Outcome<(Link, KeepAlive)> {
+        let mut link = self.connect(carrier).await?;
+        let hello = Hello {
+            device: device.device,
+            secret: Some(Secret::from(device.secret.as_str())),
+            // One process is one instance; telling devices apart is the device id's work.
+            instance: Id([7; 16]),
+            attempt: self.attempt.fetch_add(1, Ordering::Relaxed),
+            seen: Vec::new(),
+            window: None,
+            min_urgency: None,
+            agent: None,
+        };
+        link.send(&DeviceFrame::Hello(hello)).await?;
+        match timeout(CONNECT_MAX, link.receive()).await {
+            Ok(Ok(ServerFrame::Welcome(welcome))) => Ok((link, welcome.keep_alive_s)),
+            Ok(Ok(other)) => Err(Failure::new(format!(
+                "the server answered hello by {}",
+                describe(&other)
+            ))),
+            Ok(Err(failure)) => Err(failure),
+            Err(_) => Err(Failure::new("no welcome within 60 s")),
+        }
+    }
+}
+
+fn describe(frame: &ServerFrame) -> String {
+    match frame {
+        ServerFrame::Error(error) => format!("error {} ({})", error.code, error.message),
+        ServerFrame::Goaway(goaway) => format!("goaway {:?}", goaway.reason),
+        ServerFrame::Welcome(_)
+        | ServerFrame::Notify(_)
+        | ServerFrame::Withdraw(_)
+        | ServerFrame::Pong
+        | ServerFrame::Subscribed(_) => frame.name().to_owned(),
+    }
+}
+
+fn endpoint() -> Outcome<quinn::Endpoint> {
+    let socket = socket2::Socket::new(
+        socket2::Domain::IPV4,
+        socket2::Type::DGRAM,
+        Some(socket2::Protocol::UDP),
+    )
+    .during("make a UDP socket")?;
+    // Asking is free; how much is granted is the system's affair.
+    let _ = socket.set_recv_buffer_size(UDP_BUFFER_BYTES);
+    let _ = socket.set_send_buffer_size(UDP_BUFFER_BYTES);
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    socket.bind(&any.into()).during("bind a UDP socket")?;
+    quinn::Endpoint::new(
+        quinn::EndpointConfig::default(),
+        None,
+        socket.into(),
+        Arc::new(quinn::TokioRuntime),
+    )
+    .during("start a QUIC endpoint")
+}
+
+/// A connection that stands.
+pub(crate) enum Link {
+    WebSocket(Box<WebSocketStream<Box<TlsStream<TcpStream>>>>),
+    Quic(Box<QuicLink>),
+}
+
+/// A QUIC connection with its stream.
+pub(crate) struct QuicLink {
+    // Keeps the connection open.
+    _connection: quinn::Connection,
+    send: quinn::SendStream,
+    receive: quinn::RecvStream,
+    reader: FrameReader,
+}
+
+impl Link {
+    pub(crate) async fn send(&mut self, frame: &DeviceFrame) -> Outcome<()> {
+        self.send_bytes(&Codec::Cbor.encode_device(frame)).await
+    }
+
+    /// Sends one message, whatever it says.
+    pub(crate) async fn send_bytes(&mut self, frame: &[u8]) -> Outcome<()> {
+        match self {
+            Link::WebSocket(socket) => socket
+                .send(Message::Binary(Bytes::copy_from_slice(frame)))
+                .await
+                .during("send on a WebSocket"),
+            Link::Quic(quic) => {
+                let mut framed = Vec::with_capacity(frame.len() + 4);
+                write_framed(&mut framed, frame);
+                quic.send
+                    .write_all(&framed)
+                    .await
+                    .during("send on a QUIC stream")
+            }
+        }
+    }
+
+    /// The next frame; waits for it. Frames of a later version are skipped.
+    pub(crate) async fn receive(&mut self) -> Outcome<ServerFrame> {
+        loop {
+            let bytes = match self {
+                Link::WebSocket(socket) => match socket.next().await {
+                    Some(Ok(Message::Binary(bytes))) => bytes,
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
+                    Some(Ok(
+                        message @ (Message::Text(_) | Message::Close(_) | Message::Frame(_)),
+                    )) => {
+                        return Err(Failure::new(format!("the server sent {message:?}")));
+                    }
+                    Some(Err(error)) => {
+                        return Err(Failure::new(format!("a WebSocket broke: {error}")));
+                    }
+                    None => return Err(Failure::new("the server closed a WebSocket")),
+                },
+                Link::Quic(quic) => quic.receive().await?,
+            };
+            let decoded = Codec::Cbor
+                .decode_server(&bytes)
+                .during("understand a frame")?;
+            match decoded {
+                Decoded::Frame(frame) => return Ok(frame),
+                Decoded::Skipped => {}
+            }
+        }
+    }
+
+    /// The next frame, if it is here already.
+    pub(crate) fn receive_ready(&mut self) -> Option<Outcome<ServerFrame>> {
+        // Every wait inside is a poll that keeps what it has, so giving up is harmless.
+        self.receive().now_or_never()
+    }
+
+    /// Stays, and gives a sign of life when it is due, until the connection ends.
+    pub(crate) async fn hold(&mut self, keep_alive: Option<KeepAlive>) -> Failure {
+        let every = keep_alive.map_or(Duration::from_secs(3_600), |bounds| {
+            Duration::from_secs(u64::from(bounds.max_s) * 3 / 4)
+        });
+        loop {
+            match timeout(every, self.receive()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(failure)) => return failure,
+                Err(_) if keep_alive.is_none() => {}
+                Err(_) => {
+                    if let Err(failure) = self.send(&DeviceFrame::Ping).await {
+                        return failure;
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl QuicLink {
+    async fn receive(&mut self) -> Outcome<Bytes> {
+        loop {
+            if let Some(frame) = self.reader.pull().during("cut a QUIC stream into frames")? {
+                return Ok(frame);
+            }
+            let chunk = self
+                .receive
+                .read_chunk(READ_MAX_BYTES, true)
+                .await
+                .during("read a QUIC stream")?
+                .ok_or_else(|| Failure::new("the server closed a QUIC stream"))?;
+            self.reader.push(&chunk.bytes);
+        }
+    }
+}

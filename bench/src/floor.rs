@@ -1,0 +1,278 @@
+//! The floor under a figure: a server that only accepts connections and keeps them, on the same libraries with the same
+//! certificates and limits, without hello, mailboxes or anything else of Bellwire. It runs as a child process of this
+//! program, so that its memory and time are its own.
+
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bellwire_certs::{DevAuthority, Validity};
+use bellwire_protocol::ALPN;
+use futures_util::StreamExt;
+use quinn::crypto::rustls::QuicServerConfig;
+use rustls::server::NoServerSessionStorage;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+
+use crate::failure::{During, Failure, Outcome};
+
+/// How long the child may take to listen.
+const START_MAX: Duration = Duration::from_secs(30);
+
+/// Most bytes that it reads of a frame; a device that is idle says next to nothing.
+const FRAME_MAX_BYTES: usize = 16 * 1024;
+
+/// Flow control of a QUIC stream, bytes.
+const STREAM_WINDOW_BYTES: u32 = 4 * 1024;
+
+/// Out-of-order handshake data of a QUIC connection, bytes.
+const CRYPTO_BUFFER_BYTES: usize = 8 * 1024;
+
+/// Read buffer of a WebSocket, bytes.
+const READ_BUFFER_BYTES: usize = 128;
+
+/// Buffers asked of the system for UDP, in bytes; as the server asks.
+const UDP_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+
+/// Connections that the system holds ready for accepting.
+const BACKLOG: i32 = 4_096;
+
+/// Accept connections and keep them, until standard input ends
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct FloorServer {
+    /// What to accept
+    #[arg(long, value_enum)]
+    pub(crate) carrier: FloorCarrier,
+}
+
+/// What a floor server accepts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum FloorCarrier {
+    Quic,
+    Websocket,
+}
+
+/// What it tells its parent.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    address: SocketAddr,
+    authority: String,
+}
+
+// ---- The parent's side ---------------------------------------------------------------------------------------------
+
+/// A floor server that runs. Dropping it kills it.
+pub(crate) struct Floor {
+    child: Child,
+    pub(crate) address: SocketAddr,
+    /// The authority of its certificate, PEM.
+    pub(crate) authority: Vec<u8>,
+}
+
+impl Floor {
+    pub(crate) async fn start(carrier: FloorCarrier) -> Outcome<Floor> {
+        let program: PathBuf = std::env::current_exe().during("find this program's own path")?;
+        let carrier = match carrier {
+            FloorCarrier::Quic => "quic",
+            FloorCarrier::Websocket => "websocket",
+        };
+        let mut child = Command::new(program)
+            .args(["floor-server", "--carrier", carrier])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .during("start the floor server")?;
+        let output = child
+            .stdout
+            .take()
+            .ok_or_else(|| Failure::new("the floor server has no output"))?;
+        let mut line = String::new();
+        timeout(START_MAX, BufReader::new(output).read_line(&mut line))
+            .await
+            .map_err(|_| Failure::new("the floor server was not ready within 30 s"))?
+            .during("hear of the floor server")?;
+        let told: Told = serde_json::from_str(&line).during("understand the floor server")?;
+        Ok(Floor {
+            child,
+            address: told.address,
+            authority: told.authority.into_bytes(),
+        })
+    }
+
+    pub(crate) fn pid(&self) -> Outcome<u32> {
+        self.child
+            .id()
+            .ok_or_else(|| Failure::new("the floor server ended early"))
+    }
+
+    pub(crate) async fn stop(mut self) {
+        // It ends when its input does; killing makes sure.
+        let _ = self.child.kill().await;
+    }
+}
+
+// ---- The child's side ----------------------------------------------------------------------------------------------
+
+/// Runs until the parent is gone.
+pub(crate) async fn serve(args: FloorServer) -> Outcome<()> {
+    crate::process::raise_file_limit();
+    let authority = DevAuthority::generate(
+        "Floor",
+        Validity::authority(time::OffsetDateTime::now_utc()).during("date a certificate")?,
+    )
+    .during("make an authority")?;
+    let names = ["localhost", "127.0.0.1"]
+        .iter()
+        .map(|name| name.parse())
+        .collect::<Result<Vec<_>, _>>()
+        .during("name the server")?;
+    let validity = Validity::leaf(time::OffsetDateTime::now_utc()).during("date a certificate")?;
+    let issued = authority
+        .server(&names, validity)
+        .during("make a certificate")?;
+    let chain = CertificateDer::pem_slice_iter(issued.chain_pem.as_bytes())
+        .collect::<Result<Vec<_>, _>>()
+        .during("read a certificate")?;
+    let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes()).during("read a key")?;
+    let address = match args.carrier {
+        FloorCarrier::Websocket => websocket(tls(chain, key)?)?,
+        FloorCarrier::Quic => quic(tls(chain, key)?)?,
+    };
+    let told = Told {
+        address,
+        authority: authority.certificate_pem().to_owned(),
+    };
+    let mut line = serde_json::to_string(&told).during("tell the parent")?;
+    line.push('\n');
+    std::io::stdout()
+        .write_all(line.as_bytes())
+        .during("tell the parent")?;
+    // Ends with the parent, however that ends. A thread of its own, because nobody waits for it at the end.
+    let (ended, end) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        let _ = ended.send(());
+    });
+    end.await.during("wait for the parent")
+}
+
+/// As the server's: one ticket, no state kept for it, no early data.
+fn tls(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Outcome<rustls::ServerConfig> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .during("set up TLS")?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .during("set up TLS")?;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().during("set up tickets")?;
+    config.send_tls13_tickets = 1;
+    Ok(config)
+}
+
+fn websocket(tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+        .during("make a socket")?;
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    socket.bind(&any.into()).during("bind a socket")?;
+    socket.listen(BACKLOG).during("listen")?;
+    socket.set_nonblocking(true).during("set an option")?;
+    let listener = TcpListener::from_std(socket.into()).during("listen")?;
+    let address = listener.local_addr().during("find the port")?;
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            // What fails here fails at the client as well, and is reported there.
+            tokio::spawn(accept_websocket(tcp, acceptor.clone()));
+        }
+    });
+    Ok(address)
+}
+
+async fn accept_websocket(tcp: TcpStream, acceptor: TlsAcceptor) {
+    let config = WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(0)
+        .max_message_size(Some(FRAME_MAX_BYTES))
+        .max_frame_size(Some(FRAME_MAX_BYTES));
+    if tcp.set_nodelay(true).is_err() {
+        return;
+    }
+    let Ok(stream) = acceptor.accept(tcp).await else {
+        return;
+    };
+    let stream = Box::new(stream);
+    let accepted = tokio_tungstenite::accept_async_with_config(stream, Some(config)).await;
+    if let Ok(mut socket) = accepted {
+        // A fresh task, because this one keeps the size of the handshake.
+        tokio::spawn(async move { while let Some(Ok(_)) = socket.next().await {} });
+    }
+}
+
+fn quic(mut tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    let crypto = QuicServerConfig::try_from(tls).during("set up QUIC")?;
+    let mut transport = quinn::TransportConfig::default();
+    transport
+        .max_concurrent_bidi_streams(1u32.into())
+        .max_concurrent_uni_streams(0u32.into())
+        .stream_receive_window(STREAM_WINDOW_BYTES.into())
+        .receive_window(STREAM_WINDOW_BYTES.into())
+        .max_idle_timeout(None)
+        .datagram_receive_buffer_size(None)
+        .datagram_send_buffer_size(0)
+        .mtu_discovery_config(None)
+        .crypto_buffer_size(CRYPTO_BUFFER_BYTES);
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    config.transport_config(Arc::new(transport));
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
+        .during("make a socket")?;
+    let _ = socket.set_recv_buffer_size(UDP_BUFFER_BYTES);
+    let _ = socket.set_send_buffer_size(UDP_BUFFER_BYTES);
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    socket.bind(&any.into()).during("bind a socket")?;
+    let endpoint = quinn::Endpoint::new(
+        quinn::EndpointConfig::default(),
+        Some(config),
+        socket.into(),
+        Arc::new(quinn::TokioRuntime),
+    )
+    .during("start a QUIC endpoint")?;
+    let address = endpoint.local_addr().during("find the port")?;
+    tokio::spawn(async move {
+        while let Some(incoming) = endpoint.accept().await {
+            tokio::spawn(accept_quic(incoming));
+        }
+    });
+    Ok(address)
+}
+
+async fn accept_quic(incoming: quinn::Incoming) {
+    let Ok(connection) = incoming.await else {
+        return;
+    };
+    let Ok((_send, mut receive)) = connection.accept_bi().await else {
+        return;
+    };
+    tokio::spawn(async move {
+        let mut scratch = [0; 64];
+        while let Ok(Some(_)) = receive.read(&mut scratch).await {}
+        // Kept until the device is gone.
+        drop(connection);
+    });
+}

@@ -1,0 +1,156 @@
+//! What the kernel knows of a process and of the machine: time used, memory held.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::failure::{During, Failure, Outcome};
+
+/// Files that this process leaves unused when it counts how many connections fit.
+pub(crate) const FILES_RESERVED: u64 = 256;
+
+/// CPU time that a process has used so far, user and system together, all threads. The kernel counts in ticks, mostly of
+/// 10 ms, so only differences over a second or more mean something.
+pub(crate) fn cpu_time(pid: u32) -> Outcome<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let text = fs::read_to_string(&path).during(format_args!("read {path}"))?;
+    // The second field is the program's name in brackets and may hold anything; utime and stime are the 14th and 15th.
+    let ticks: Option<u64> = text.rsplit_once(')').and_then(|(_, rest)| {
+        let mut fields = rest.split_whitespace().skip(11);
+        let user: u64 = fields.next()?.parse().ok()?;
+        let system: u64 = fields.next()?.parse().ok()?;
+        Some(user + system)
+    });
+    let ticks = ticks.ok_or_else(|| Failure::new(format!("{path} has an unknown form")))?;
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+}
+
+/// Memory of a process in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Memory {
+    /// Resident, pages shared with others counted in full.
+    pub(crate) resident: u64,
+    /// Resident, pages shared with others counted by share.
+    pub(crate) proportional: u64,
+}
+
+/// Memory that a process holds now.
+pub(crate) fn memory(pid: u32) -> Outcome<Memory> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).during(format_args!("read {path}"))?;
+    let find = |name: &str| {
+        kilobytes(&text, name).ok_or_else(|| Failure::new(format!("{path} does not name {name}")))
+    };
+    Ok(Memory {
+        resident: find("Rss:")?,
+        proportional: find("Pss:")?,
+    })
+}
+
+/// The figure of a line such as `Rss:   1234 kB`, in bytes.
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let number: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(number * 1024)
+}
+
+/// What the kernel holds for everybody, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KernelMemory {
+    /// Kernel objects of all kinds, sockets among them (`Slab` of /proc/meminfo).
+    pub(crate) slab: u64,
+    /// Buffers of TCP sockets (`mem` of /proc/net/sockstat).
+    pub(crate) tcp_buffers: u64,
+}
+
+/// What the kernel holds now; `None` where it does not say.
+pub(crate) fn kernel_memory() -> Option<KernelMemory> {
+    let slab = kilobytes(&fs::read_to_string("/proc/meminfo").ok()?, "Slab:")?;
+    let sockets = fs::read_to_string("/proc/net/sockstat").ok()?;
+    let tcp = sockets.lines().find(|line| line.starts_with("TCP:"))?;
+    let mut words = tcp.split_whitespace().skip_while(|word| *word != "mem");
+    let pages: u64 = words.nth(1)?.parse().ok()?;
+    Some(KernelMemory {
+        slab,
+        tcp_buffers: pages * rustix::param::page_size() as u64,
+    })
+}
+
+/// Raises the limit of open files as far as it goes, for this process and those that it starts, and returns it.
+pub(crate) fn raise_file_limit() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    // Where it does not work, the present limit counts.
+    let reached = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    };
+    reached.unwrap_or(u64::MAX)
+}
+
+/// The machine, for the head of a report.
+#[derive(Debug, serde::Serialize)]
+pub(crate) struct Machine {
+    cpu: String,
+    cores: usize,
+    memory_gib: f64,
+    kernel: String,
+}
+
+impl Machine {
+    pub(crate) fn here() -> Machine {
+        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let cpu = cpu
+            .lines()
+            .find(|line| line.starts_with("model name"))
+            .and_then(|line| line.split_once(':'))
+            .map_or("unknown", |(_, name)| name.trim())
+            .to_owned();
+        let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let memory = kilobytes(&memory, "MemTotal:").unwrap_or_default();
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Machine {
+            cpu,
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_gib: (memory as f64 / (1u64 << 30) as f64 * 10.0).round() / 10.0,
+            kernel: kernel.trim().to_owned(),
+        }
+    }
+}
+
+impl std::fmt::Display for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Machine {
+            cpu,
+            cores,
+            memory_gib,
+            kernel,
+        } = self;
+        write!(f, "{cores} × {cpu}, {memory_gib} GiB, Linux {kernel}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_process_has_used_time_and_holds_memory() {
+        let me = std::process::id();
+        cpu_time(me).unwrap();
+        let memory = memory(me).unwrap();
+        assert!(memory.resident >= memory.proportional && memory.proportional > 0);
+    }
+
+    #[test]
+    fn a_figure_is_found_by_its_name_and_is_in_bytes() {
+        let text = "Shared: 1 kB\nRss:      2048 kB\n";
+        assert_eq!(kilobytes(text, "Rss:"), Some(2_097_152));
+        assert_eq!(kilobytes(text, "Pss:"), None);
+    }
+}
