@@ -238,7 +238,10 @@ async fn a_failed_store_promises_nothing_until_a_restart() {
 
 #[tokio::test]
 async fn a_full_disk_refuses_absent_devices_and_serves_attached_ones() {
-    let house = House::open().await;
+    // One shard, so that it knows of the full disk when the attached device has its turn.
+    let mut settings = settings();
+    settings.shards = 1;
+    let house = House::with(settings, Arc::new(FakeStore::default())).await;
     let absent = house.device("anna").await;
     let attached = house.device("ben").await;
     let mut link = attached.attach().await;
