@@ -184,6 +184,28 @@ impl Outlet for Outbox {
             self.waker.wake();
         }
     }
+
+    fn push_all(&self, outs: &mut Vec<Out>) {
+        let woken = match &mut *self.words() {
+            None => false,
+            Some(words) => {
+                // Behind others the task has been woken already.
+                let first = words.is_empty() && !outs.is_empty();
+                let room = OUTBOX_MAX.saturating_sub(words.len());
+                let overflow = outs.len() > room;
+                if overflow {
+                    self.kicks.fetch_or(Kick::Overflow as u8, Ordering::Release);
+                }
+                words.extend(outs.drain(..outs.len().min(room)));
+                first || overflow
+            }
+        };
+        // Outside of the lock, because dropping notifications may take time.
+        outs.clear();
+        if woken {
+            self.waker.wake();
+        }
+    }
 }
 
 #[cfg(test)]
@@ -211,6 +233,35 @@ mod tests {
 
     fn word(number: u8) -> Out {
         Out::Withdraw(vec![PingId([number; 16])])
+    }
+
+    #[test]
+    fn the_words_of_one_turn_wake_once_and_keep_their_order() {
+        let (outbox, count) = outbox();
+        let mut outs: Vec<Out> = (1..=3)
+            .map(|n| Out::Withdraw(vec![PingId([n; 16])]))
+            .collect();
+        outbox.push_all(&mut outs);
+        assert!(outs.is_empty());
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+        let words = outbox.take_words();
+        for (n, word) in (1..=3).zip(words) {
+            assert!(matches!(word, Out::Withdraw(ids) if ids == [PingId([n; 16])]));
+        }
+    }
+
+    #[test]
+    fn words_beyond_the_bound_are_dropped_and_kick() {
+        let (outbox, count) = outbox();
+        let mut outs: Vec<Out> = (0..=OUTBOX_MAX)
+            .map(|_| Out::Withdraw(Vec::new()))
+            .collect();
+        outbox.push_all(&mut outs);
+        assert_eq!(outbox.take_words().len(), OUTBOX_MAX);
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+        assert_ne!(outbox.take_kicks().0, 0);
+        outbox.push_all(&mut Vec::new());
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
     }
 
     #[test]
