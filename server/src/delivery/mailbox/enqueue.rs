@@ -70,15 +70,16 @@ impl Mailbox {
         }
 
         let mut rides = Vec::new();
-        for order in victims {
-            self.ride(order, Outcome::Evicted, &mut rides, cx);
-        }
+        // The one replaced goes first: its index does not outlive the victims.
         if let Some(old) = replaced {
             if self.rows[old.index].in_flight {
                 self.rows[old.index].superseded = true;
             } else {
                 self.ride(old.order, Outcome::Replaced, &mut rides, cx);
             }
+        }
+        for order in victims {
+            self.ride(order, Outcome::Evicted, &mut rides, cx);
         }
 
         let order = self.summary.next_order;
