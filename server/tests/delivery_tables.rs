@@ -508,7 +508,13 @@ impl World {
                 self.committed(Ok(()));
             }
             "no-room" => self.committed(Err(CommitFailure::NoRoom)),
-            "fail" => self.committed(Err(CommitFailure::Failed)),
+            "fail" => {
+                // Nobody knows what is on disk until a restart; a story does.
+                if flag("written") {
+                    self.store.apply(self.sealed.clone().unwrap());
+                }
+                self.committed(Err(CommitFailure::Failed));
+            }
             "disk" => {
                 let disk = match words[1] {
                     "open" => Disk::Open,
@@ -552,7 +558,9 @@ impl World {
                     .extend(rows.map(|(meta, _)| meta.key.order));
             }
             "crash" => {
-                self.sealed = None;
+                if let Some(changes) = self.sealed.take().filter(|_| flag("written")) {
+                    self.store.apply(changes);
+                }
                 self.policy.run += 1;
                 self.shard = Shard::new(self.policy.clone());
             }

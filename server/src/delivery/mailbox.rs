@@ -198,6 +198,8 @@ pub(super) struct Mailbox {
     fetching: bool,
     /// The summary must be written although no row changes.
     touched: bool,
+    /// It is in the frame that is being written: until that is safe, the store tells what was before.
+    outstanding: bool,
     asked: Asked,
     summary: Summary,
     rows: VecDeque<Row>,
@@ -230,6 +232,7 @@ impl Mailbox {
             reading: false,
             fetching: false,
             touched: false,
+            outstanding: false,
             asked: Asked::default(),
             summary: Summary {
                 app: AppId(0),
@@ -260,7 +263,7 @@ impl Mailbox {
     pub(super) fn may_sleep(&self) -> bool {
         self.session.is_none()
             && self.unsealed.count == 0
-            && self.sealed_rows == 0
+            && !self.outstanding
             && self.departures.is_empty()
             && self.sealed.is_empty()
             && !self.reading

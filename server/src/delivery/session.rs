@@ -7,12 +7,12 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::event::Attach;
-use super::ids::SessionId;
+use super::ids::{PingId, SessionId};
 use super::notification::Urgency;
 use super::policy::Policy;
 use super::time::Mono;
 
-/// A notification sent in this session and not decided yet.
+/// A notification sent in this session that the device has not answered yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InFlight {
     /// Its number in this session.
@@ -25,6 +25,9 @@ pub(super) struct InFlight {
     pub(super) expires_at: Mono,
     /// Its row is held back from the disk until then.
     pub(super) held_until: Option<Mono>,
+    /// It ended otherwise (expired, revoked, turned away), but the device still counts it: its place is free
+    /// only when the device has answered.
+    pub(super) ended: Option<PingId>,
 }
 
 /// One attached connection.
@@ -145,6 +148,31 @@ impl Session {
             self.in_flight = VecDeque::new();
         }
         landed
+    }
+
+    /// One in flight ended without the device's word: it keeps its place until that comes.
+    pub(super) fn end(&mut self, order: u64, ping: PingId) {
+        if let Some(flight) = self
+            .in_flight
+            .iter_mut()
+            .find(|flight| flight.order == order)
+        {
+            flight.ended = Some(ping);
+            flight.held_until = None;
+            flight.expires_at = Mono(u64::MAX);
+        }
+    }
+
+    /// The device's word on one that had ended before.
+    pub(super) fn land_ended(&mut self, ping: PingId) {
+        let order = self
+            .in_flight
+            .iter()
+            .find(|flight| flight.ended == Some(ping))
+            .map(|flight| flight.order);
+        if let Some(order) = order {
+            self.land(order);
+        }
     }
 
     /// The earliest moment at which something in flight is due.

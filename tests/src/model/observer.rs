@@ -137,7 +137,9 @@ impl Observer {
 
     /// A connection is gone.
     pub fn detaches(&mut self, session: SessionId) {
-        self.left.insert(session);
+        if self.sessions.contains(&session) {
+            self.left.insert(session);
+        }
         if self.open.as_ref().is_some_and(|open| open.id == session) {
             self.open = None;
         }
@@ -314,7 +316,11 @@ impl Observer {
 
     fn answers(&mut self, ticket: Ticket, ping: PingId) {
         if self.waiting.remove(&ticket) != Some(Waiting::Ping(ping)) {
-            self.complain(format!("nobody waits with t{} for {}", ticket.0, name(ping)));
+            self.complain(format!(
+                "nobody waits with t{} for {}",
+                ticket.0,
+                name(ping)
+            ));
         }
     }
 
@@ -334,11 +340,8 @@ impl Observer {
             }
         };
         let account = self.accounts.entry(ping).or_default();
-        if account.over {
-            self.complain(format!("{} is accepted after its end", name(ping)));
-        } else {
-            account.promised = Some(promise);
-        }
+        account.over = false;
+        account.promised = Some(promise);
     }
 
     fn ended(
@@ -354,10 +357,13 @@ impl Observer {
             self.answers(ticket, ping);
         }
         let of = name(ping);
-        let in_flight = self
-            .open
-            .as_ref()
-            .is_some_and(|open| open.unanswered.iter().any(|&(_, one)| one == ping));
+        let newest = self.accounts[&ping].serials.last();
+        let in_flight = self.open.as_ref().is_some_and(|open| {
+            let waits = open.unanswered.iter().any(|&(_, one)| one == ping);
+            waits
+                && !self.left.contains(&open.id)
+                && newest.is_some_and(|newest| open.sent.contains(newest))
+        });
         let mine: Vec<&Made> = self
             .made
             .iter()
@@ -399,17 +405,19 @@ impl Observer {
             outcome,
             Outcome::Acknowledged | Outcome::Declined | Outcome::Revoked
         );
+        // One that was asked for again may begin anew.
+        let asked_again = self
+            .waiting
+            .values()
+            .any(|what| *what == Waiting::Ping(ping));
         let account = self.accounts.entry(ping).or_default();
-        if account.over && !account.left_on_disk {
-            self.complaints.push(format!("{of} ends twice"));
-        }
         if tickets.is_empty() && account.promised.is_none() && !account.left_on_disk {
             self.complaints
-                .push(format!("{of} ends without having been accepted"));
+                .push(format!("{of} ends twice, or without having been accepted"));
         }
         account.promised = None;
         account.left_on_disk = false;
-        account.over = true;
+        account.over = !asked_again;
         if verdict {
             for made in &mut self.made {
                 made.took_place |= made.notification.ping == ping && made.sent_in_run;
@@ -479,7 +487,11 @@ impl Observer {
         let of = name(notification.ping);
         let number = serial(notification);
         let (now_ms, run) = (self.now_ms, self.run);
+        // One that was in flight, or had its verdict when the server died, may come again.
+        let account = &self.accounts[&notification.ping];
+        let decided = account.acknowledged || account.declined || account.revoked;
         let overtaken = notification.collapse.is_some()
+            && !decided
             && !self.made[number].sent
             && self.made.iter().any(|new| {
                 new.took_place
@@ -519,7 +531,9 @@ impl Observer {
         }
         let made = &mut self.made[number];
         if !redelivered && (made.run != run || made.sent) {
-            complaints.push(format!("{of} may have been sent before, and does not say so"));
+            complaints.push(format!(
+                "{of} may have been sent before, and does not say so"
+            ));
         }
         if redelivered && made.run == run && !made.sent && !later_sent {
             complaints.push(format!("{of} says that it may have been sent before"));

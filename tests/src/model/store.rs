@@ -119,8 +119,7 @@ impl ModelStore {
         }
         if let Some(key) = &request.collapse {
             all.clone()
-                .filter(|meta| meta.collapse.as_ref() == Some(key))
-                .next_back()
+                .rfind(|meta| meta.collapse.as_ref() == Some(key))
                 .into_iter()
                 .for_each(&mut take);
         }

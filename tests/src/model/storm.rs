@@ -71,18 +71,6 @@ impl Temper {
             len: random.random_range(10..=60),
         }
     }
-
-    /// Everything in its turn: what a naive model can say beforehand.
-    pub(super) fn calm(random: &mut StdRng) -> Temper {
-        Temper {
-            no_room: 0,
-            fail: 0,
-            disk: 0,
-            reads: 0,
-            frame: 0,
-            ..Temper::storm(random)
-        }
-    }
 }
 
 /// What the maker of a history remembers.
@@ -106,10 +94,6 @@ impl Maker {
                 0
             },
         }
-    }
-
-    pub(super) fn len(temper: &Temper) -> usize {
-        temper.len
     }
 
     fn known(&self, random: &mut StdRng) -> Name {
@@ -214,10 +198,9 @@ impl Maker {
                     .session()
                     .and_then(|(_, waiting)| waiting.first().map(|&(seq, _)| seq));
                 match random.random_range(0..10) {
-                    0..=5 if seq > 0 => Step::AckUpTo(
-                        last,
-                        random.random_range(first.unwrap_or(1).min(seq)..=seq),
-                    ),
+                    0..=5 if seq > 0 => {
+                        Step::AckUpTo(last, random.random_range(first.unwrap_or(1).min(seq)..=seq))
+                    }
                     9 => Step::Decline(last, self.names(world, random)[0]),
                     _ => Step::AckIds(last, self.names(world, random)),
                 }

@@ -467,7 +467,7 @@ impl World {
         self.step(&Step::Disk(Disk::Open))?;
         for _ in 0..4 {
             // Longer than every retry and holding back, shorter than a life.
-            self.step(&Step::At(self.now_ms + 1_000))?;
+            self.step(&Step::At(self.now_ms + 6_000))?;
             self.step(&Step::AnswerReads)?;
             self.step(&Step::Commit)?;
         }

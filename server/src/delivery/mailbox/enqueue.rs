@@ -395,7 +395,7 @@ impl Mailbox {
             self.held -= 1;
         }
         if let Some(session) = self.session.as_mut() {
-            session.land(row.meta.key.order);
+            session.end(row.meta.key.order, row.meta.ping);
         }
         for ticket in row.tickets {
             cx.reject(ticket, row.meta.ping, why);
@@ -423,17 +423,40 @@ impl Mailbox {
                 return;
             }
         };
+        let order = departure.meta.key.order;
+        if let Some(key) = &departure.meta.collapse
+            && let Some(successor) = self.rows.iter_mut().rev().find(|row| {
+                row.meta.collapse.as_ref() == Some(key)
+                    && row.meta.key.order > order
+                    && row.stage != Stage::Transient
+            })
+        {
+            // A still newer one has its place.
+            let outcome = Outcome::Replaced;
+            let departures = match successor.stage {
+                Stage::Held | Stage::Offered => &mut successor.rides,
+                Stage::Sealed | Stage::Stored | Stage::Transient => &mut self.departures,
+            };
+            return departures.push(Departure {
+                outcome,
+                ..departure
+            });
+        }
         self.leaving.remove(departure.meta.size);
         if stage == Stage::Sealed {
             self.sealed_rows += 1;
         }
-        let order = departure.meta.key.order;
         let sent = departure.meta.run != cx.policy.run || order <= self.summary.sent_up_to;
+        let mut tickets = departure.tickets;
+        if stage == Stage::Stored {
+            // They joined it on its way out; it stays, and it is safe.
+            cx.accept(&mut tickets, departure.meta.ping);
+        }
         let row = Row {
             meta: departure.meta,
             stage,
             body: None,
-            tickets: departure.tickets,
+            tickets,
             sent,
             in_flight: false,
             superseded: false,

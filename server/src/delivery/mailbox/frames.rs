@@ -178,6 +178,7 @@ impl Mailbox {
             self.sealed.push(departure);
         }
         self.touched = false;
+        self.outstanding = true;
         if let Some(wipe) = self.wipe.as_mut() {
             wipe.sealed = true;
             changes.push(Change::Forget { device });
@@ -195,6 +196,7 @@ impl Mailbox {
         result: Result<(), CommitFailure>,
         cx: &mut Context<'_>,
     ) {
+        self.outstanding = false;
         match result {
             Ok(()) => self.committed(cx),
             Err(failure) => self.not_committed(failure, cx),
@@ -260,20 +262,8 @@ impl Mailbox {
         if let Some(wipe) = self.wipe.as_mut() {
             wipe.sealed = false;
         }
-        // Removals that stand alone are offered again; those that an insert caused did not happen, like the insert.
-        for departure in std::mem::take(&mut self.sealed) {
-            if departure.insert == Insert::Done {
-                let size = departure.meta.size;
-                self.leaving.add(size);
-                self.summary.count = self.summary.count.saturating_add(1);
-                self.summary.bytes = self.summary.bytes.saturating_add(u64::from(size));
-            }
-            if departure.because.is_some() {
-                self.bring_back(departure, why, cx);
-            } else {
-                self.departures.push(departure);
-            }
-        }
+        // The summary may have had more to say than its rows: how far the device was sent.
+        self.touched = true;
         self.sealed_rows = 0;
         let mut lost = Vec::new();
         for row in &mut self.rows {
@@ -284,25 +274,7 @@ impl Mailbox {
                 self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(row.meta.size));
                 lost.push(row.meta.key.order);
             }
-        }
-        for order in lost {
-            if let Some(index) = self.index_of(order) {
-                self.turn_away(index, why, cx);
-            }
-        }
-        // Rows that ended, or were pushed out, while their insert was being written: it never was.
-        let mut ended = Vec::new();
-        let mut index = 0;
-        while index < self.departures.len() {
-            if self.departures[index].insert == Insert::Outstanding {
-                let mut departure = self.departures.remove(index);
-                departure.insert = Insert::Never;
-                ended.push(departure);
-            } else {
-                index += 1;
-            }
-        }
-        for row in &mut self.rows {
+            // What was pushed out while its insert was being written: it never was.
             for ride in &mut row.rides {
                 if ride.insert == Insert::Outstanding {
                     ride.insert = Insert::Never;
@@ -313,16 +285,72 @@ impl Mailbox {
                 }
             }
         }
-        for departure in ended {
+        // Removals go back to where they came from. Those that stand alone are offered again.
+        for departure in std::mem::take(&mut self.sealed) {
+            if departure.insert == Insert::Done {
+                let size = departure.meta.size;
+                self.leaving.add(size);
+                self.summary.count = self.summary.count.saturating_add(1);
+                self.summary.bytes = self.summary.bytes.saturating_add(u64::from(size));
+            }
+            let home = departure.because.and_then(|order| self.home_of(order));
+            let departures = match home {
+                Some(index) => &mut self.rows[index].rides,
+                None => &mut self.departures,
+            };
+            departures.push(Departure {
+                because: None,
+                ..departure
+            });
+        }
+        for order in lost {
+            if let Some(index) = self.index_of(order) {
+                self.turn_away(index, why, cx);
+            }
+        }
+        self.never_inserted(failure, cx);
+        if failure == CommitFailure::Failed {
+            self.store_failed(cx);
+        }
+    }
+
+    /// Rows that ended while their insert was being written, and it failed.
+    fn never_inserted(&mut self, failure: CommitFailure, cx: &mut Context<'_>) {
+        // What they pushed out goes alone, and nobody hears of them before that is safe.
+        let alone = self
+            .departures
+            .iter()
+            .any(|departure| departure.insert == Insert::Done);
+        for mut departure in std::mem::take(&mut self.departures) {
+            if departure.insert != Insert::Outstanding {
+                self.departures.push(departure);
+                continue;
+            }
             let size = departure.meta.size;
             self.leaving.remove(size);
             self.summary.count = self.summary.count.saturating_sub(1);
             self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(size));
-            self.announce(departure, cx);
+            departure.insert = Insert::Never;
+            match failure {
+                // Perhaps it is on disk, and comes back after the restart: no outcome can be told.
+                CommitFailure::Failed => {
+                    for ticket in departure.tickets {
+                        cx.reject(ticket, departure.meta.ping, Rejection::StoreFailed);
+                    }
+                }
+                CommitFailure::NoRoom if alone => self.departures.push(departure),
+                CommitFailure::NoRoom => self.announce(departure, cx),
+            }
         }
-        if failure == CommitFailure::Failed {
-            self.store_failed(cx);
-        }
+    }
+
+    /// Where the removals belong that the acceptance of this row caused: to it, or to the one that took its place while it was
+    /// being written. `None`: it has its outcome, and they stand alone.
+    fn home_of(&self, order: u64) -> Option<usize> {
+        self.index_of(order).or_else(|| {
+            let is_it = |departure: &Departure| departure.meta.key.order == order;
+            self.rows.iter().position(|row| row.rides.iter().any(is_it))
+        })
     }
 
     /// The store promises nothing any more: whoever waits for it is told.
@@ -337,6 +365,12 @@ impl Mailbox {
         for order in offered {
             if let Some(index) = self.index_of(order) {
                 self.turn_away(index, Rejection::StoreFailed, cx);
+            }
+        }
+        // No frame will follow that could make these true: whoever waits for one of them learns that nobody knows.
+        for departure in &mut self.departures {
+            for ticket in std::mem::take(&mut departure.tickets) {
+                cx.reject(ticket, departure.meta.ping, Rejection::StoreFailed);
             }
         }
     }

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use super::{Context, Departure, Insert, Known, Mailbox, READ_RETRY, Stage, Wipe};
 use crate::delivery::event::{
-    Acknowledged, Attach, Body, Closing, Disk, Effect, Notice, Outcome, Refusal, RowKey, Verdict,
+    Acknowledged, Attach, Body, Closing, Disk, Effect, Notice, Outcome, Refusal, RowKey, RowMeta,
+    Verdict,
 };
 use crate::delivery::ids::{PingId, SessionId, Ticket};
 use crate::delivery::notification::Urgency;
@@ -134,6 +135,7 @@ impl Mailbox {
                 sent_at: cx.now.mono,
                 expires_at: cx.now.mono_at(row.meta.expires_ms),
                 held_until: None,
+                ended: None,
             });
             let redelivered = row.sent;
             row.sent = true;
@@ -226,8 +228,9 @@ impl Mailbox {
                     .map(|flight| flight.order)
                     .collect();
                 for order in orders {
-                    if let Some(index) = self.index_of(order) {
-                        self.verdict(index, Outcome::Acknowledged, cx);
+                    match self.index_of(order) {
+                        Some(index) => self.verdict(index, Outcome::Acknowledged, cx),
+                        None => self.land(order),
                     }
                 }
             }
@@ -241,6 +244,9 @@ impl Mailbox {
     }
 
     pub(super) fn verdict_by_id(&mut self, ping: PingId, outcome: Outcome, cx: &mut Context<'_>) {
+        if let Some(session) = self.session.as_mut() {
+            session.land_ended(ping);
+        }
         match self.position_of(ping) {
             Some(index) => self.verdict(index, outcome, cx),
             None => cx.emit(Effect::Noticed(Notice::UnknownVerdict)),
@@ -285,8 +291,18 @@ impl Mailbox {
             // An idle mailbox keeps no buffer.
             self.rows = VecDeque::new();
         }
-        if let Some(session) = self.session.as_mut() {
-            session.land(row.meta.key.order);
+        match outcome {
+            Outcome::Acknowledged | Outcome::Declined => self.land(row.meta.key.order),
+            Outcome::Replaced
+            | Outcome::Expired
+            | Outcome::Evicted
+            | Outcome::Revoked
+            | Outcome::Refused
+            | Outcome::Forwarded => {
+                if let Some(session) = self.session.as_mut() {
+                    session.end(row.meta.key.order, row.meta.ping);
+                }
+            }
         }
         let mut departure = Departure {
             meta: row.meta,
@@ -304,13 +320,17 @@ impl Mailbox {
                 if row.stage == Stage::Held {
                     self.held -= 1;
                 }
-                if row.rides.iter().any(|ride| ride.insert != Insert::Never) {
+                let mut rides = row.rides;
+                self.take_predecessors(&departure.meta, &mut rides);
+                if rides.iter().any(|ride| ride.insert != Insert::Never)
+                    || self.predecessor_leaves(&departure.meta)
+                {
                     // The removals that it caused must be safe before anybody hears of it.
-                    self.departures.extend(row.rides);
+                    self.departures.extend(rides);
                     self.departures.push(departure);
                 } else {
                     self.announce(departure, cx);
-                    for ride in row.rides {
+                    for ride in rides {
                         self.announce(ride, cx);
                     }
                 }
@@ -326,6 +346,34 @@ impl Mailbox {
                 departure.insert = Insert::Done;
                 self.departures.push(departure);
             }
+        }
+    }
+
+    /// What rides with a row in flight that this one superseded: its own end justifies those removals too, and a crash must
+    /// not bring them back after it.
+    fn take_predecessors(&mut self, meta: &RowMeta, rides: &mut Vec<Departure>) {
+        let Some(key) = &meta.collapse else { return };
+        for row in &mut self.rows {
+            if row.superseded && row.meta.collapse.as_ref() == Some(key) {
+                rides.append(&mut row.rides);
+            }
+        }
+    }
+
+    /// Whether one that this one replaced, or the one before it did, is on its way out of the store.
+    fn predecessor_leaves(&self, meta: &RowMeta) -> bool {
+        let Some(key) = &meta.collapse else {
+            return false;
+        };
+        self.departures.iter().chain(&self.sealed).any(|departure| {
+            departure.insert != Insert::Never && departure.meta.collapse.as_ref() == Some(key)
+        })
+    }
+
+    /// The device has answered: its place is free.
+    fn land(&mut self, order: u64) {
+        if let Some(session) = self.session.as_mut() {
+            session.land(order);
         }
     }
 
