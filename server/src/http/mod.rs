@@ -13,6 +13,7 @@ mod body;
 mod devices;
 mod document;
 mod error;
+pub mod fuzz;
 mod json;
 mod keys;
 mod operations;
@@ -109,19 +110,4 @@ fn secret_answer(status: StatusCode, body: &impl Serialize) -> Response {
         .headers_mut()
         .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
-}
-
-/// Bodies of malformed and hostile requests, as plain functions for fuzzing. They must not panic; what they make of
-/// their input is tested elsewhere.
-pub mod fuzz {
-    /// Reads the body of a ping.
-    pub fn ping_body(bytes: &[u8]) {
-        let _ = super::ping_body::read(bytes);
-    }
-
-    /// Reads the query of a ping and of a list.
-    pub fn query(text: &str) {
-        let _ = super::pings::wait(Some(text));
-        let _ = super::devices::page(Some(text));
-    }
 }

@@ -89,11 +89,13 @@ pub async fn serve(listening: Listening, site: Site, shutdown: CancellationToken
     let tracker = TaskTracker::new();
     let cut = CancellationToken::new();
     let mut pause = ACCEPT_PAUSE.0;
+    // Whether the last connection had to wait for a place: said once, not for each.
+    let mut full = false;
     loop {
         let accepted = tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
-            accepted = accept(&listener, &places, name, connections_max) => accepted,
+            accepted = accept(&listener, &places, name, &mut full) => accepted,
         };
         match accepted {
             Ok((stream, peer, place)) => {
@@ -143,17 +145,19 @@ async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
     name: &'static str,
-    connections_max: usize,
+    full: &mut bool,
 ) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
     let place = match Arc::clone(places).try_acquire_owned() {
-        Ok(place) => place,
+        Ok(place) => {
+            *full = false;
+            place
+        }
         Err(_) => {
             count_error(name, "full");
-            tracing::warn!(
-                listener = name,
-                connections_max,
-                "all connections are taken; new ones wait"
-            );
+            if !*full {
+                tracing::warn!(listener = name, "all connections are taken; new ones wait");
+            }
+            *full = true;
             Arc::clone(places)
                 .acquire_owned()
                 .await

@@ -11,6 +11,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::response::Response;
 use bellwire_protocol::Code;
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use http::header::{ALLOW, CONTENT_TYPE, HOST};
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode, Version};
@@ -135,7 +136,7 @@ impl Inner {
             return id.clone();
         }
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        HeaderValue::try_from(format!("{}-{number}", self.run))
+        HeaderValue::from_maybe_shared(Bytes::from(format!("{}-{number}", self.run)))
             .unwrap_or(HeaderValue::from_static("unnamed"))
     }
 }

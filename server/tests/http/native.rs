@@ -827,6 +827,21 @@ async fn operations_are_on_their_own_listener() {
     server.stop().await;
 }
 
+#[tokio::test]
+async fn a_panic_ends_its_own_request_and_is_a_problem() {
+    let setup = Setup {
+        metrics: || panic!("told to"),
+        ..Setup::default()
+    };
+    let server = start_with(setup).await;
+    let reply = send(server.operations, "GET", "/metrics", &[], b"").await;
+    assert_eq!(reply.problem(), "500 internal");
+    assert!(!reply.text().contains("told to"));
+    let reply = send(server.operations, "GET", "/healthz", &[], b"").await;
+    assert_eq!(reply.status, 200);
+    server.stop().await;
+}
+
 /// What `POST /v1/pings` must survive: each file of the corpus, and each with every byte cut off its end.
 #[test]
 fn the_ping_body_corpus_does_no_harm() {

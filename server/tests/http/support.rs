@@ -43,6 +43,7 @@ pub(crate) struct Setup {
     pub(crate) tls: Option<TlsSource>,
     pub(crate) connections_max: usize,
     pub(crate) drain: Duration,
+    pub(crate) metrics: fn() -> String,
 }
 
 impl Default for Setup {
@@ -52,6 +53,7 @@ impl Default for Setup {
             tls: None,
             connections_max: 1_024,
             drain: PATIENCE,
+            metrics: || "bellwire_up 1\n".to_owned(),
         }
     }
 }
@@ -82,7 +84,7 @@ pub(crate) async fn start_with(setup: Setup) -> Server {
     let key = handle.ensure_bootstrap_key().await.unwrap().unwrap();
     let sites = http::routers(ApiState {
         handle: handle.clone(),
-        metrics: Arc::new(|| "bellwire_up 1\n".to_owned()),
+        metrics: Arc::new(setup.metrics),
         doors: compat::doors(handle.clone()),
     });
     let shutdown = CancellationToken::new();
