@@ -46,14 +46,14 @@ impl fmt::Display for Setup {
 
 const EXAMPLES: &str = "\
 Examples:
-  Listen with the credentials that `bellwire device add --json` printed:
-    bellwire-device listen --server localhost:4433 --ca bellwire-data/dev-ca.pem --credentials device.json
+  Listen with the credentials that `bellwire device add --user anna --out anna.json` wrote:
+    bellwire-device listen --server localhost:4433 --ca bellwire-data/dev-ca.pem --credentials anna.json
 
   Wait for one notification, for a script; the exit code says whether it came:
-    bellwire-device listen --server push.example.org --credentials device.json --count 1 --json
+    bellwire-device listen --server push.example.org --credentials anna.json --count 1 --json
 
   Look at the frames in plain JSON, over WebSocket alone:
-    bellwire-device listen --server push.example.org --credentials device.json --carrier websocket --codec json
+    bellwire-device listen --server push.example.org --credentials anna.json --carrier websocket --codec json
 
 Exit codes:
   0  the wanted number of notifications arrived, or you pressed Ctrl-C
@@ -97,7 +97,7 @@ pub(crate) struct Listen {
     #[arg(long, env = "BELLWIRE_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
 
-    /// JSON file with `device` and `secret`, as POST /v1/devices answers and `bellwire device add --json` prints.
+    /// JSON file with `device` and `secret`, as POST /v1/devices answers and `bellwire device add --out` writes.
     #[arg(long, env = "BELLWIRE_CREDENTIALS", value_name = "FILE", conflicts_with_all = ["device", "secret_file"])]
     credentials: Option<PathBuf>,
 
