@@ -277,6 +277,7 @@ class Session:
         # Ids that were told the server before the ping that waits for its pong.
         self.told, self.told_before_ping = [], None
         self.goaway = None
+        self.reading = None
 
     async def run(self):
         self.client.attempt += 1
@@ -294,21 +295,19 @@ class Session:
             hello["seen"] = seen
         await self.say(hello)
         await self.greet(seen)
-        reading = leaving = None
+        leaving = asyncio.ensure_future(self.client.leaving.wait())
         try:
-            leaving = asyncio.ensure_future(self.client.leaving.wait())
             sent_at, pinged_at = time.monotonic(), None
             while True:
-                reading = reading or asyncio.ensure_future(self.link.recv())
                 deadline = sent_at + self.interval_s if pinged_at is None else pinged_at + PONG_TIMEOUT_S
                 timeout = max(0, deadline - time.monotonic())
+                reading = self.read()
                 done, _ = await asyncio.wait({reading, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if leaving in done:
                     return await self.leave()
                 if reading in done:
-                    messages, reading = await self.at_hand(reading)
                     pinged_at = None
-                    if await self.handle(messages):
+                    if await self.handle(await self.at_hand()):
                         sent_at = time.monotonic()
                     if self.client.enough():
                         return await self.leave()
@@ -321,9 +320,31 @@ class Session:
                 else:
                     raise Ended("the server answers no more", "now")
         finally:
-            for task in (reading, leaving):
-                if task is not None:
-                    task.cancel()
+            leaving.cancel()
+            if self.reading is not None:
+                self.reading.cancel()
+
+    def read(self):
+        """The one reading of this connection; it goes on until it was taken."""
+        if self.reading is None:
+            self.reading = asyncio.ensure_future(self.link.recv())
+        return self.reading
+
+    async def take(self):
+        message = await self.read()
+        self.reading = None
+        return message
+
+    async def at_hand(self):
+        """What has arrived already, so that it can share one sync."""
+        messages = [await self.take()]
+        while len(messages) < BATCH_MAX:
+            reading = self.read()
+            await asyncio.sleep(0)
+            if not reading.done() or reading.exception() is not None:
+                break
+            messages.append(await self.take())
+        return messages
 
     async def say(self, frame):
         await self.link.send(json.dumps(frame, separators=(",", ":")))
@@ -332,7 +353,7 @@ class Session:
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
                 while self.welcomed_at is None:
-                    frame = parse(await self.link.recv())
+                    frame = parse(await self.take())
                     match frame["type"]:
                         case "welcome":
                             self.welcomed_at = time.monotonic()
@@ -350,17 +371,6 @@ class Session:
                             raise Ended("a notification before the welcome", "later")
         except TimeoutError:
             raise Ended("no welcome came", "now") from None
-
-    async def at_hand(self, reading):
-        """What has arrived already, so that it can share one sync; and the reading that goes on."""
-        messages = [reading.result()]
-        while len(messages) < BATCH_MAX:
-            reading = asyncio.ensure_future(self.link.recv())
-            await asyncio.sleep(0)
-            if not reading.done() or reading.exception() is not None:
-                return messages, reading
-            messages.append(reading.result())
-        return messages, None
 
     async def handle(self, messages):
         """Works through frames that came together. True if something was said."""
@@ -435,7 +445,7 @@ class Session:
         try:
             async with asyncio.timeout(FAREWELL_S):
                 while True:
-                    await self.link.recv()
+                    await self.take()
         except ConnectionClosed as closed:
             return closed
         except TimeoutError:

@@ -1,16 +1,9 @@
 //! The client against a scripted server, on real sockets, over both carriers.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-#![allow(
-    clippy::wildcard_enum_match_arm,
-    reason = "a test names what it expects"
-)]
-
-mod support;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::support::{FakeServer, NOW_MS, PATIENCE, Peer, Seen, Udp, id, notify, window_names};
 use bellwire_client::{
     Builder, Carrier, Carriers, Client, Code, Codec, GoawayReason, PresenceState, Trust, Verdict,
 };
@@ -18,7 +11,6 @@ use bellwire_protocol::{
     Ack, DeviceFrame, ErrorFrame, Goaway, Hello, Notify, Presence, Seen as SeenId, ServerFrame,
     Topics, Withdraw,
 };
-use support::{FakeServer, NOW_MS, PATIENCE, Peer, Seen, Udp, id, notify, window_names};
 
 /// Every way to carry a session.
 const WAYS: [(Carriers, Codec, &str); 3] = [
@@ -81,7 +73,7 @@ async fn a_notification_is_on_disk_before_it_is_acknowledged_over_every_carrier(
         let hello = world.welcome(&mut peer).await;
         assert_eq!(
             (hello.device, hello.attempt, hello.window),
-            (support::DEVICE, 1, Some(32))
+            (crate::support::DEVICE, 1, Some(32))
         );
         assert_eq!(hello.secret.unwrap().expose(), "a secret");
         peer.say([notify(1, 1)]).await;
