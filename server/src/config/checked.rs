@@ -11,7 +11,6 @@ use super::source::Source;
 
 /// Every setting, checked one by one and against its neighbours. Made by [`super::load`] only.
 #[derive(Debug, Clone)]
-#[non_exhaustive]
 pub struct Checked {
     /// Where everything is kept.
     pub data_dir: PathBuf,
@@ -88,6 +87,10 @@ pub struct Store {
     pub defer_max: Duration,
     /// Size of one log file, bytes.
     pub segment_bytes: u64,
+    /// Log written before a snapshot is due, bytes.
+    pub snapshot_bytes: u64,
+    /// Time after which a snapshot is due.
+    pub snapshot_every: Duration,
     /// Free space below which new pings are refused, bytes.
     pub reserve_bytes: u64,
     /// How far the engine may be behind, bytes.
@@ -147,10 +150,8 @@ pub struct Limits {
     pub unauthenticated: u32,
     /// Memory for bodies in flight.
     pub memory_bytes: u64,
-    /// Pings a second of one API key.
-    pub pings_per_second: u32,
-    /// Pings of one API key at once.
-    pub ping_burst: u32,
+    /// Connections of the API at once.
+    pub api_connections: u32,
 }
 
 /// The log on standard error.
@@ -207,6 +208,8 @@ impl Checked {
             cache_bytes: source.get(&keys::STORE_CACHE),
             defer_max: source.get(&keys::STORE_DEFER_MAX),
             segment_bytes: source.get(&keys::STORE_SEGMENT),
+            snapshot_bytes: source.get(&keys::STORE_SNAPSHOT_BYTES),
+            snapshot_every: source.get(&keys::STORE_SNAPSHOT_EVERY),
             reserve_bytes: source.get(&keys::STORE_RESERVE),
             lag_bytes: source.get(&keys::STORE_LAG_BYTES),
             lag_time: source.get(&keys::STORE_LAG_TIME),
@@ -367,8 +370,7 @@ fn limits(source: &Source) -> Limits {
         exempt: source.get(&keys::LIMITS_EXEMPT),
         unauthenticated: clamp(source.get(&keys::LIMITS_UNAUTHENTICATED)),
         memory_bytes: source.get(&keys::LIMITS_MEMORY),
-        pings_per_second: clamp(source.get(&keys::LIMITS_PING_RATE)),
-        ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),
+        api_connections: clamp(source.get(&keys::LIMITS_API_CONNECTIONS)),
     }
 }
 

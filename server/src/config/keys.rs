@@ -68,7 +68,7 @@ keys! {
     /// The API speaks plain HTTP on an address other than loopback, because a proxy that you trust stands in front and speaks TLS. Said wrongly, API keys cross the network in the clear.
     API_TRUSTED_PROXY: FlagSetting = "api.trusted_proxy", FlagSetting, "false";
 
-    /// What indexes the store. `memory` forgets the index at a stop and rebuilds it from the log; it is meant for tests.
+    /// What indexes the log. `memory` keeps everything in memory and rebuilds it from snapshot and log at each start; for tests and small servers.
     STORE_ENGINE: ChoiceSetting<Engine> = "store.engine", ChoiceSetting {
         words: &[("sled", Engine::Sled), ("memory", Engine::Memory)],
         refused: &[("fjall", "is planned as an engine, but is not in this build")],
@@ -77,8 +77,12 @@ keys! {
     STORE_CACHE: BytesSetting = "store.cache_bytes", bytes(MIB, TIB), "64MiB";
     /// Longest time that a notification for an attached device is kept from the disk, waiting for its acknowledgement. Longer saves disk work, and makes an answer later when the acknowledgement does not come. `0s` turns it off.
     STORE_DEFER_MAX: SpanSetting = "store.defer_max", span(0, SECOND), "50ms";
-    /// Size of one file of the log, preallocated.
-    STORE_SEGMENT: BytesSetting = "store.segment_bytes", bytes(MIB, GIB), "16MiB";
+    /// Size of one file of the log, allocated in full before it is used.
+    STORE_SEGMENT: BytesSetting = "store.segment_bytes", bytes(MIB, GIB), "64MiB";
+    /// Log written since the last snapshot before the next one is taken, unless twice the live data is more. Larger means fewer snapshots, more disk, and a longer start after the engine was lost.
+    STORE_SNAPSHOT_BYTES: BytesSetting = "store.snapshot_bytes", bytes(MIB, TIB), "256MiB";
+    /// Time after which a snapshot is taken if anything was written.
+    STORE_SNAPSHOT_EVERY: SpanSetting = "store.snapshot_every", span(MINUTE, 30 * DAY), "1h";
     /// New pings are refused (507) while less than this is free on the volume of the data directory; delivery and removal go on.
     STORE_RESERVE: BytesSetting = "store.reserve_bytes", bytes(0, TIB), "512MiB";
     /// How far the engine may be behind the log before new work waits.
@@ -123,10 +127,8 @@ keys! {
     LIMITS_UNAUTHENTICATED: CountSetting = "limits.unauthenticated_connections", count(1, 10_000_000), "10000";
     /// Memory for the content of notifications that are on their way; above it new pings are answered 503.
     LIMITS_MEMORY: BytesSetting = "limits.memory_bytes", bytes(MIB, TIB), "256MiB";
-    /// Pings a second that one API key may send; a batch line counts as one. Above it: 429.
-    LIMITS_PING_RATE: CountSetting = "limits.pings_per_second", count(1, 10_000_000), "50000";
-    /// How many pings one API key may send at once before the rate counts.
-    LIMITS_PING_BURST: CountSetting = "limits.ping_burst", count(1, 100_000_000), "100000";
+    /// Connections that the API serves at once; more wait. Changing it needs a restart.
+    LIMITS_API_CONNECTIONS: CountSetting = "limits.api_connections", count(1, 1_000_000), "4096";
 
     /// How long the outcome of a ping can be asked for.
     RECEIPTS_KEEP: SpanSetting = "receipts.keep", span(MINUTE, 90 * DAY), "24h";

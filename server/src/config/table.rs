@@ -6,8 +6,7 @@ use super::keys;
 use super::source::variable_of;
 
 /// The line before the table in the document.
-pub const BEGIN_MARK: &str =
-    "<!-- settings: begin (made from the code; UPDATE_DOCS=1 cargo test writes it anew) -->";
+pub const BEGIN_MARK: &str = "<!-- generated:settings -->";
 /// The line after it.
 pub const END_MARK: &str = "<!-- /generated:settings -->";
 
