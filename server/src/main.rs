@@ -1,6 +1,8 @@
 //! The command `bellwire`: parse, run, exit code.
 
 mod cli;
+#[cfg(feature = "demo")]
+mod demo;
 
 use std::process::ExitCode;
 

@@ -266,6 +266,38 @@ impl Api {
         }
     }
 
+    /// Pings as a RhoConnect backend does: a form, the key in it, an empty 200.
+    #[cfg(feature = "demo")]
+    pub(crate) async fn rhoconnect_ping(&self, fields: &[(&str, &str)]) -> Result<(), Failure> {
+        let mut form = format!("api_token={}", encode(&self.key));
+        for (name, value) in fields {
+            form.push_str(&format!("&{}={}", encode(name), encode(value)));
+        }
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("{}/rc/v1/users/ping", self.base))
+            .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .body(Full::new(Bytes::from(form)))
+            .map_err(|error| {
+                Failure::new(
+                    format!("the request cannot be made: {error}"),
+                    "please report it",
+                )
+            })?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, self.exchange(request)).await {
+            Ok(Ok(Value::Null)) => Ok(()),
+            Ok(Ok(_)) => Err(Failure::new(
+                "the answer to a RhoConnect ping is not empty",
+                "please report it",
+            )),
+            Ok(Err(failure)) => Err(failure),
+            Err(_) => Err(Failure::new(
+                format!("{} did not answer in time", self.base),
+                "look at the server's log",
+            )),
+        }
+    }
+
     async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Value, Failure> {
         let response = self
             .client
@@ -296,7 +328,7 @@ impl Api {
 
     fn unreachable(&self, error: &hyper_util::client::legacy::Error) -> Failure {
         let cause = root_cause(error);
-        let help = if cause.contains("UnknownIssuer") {
+        let help = if cause.contains("UnknownIssuer") || cause.contains("BadSignature") {
             "the server's certificate was issued by somebody that is not trusted here: name the authority with --ca"
         } else if cause.contains("certificate") || cause.contains("NotValidForName") {
             "the server's certificate does not fit: use a name that stands in it, or look at it with: bellwire certs \

@@ -9,6 +9,7 @@ mod failure;
 mod files;
 mod key;
 mod ping;
+mod serve;
 mod status;
 
 use std::ffi::OsString;
@@ -18,8 +19,14 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use time::OffsetDateTime;
 
+#[cfg(feature = "demo")]
+pub(crate) use self::api::{Api, ListenFile, encode};
+#[cfg(feature = "demo")]
+pub(crate) use self::console::Paint;
 pub(crate) use self::console::{Console, plain};
 pub(crate) use self::failure::{EXIT_OK, EXIT_TROUBLE, Failure, Outcome};
+#[cfg(feature = "demo")]
+pub(crate) use self::files::{BOOTSTRAP_KEY, DEV_CA};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -41,6 +48,8 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the server
+    Serve(serve::ServeArgs),
     /// Check settings, certificates, data directory and ports without starting
     Check(check::CheckArgs),
     /// Make development certificates, look at any certificate
@@ -53,6 +62,9 @@ enum Command {
     Ping(Box<ping::PingArgs>),
     /// How the server is
     Status(status::StatusArgs),
+    /// See everything work: a server, two devices, a crash, a restart
+    #[cfg(feature = "demo")]
+    Demo(crate::demo::DemoArgs),
     /// Print the completions for a shell
     #[command(after_help = COMPLETIONS_HELP)]
     Completions {
@@ -95,12 +107,17 @@ impl Command {
             Command::Device(args) => args.json(),
             Command::Ping(args) => args.api.json,
             Command::Status(args) => args.api.json,
-            Command::Completions { .. } => false,
+            #[cfg(feature = "demo")]
+            Command::Demo(_) => false,
+            Command::Serve(_) | Command::Completions { .. } => false,
         }
     }
 
     fn run(self) -> Outcome {
         match self {
+            Command::Serve(args) => serve::run(&args),
+            #[cfg(feature = "demo")]
+            Command::Demo(args) => crate::demo::run(&args),
             Command::Check(args) => check::run(&args),
             Command::Certs(args) => certs::run(&args),
             Command::Key(args) => on_one_thread(key::run(&args)),

@@ -121,9 +121,12 @@ pub(crate) async fn run(args: &PingArgs) -> Outcome {
     }
     if waiting > 0 {
         return Err(Failure::new(
-            format!("{waiting} of the notifications were not acknowledged in time"),
             format!(
-                "the others were accepted and still wait; GET /v1/pings/{} tells what became of them",
+                "not acknowledged in time: {waiting} of {} notifications",
+                outcomes(&answer).len() + rejected(&answer).len()
+            ),
+            format!(
+                "what was accepted still waits; GET /v1/pings/{} tells what becomes of it",
                 text(&answer, "id")
             ),
         ));

@@ -29,37 +29,91 @@ pub(crate) async fn run(args: &StatusArgs) -> Outcome {
         out.line(&answer.to_string());
         return Ok(());
     }
-    let mut pairs = Vec::new();
-    flatten("", &answer, &mut pairs);
-    let pairs: Vec<(&str, String)> = pairs
+    let rows = overview(&answer);
+    let pairs: Vec<(&str, String)> = rows
         .iter()
-        .map(|(name, value)| (name.as_str(), value.clone()))
+        .map(|(name, text)| (*name, text.clone()))
         .collect();
     out.pairs(&pairs);
     Ok(())
 }
 
-/// One line for each figure: whatever this server's version tells is shown, not only what this program knows.
-fn flatten(prefix: &str, value: &Value, pairs: &mut Vec<(String, String)>) {
-    match value {
-        Value::Object(members) => {
-            for (name, value) in members {
-                let name = name.replace('_', " ");
-                let full = if prefix.is_empty() {
-                    name
-                } else {
-                    format!("{prefix} {name}")
-                };
-                flatten(&full, value, pairs);
-            }
+/// What an operator looks at first; everything else is in `--json`.
+fn overview(answer: &Value) -> Vec<(&'static str, String)> {
+    let at = |path: &str| answer.pointer(path);
+    let number = |path: &str| at(path).and_then(Value::as_u64).unwrap_or(0);
+    let text = |path: &str| plain(at(path).and_then(Value::as_str).unwrap_or("-"));
+    let yes = |path: &str| at(path).and_then(Value::as_bool).unwrap_or(false);
+    let ready = match (yes("/ready"), yes("/draining")) {
+        (true, _) => "yes",
+        (false, true) => "no: draining",
+        (false, false) => "no: see store",
+    };
+    let mut health = text("/store/health");
+    if let Some(detail) = at("/store/detail").and_then(Value::as_str) {
+        health = format!("{health}: {}", plain(detail));
+    }
+    vec![
+        (
+            "server",
+            format!(
+                "bellwire {}, run {}, up {}",
+                text("/version"),
+                number("/run"),
+                span(number("/uptime_s"))
+            ),
+        ),
+        ("ready", ready.to_owned()),
+        (
+            "devices",
+            format!(
+                "{} connected ({} QUIC, {} WebSocket), {} mailboxes awake",
+                number("/devices/connected"),
+                number("/devices/quic"),
+                number("/devices/websocket"),
+                number("/memory/mailboxes_awake"),
+            ),
+        ),
+        ("store", format!("{health} ({})", text("/store/engine"))),
+        (
+            "log",
+            format!(
+                "{} in {} files, {} frames in this run, engine {} behind",
+                size(number("/store/log_bytes")),
+                number("/store/log_segments"),
+                number("/store/frames"),
+                size(number("/store/lag_bytes")),
+            ),
+        ),
+        (
+            "disk",
+            format!(
+                "{} free; a sync takes {} us (median), {} us (worst)",
+                size(number("/store/free_bytes")),
+                number("/store/sync_median_us"),
+                number("/store/sync_worst_us"),
+            ),
+        ),
+        ("clock", text("/clock/state")),
+    ]
+}
+
+/// A size for people, rounded.
+fn size(bytes: u64) -> String {
+    for (unit, least) in [("GiB", 1_u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)] {
+        if bytes >= least {
+            return format!("{} {unit}", bytes / least);
         }
-        Value::String(text) => pairs.push((prefix.to_owned(), plain(text))),
-        Value::Null => pairs.push((prefix.to_owned(), "-".to_owned())),
-        Value::Bool(flag) => pairs.push((
-            prefix.to_owned(),
-            if *flag { "yes" } else { "no" }.to_owned(),
-        )),
-        Value::Number(number) => pairs.push((prefix.to_owned(), number.to_string())),
-        Value::Array(_) => pairs.push((prefix.to_owned(), plain(&value.to_string()))),
+    }
+    format!("{bytes} bytes")
+}
+
+/// A time for people, rounded.
+fn span(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
     }
 }

@@ -1,0 +1,658 @@
+//! `bellwire serve`: puts the house together, says when it is ready, and takes it down in order.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use bellwire_certs::{CertError, check_server_files};
+use bellwire_server::compat;
+use bellwire_server::config::{
+    self, ApiAccess, Checked, Engine, Environment, Listen, LogFormat, MailboxFull, PemPair, keys,
+};
+use bellwire_server::delivery::{AppId, OverflowRule, Policy};
+use bellwire_server::http::{
+    ALPN, ApiState, Listening, ServeReport, Sites, TlsSource, routers, serve as serve_http,
+};
+use bellwire_server::ports::Scopes;
+use bellwire_server::runtime::{
+    Handle, Limits, LinkSettings, Runtime, RuntimeSettings, SystemClock, SystemEntropy,
+    load_or_create_hash_key,
+};
+use bellwire_server::store::{self, EngineKind, StoreSettings};
+use bellwire_server::telemetry::{logging, metrics};
+use bellwire_server::transport::{
+    PemSource, TlsSettings, Transport, TransportError, TransportSettings,
+};
+use clap::Args;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::check::cannot_listen;
+use super::files::{DataDir, HASH_KEY, cert};
+use super::{ConfigArg, Console, EXIT_TROUBLE, Failure, Outcome, no_threads, now};
+
+/// How often histogram samples are folded together.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+/// How long open requests of backends may take after the drain.
+const HTTP_DRAIN: Duration = Duration::from_secs(5);
+/// Connections of the operations listener: probes and a scraper or two.
+const OPERATIONS_CONNECTIONS: usize = 256;
+
+const AFTER_HELP: &str = "\
+Examples:
+  bellwire serve
+  bellwire serve --config /etc/bellwire/bellwire.toml
+  BELLWIRE__LISTEN__DEVICES=0.0.0.0:4433 bellwire serve
+
+Without a settings file everything has a default: the data goes to ./bellwire-data, certificates for development are
+made there, and only programs on this machine can connect. One line on standard output says that the server is ready.
+
+Signals: SIGTERM and SIGINT drain and stop (a second one stops at once), SIGHUP reads settings and certificates anew.
+Exit codes: 0 stopped in order, 1 something went wrong or a second signal came, 2 the command line is wrong, 78 the
+settings are wrong.";
+
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    config: ConfigArg,
+    /// Make a new bootstrap key although there are keys: for when all of them were lost
+    #[arg(long)]
+    new_key: bool,
+    /// Stop as soon as standard input ends: for a parent that must not leave a server behind
+    #[arg(long, hide = true)]
+    until_stdin_ends: bool,
+}
+
+pub(crate) fn run(args: &ServeArgs) -> Outcome {
+    let checked = config::load(args.config.config.as_deref(), &Environment::of_process())?;
+    let format = match checked.log.format {
+        LogFormat::Auto => logging::Format::Auto,
+        LogFormat::Text => logging::Format::Text,
+        LogFormat::Json => logging::Format::Json,
+    };
+    logging::install(&checked.log.level, format)
+        .map_err(|error| Failure::new(error.to_string(), "set log.level to something like info"))?;
+    let exposition = metrics::install().map_err(|error| {
+        Failure::new(
+            error.to_string(),
+            "this is a fault of the program: please report it",
+        )
+    })?;
+    raise_file_limit();
+    for warning in &checked.warnings {
+        tracing::warn!("{warning}");
+    }
+    let data = DataDir::take(&checked.data_dir)?;
+    data.forget_listeners()?;
+    let devices_tls = devices_tls(&checked, &data)?;
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("bellwire")
+        .build()
+        .map_err(|error| no_threads(&error))?
+        .block_on(serve(args, checked, &data, devices_tls, exposition))
+}
+
+async fn serve(
+    args: &ServeArgs,
+    checked: Checked,
+    data: &DataDir,
+    devices_tls: TlsSettings,
+    exposition: metrics::Exposition,
+) -> Outcome {
+    // Before anything is bound, so that a signal during the start is not lost.
+    let mut signals = Signals::new(args.until_stdin_ends)?;
+    let entropy = Arc::new(SystemEntropy::new());
+    let hash_key = load_or_create_hash_key(&data.path().join(HASH_KEY), entropy.as_ref()).map_err(
+        |error| {
+            Failure::new(
+                error.to_string(),
+                "without this key no device and no API key of this data directory is let in",
+            )
+        },
+    )?;
+    let clock = Arc::new(SystemClock::new());
+    let settings = store_settings(&checked, data);
+    let (store_clock, store_entropy) = (clock.clone(), entropy.clone());
+    let opened = tokio::task::spawn_blocking(move || store::open(&settings, store_clock, store_entropy))
+        .await
+        .map_err(|error| Failure::new(format!("opening the store broke off: {error}"), "look at the log above"))?
+        .map_err(|error| {
+            Failure::new(
+                format!("the store cannot be opened: {error}"),
+                "docs/operations.md says what its files are and what can be done; nothing in it was deleted",
+            )
+        })?;
+    let runtime = Runtime::start(
+        runtime_settings(&checked),
+        opened.store,
+        clock,
+        entropy,
+        hash_key,
+    )
+    .await
+    .map_err(|error| {
+        Failure::new(
+            format!("the server cannot start: {error}"),
+            "look at the log above",
+        )
+    })?;
+    let handle = runtime.handle.clone();
+    bootstrap(&handle, data, args.new_key).await?;
+
+    let house = House::open(handle, &checked, data, devices_tls, exposition).await?;
+    data.announce(house.bound, house.scheme)?;
+    Console::out().line(&format!(
+        "bellwire {} is ready: devices {}, API {}://{}, operations http://{}, data {}",
+        env!("CARGO_PKG_VERSION"),
+        house.bound.devices,
+        house.scheme,
+        house.bound.api,
+        house.bound.operations,
+        data.path().display(),
+    ));
+
+    let mut current = checked;
+    loop {
+        match signals.next().await {
+            Word::Reload => current = house.reload(args, current, data),
+            Word::Stop(why) => {
+                tracing::info!(why, window_s = current.drain_window.as_secs(), "draining");
+                break;
+            }
+        }
+    }
+    // Whoever is in a hurry says so again. Nothing that was accepted is lost by that.
+    tokio::spawn(async move {
+        let why = signals.stop().await;
+        tracing::error!(why, "a second signal: stopping at once");
+        std::process::exit(i32::from(EXIT_TROUBLE));
+    });
+    let committed = house.close(current.drain_window).await;
+    data.forget_listeners()?;
+    if !committed {
+        return Err(Failure::new(
+            "the store failed, so the last commit could not be made",
+            "everything that was answered with a 2xx before is safe; look at the disk before the next start",
+        ));
+    }
+    tracing::info!("stopped in order");
+    Ok(())
+}
+
+// ---- The parts -----------------------------------------------------------------------------------------------------
+
+/// Everything that listens.
+struct House {
+    handle: Handle,
+    transport: Transport,
+    api: Option<ApiTls>,
+    bound: Listen,
+    scheme: &'static str,
+    shutdown: CancellationToken,
+    serving: [JoinHandle<ServeReport>; 2],
+}
+
+impl House {
+    /// Binds the three listeners and serves on them.
+    async fn open(
+        handle: Handle,
+        checked: &Checked,
+        data: &DataDir,
+        devices_tls: TlsSettings,
+        exposition: metrics::Exposition,
+    ) -> Result<House, Failure> {
+        let api_tls = match &checked.api {
+            ApiAccess::Https(pair) => Some(ApiTls::new(pair)?),
+            ApiAccess::Loopback | ApiAccess::TrustedProxy => None,
+        };
+        let (api_listener, api) = bind(&keys::LISTEN_API, checked.listen.api).await?;
+        let (operations_listener, operations) =
+            bind(&keys::LISTEN_OPERATIONS, checked.listen.operations).await?;
+        let settings = TransportSettings {
+            addr: checked.listen.devices,
+            tls: devices_tls,
+            count_loopback: false,
+        };
+        let transport = Transport::start(handle.clone(), &settings)
+            .map_err(|error| device_port(&error, data))?;
+
+        let shutdown = CancellationToken::new();
+        let rendering = exposition.clone();
+        let Sites {
+            api: api_site,
+            operations: operations_site,
+        } = routers(ApiState {
+            handle: handle.clone(),
+            metrics: Arc::new(move || rendering.render()),
+            doors: compat::doors(handle.clone()),
+        });
+        tokio::spawn(upkeep(exposition, shutdown.clone()));
+        let scheme = if api_tls.is_some() { "https" } else { "http" };
+        let connections = usize::try_from(checked.limits.api_connections).unwrap_or(usize::MAX);
+        let on_api = Listening {
+            listener: api_listener,
+            tls: api_tls.as_ref().map(ApiTls::source),
+            name: "api",
+            connections_max: connections,
+            drain: HTTP_DRAIN,
+        };
+        let on_operations = Listening {
+            listener: operations_listener,
+            tls: None,
+            name: "operations",
+            connections_max: OPERATIONS_CONNECTIONS,
+            drain: HTTP_DRAIN,
+        };
+        Ok(House {
+            bound: Listen {
+                devices: transport.local_addr(),
+                api,
+                operations,
+            },
+            serving: [
+                tokio::spawn(serve_http(on_api, api_site, shutdown.clone())),
+                tokio::spawn(serve_http(on_operations, operations_site, shutdown.clone())),
+            ],
+            handle,
+            transport,
+            api: api_tls,
+            scheme,
+            shutdown,
+        })
+    }
+
+    /// Takes what can change without a restart. On any mistake everything stays as it was.
+    fn reload(&self, args: &ServeArgs, current: Checked, data: &DataDir) -> Checked {
+        let next = match config::load(args.config.config.as_deref(), &Environment::of_process()) {
+            Ok(next) => next,
+            Err(problems) => {
+                for problem in problems.iter() {
+                    let place = problem
+                        .position()
+                        .map(|(file, line, _)| format!("{}:{line}", file.display()));
+                    tracing::error!(place, help = problem.advice(), "{problem}");
+                }
+                tracing::error!(
+                    "the settings are wrong and were not taken; everything stays as it was"
+                );
+                return current;
+            }
+        };
+        let taken = devices_tls(&next, data).and_then(|tls| {
+            let api = match (&self.api, &next.api) {
+                (Some(api), ApiAccess::Https(pair)) => Some((api, ApiTls::load(pair)?)),
+                (Some(_) | None, _) => None,
+            };
+            self.transport
+                .reload(&tls)
+                .map_err(|error| Failure::new(error.to_string(), "see `bellwire check`"))?;
+            if let Some((api, fresh)) = api {
+                api.0.store(fresh);
+            }
+            Ok(())
+        });
+        if let Err(failure) = taken {
+            failure.report(Console::err(), false);
+            tracing::error!(
+                "the certificates cannot be used and nothing was taken; everything stays as it was"
+            );
+            return current;
+        }
+        self.handle.reload(&runtime_settings(&next));
+        for (setting, changed) in [
+            ("listen", next.listen != current.listen),
+            ("data_dir", next.data_dir != current.data_dir),
+            ("store", next.store != current.store),
+            ("runtime.shards", next.shards != current.shards),
+            ("log", next.log != current.log),
+            (
+                "api",
+                std::mem::discriminant(&next.api) != std::mem::discriminant(&current.api),
+            ),
+            (
+                "limits.api_connections",
+                next.limits.api_connections != current.limits.api_connections,
+            ),
+        ] {
+            if changed {
+                tracing::warn!(setting, "this changes at the next start only");
+            }
+        }
+        tracing::info!("settings and certificates were read anew");
+        // What needs a restart must not look as if it had been taken at the next reload.
+        Checked {
+            listen: current.listen,
+            data_dir: current.data_dir,
+            store: current.store,
+            shards: current.shards,
+            log: current.log,
+            ..next
+        }
+    }
+
+    /// Goes down in order. Answers whether everything accepted was committed.
+    async fn close(self, window: Duration) -> bool {
+        self.transport.stop_accepting();
+        let drained = self.handle.drain(window).await;
+        tracing::info!(
+            sessions = drained.sessions,
+            cut = drained.cut,
+            took_ms = drained.took.as_millis(),
+            "devices were sent away"
+        );
+        self.transport.shutdown().await;
+        self.shutdown.cancel();
+        for serving in self.serving {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "a listener broke off");
+            }
+        }
+        drained.committed
+    }
+}
+
+async fn upkeep(exposition: metrics::Exposition, shutdown: CancellationToken) {
+    let mut turn = tokio::time::interval(METRICS_UPKEEP);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = turn.tick() => exposition.upkeep(),
+        }
+    }
+}
+
+async fn bind(
+    key: &dyn config::AnyKey,
+    address: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), Failure> {
+    let failed = |error: &std::io::Error| {
+        Failure::new(
+            format!(
+                "the server cannot listen: {}",
+                cannot_listen(key.name(), address, error)
+            ),
+            "`bellwire check` looks at every port without starting",
+        )
+    };
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|error| failed(&error))?;
+    let bound = listener.local_addr().map_err(|error| failed(&error))?;
+    Ok((listener, bound))
+}
+
+fn device_port(error: &TransportError, data: &DataDir) -> Failure {
+    match error {
+        TransportError::Bind {
+            addr,
+            protocol,
+            source,
+        } => Failure::new(
+            format!(
+                "the server cannot listen for devices ({protocol}): {}",
+                cannot_listen(keys::LISTEN_DEVICES.name, *addr, source)
+            ),
+            "`bellwire check` looks at every port without starting",
+        ),
+        TransportError::NoCommonPort(_) => Failure::new(
+            error.to_string(),
+            format!("set {} to a port of your choice", keys::LISTEN_DEVICES.name),
+        ),
+        TransportError::Tls(tls) => Failure::new(
+            format!("the devices' certificate cannot be used: {tls}"),
+            format!(
+                "look at tls.cert and tls.key; development certificates lie in {} and may be removed there to be made anew",
+                data.path().display()
+            ),
+        ),
+    }
+}
+
+/// The first key, where there is none, or one more, where all were lost.
+async fn bootstrap(handle: &Handle, data: &DataDir, new_key: bool) -> Outcome {
+    let unable = |error: bellwire_server::runtime::RuntimeError| {
+        Failure::new(
+            format!("no bootstrap key can be made: {error}"),
+            "look at the log above and at the disk",
+        )
+    };
+    let mut key = handle.ensure_bootstrap_key().await.map_err(unable)?;
+    if key.is_none() && new_key {
+        let made = handle
+            .create_key(AppId::DEFAULT, "bootstrap", Scopes::ALL)
+            .await
+            .map_err(unable)?;
+        key = Some(made.secret);
+    }
+    if let Some(key) = key {
+        let path = data.write_bootstrap_key(&key)?;
+        tracing::info!(path = %path.display(), "an API key with every scope was made; keep the file private");
+    }
+    Ok(())
+}
+
+// ---- Settings to parts ---------------------------------------------------------------------------------------------
+
+fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings {
+    let store = &checked.store;
+    StoreSettings {
+        engine: match store.engine {
+            Engine::Sled => EngineKind::Sled,
+            Engine::Memory => EngineKind::Memory,
+        },
+        cache_bytes: store.cache_bytes,
+        segment_bytes: store.segment_bytes,
+        snapshot_bytes: store.snapshot_bytes,
+        snapshot_every: store.snapshot_every,
+        lag_bytes: store.lag_bytes,
+        lag_time: store.lag_time,
+        reserve_bytes: store.reserve_bytes,
+        ..StoreSettings::new(data.path())
+    }
+}
+
+fn runtime_settings(checked: &Checked) -> RuntimeSettings {
+    let limits = &checked.limits;
+    RuntimeSettings {
+        shards: checked.shards.unwrap_or(0),
+        policy: Policy {
+            mailbox_notifications: limits.mailbox_notifications,
+            mailbox_bytes: limits.mailbox_bytes,
+            overflow: match limits.mailbox_full {
+                MailboxFull::Evict => OverflowRule::Evict,
+                MailboxFull::Refuse => OverflowRule::Refuse,
+            },
+            defer_max: checked.store.defer_max,
+            ack_timeout: limits.ack_timeout,
+            ..Policy::default()
+        },
+        link: LinkSettings {
+            hello_deadline: limits.hello_deadline,
+            write_deadline: limits.write_deadline,
+            per_address: limits.per_address,
+            unauthenticated: limits.unauthenticated,
+            exempt: limits.exempt.clone(),
+            keep_alive_quic_s: (limits.keep_alive_quic.min_s, limits.keep_alive_quic.max_s),
+            keep_alive_websocket_s: (
+                limits.keep_alive_websocket.min_s,
+                limits.keep_alive_websocket.max_s,
+            ),
+            content_max: limits.content_bytes,
+        },
+        limits: Limits {
+            content_max: limits.content_bytes,
+            ttl_default_s: limits.ttl_default.as_secs(),
+            ttl_max_s: limits.ttl_max.as_secs(),
+            memory_reserve: limits.memory_bytes,
+            ..Limits::default()
+        },
+        receipts_keep: checked.receipts_keep,
+        ..RuntimeSettings::default()
+    }
+}
+
+/// The certificate for devices: the operator's, or one for development, said loudly.
+fn devices_tls(checked: &Checked, data: &DataDir) -> Result<TlsSettings, Failure> {
+    let pair = match &checked.tls {
+        Some(pair) => {
+            check_pair(pair)?;
+            pair.clone()
+        }
+        None => {
+            let dev = data.dev_certificate(checked.listen.devices.ip(), now())?;
+            let ca = dev.ca.display();
+            if dev.fresh {
+                tracing::warn!(%ca, "a certificate for development was made; devices must trust this authority");
+            } else {
+                tracing::warn!(%ca, "the certificate is one for development; devices must trust this authority");
+            }
+            dev.pair
+        }
+    };
+    Ok(TlsSettings {
+        chain: PemSource::File(pair.cert),
+        key: PemSource::File(pair.key),
+    })
+}
+
+/// Looks at a certificate before it is used. One that has ended is said loudly but used: a server that does not come up
+/// again helps nobody, and whoever checks dates will refuse it anyway.
+fn check_pair(pair: &PemPair) -> Result<(), Failure> {
+    match check_server_files(&pair.cert, &pair.key, now()) {
+        Ok(_) => Ok(()),
+        Err(error) if of_time(&error) => {
+            tracing::error!("{error}; devices will refuse it");
+            Ok(())
+        }
+        Err(error) => Err(cert(&error)),
+    }
+}
+
+fn of_time(error: &CertError) -> bool {
+    if let CertError::InFile { error, .. } = error {
+        return of_time(error);
+    }
+    matches!(
+        error,
+        CertError::Expired { .. } | CertError::NotYetValid { .. }
+    )
+}
+
+/// TLS of the API, exchanged while serving.
+struct ApiTls(Arc<ArcSwap<rustls::ServerConfig>>);
+
+impl ApiTls {
+    fn new(pair: &PemPair) -> Result<ApiTls, Failure> {
+        Ok(ApiTls(Arc::new(ArcSwap::new(ApiTls::load(pair)?))))
+    }
+
+    fn load(pair: &PemPair) -> Result<Arc<rustls::ServerConfig>, Failure> {
+        check_pair(pair)?;
+        let unusable = |why: String| {
+            Failure::new(
+                format!(
+                    "the API's certificate {} cannot be used: {why}",
+                    pair.cert.display()
+                ),
+                "look at api.cert and api.key with: bellwire certs inspect FILE --key FILE",
+            )
+        };
+        let chain = CertificateDer::pem_file_iter(&pair.cert)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .map_err(|error| unusable(error.to_string()))?;
+        let key =
+            PrivateKeyDer::from_pem_file(&pair.key).map_err(|error| unusable(error.to_string()))?;
+        let mut config = rustls::ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .map_err(|error| unusable(error.to_string()))?;
+        config.alpn_protocols = ALPN.iter().map(|name| name.to_vec()).collect();
+        Ok(Arc::new(config))
+    }
+
+    fn source(&self) -> TlsSource {
+        let current = Arc::clone(&self.0);
+        Arc::new(move || current.load_full())
+    }
+}
+
+// ---- The process ---------------------------------------------------------------------------------------------------
+
+/// Raises the limit of open files to what the system allows: each device over WebSocket is one.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays as it is; it bounds the number of devices");
+    }
+}
+
+/// What the outside wants of the process.
+enum Word {
+    Stop(&'static str),
+    Reload,
+}
+
+struct Signals {
+    term: Signal,
+    int: Signal,
+    hup: Signal,
+    /// Cancelled when standard input ends, if that matters.
+    orphaned: CancellationToken,
+}
+
+impl Signals {
+    fn new(until_stdin_ends: bool) -> Result<Signals, Failure> {
+        let listen = |kind| signal(kind).map_err(|error| no_threads(&error));
+        let orphaned = CancellationToken::new();
+        if until_stdin_ends {
+            let token = orphaned.clone();
+            // A thread of its own: reading a pipe cannot be taken back, and must not hold up the end.
+            std::thread::Builder::new()
+                .name("stdin".to_owned())
+                .spawn(move || {
+                    // An error is an end as well.
+                    let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+                    token.cancel();
+                })
+                .map_err(|error| no_threads(&error))?;
+        }
+        Ok(Signals {
+            term: listen(SignalKind::terminate())?,
+            int: listen(SignalKind::interrupt())?,
+            hup: listen(SignalKind::hangup())?,
+            orphaned,
+        })
+    }
+
+    async fn next(&mut self) -> Word {
+        tokio::select! {
+            why = Signals::stopped(&mut self.term, &mut self.int) => Word::Stop(why),
+            _ = self.hup.recv() => Word::Reload,
+            () = self.orphaned.cancelled() => Word::Stop("standard input ended"),
+        }
+    }
+
+    /// Waits for a signal to stop. SIGHUP means nothing any more.
+    async fn stop(&mut self) -> &'static str {
+        Signals::stopped(&mut self.term, &mut self.int).await
+    }
+
+    async fn stopped(term: &mut Signal, int: &mut Signal) -> &'static str {
+        tokio::select! {
+            _ = term.recv() => "SIGTERM",
+            _ = int.recv() => "SIGINT",
+        }
+    }
+}
