@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bellwire_server::delivery::{Acknowledged, AppId, DeviceId, Now, PingId, SessionId, Urgency};
-use bellwire_server::ports::{Clock, ClockState};
+use bellwire_server::ports::{Clock, ClockState, Store};
 use bellwire_server::runtime::{
     AttachRequest, Content, Handle, HashKey, Identity, Out, Outlet, PingRequest, Runtime,
     RuntimeSettings, SystemClock, SystemEntropy, Target,
@@ -86,6 +86,15 @@ impl House {
     }
 
     pub(crate) async fn with(settings: RuntimeSettings, store: Arc<FakeStore>) -> House {
+        House::over(settings, Arc::clone(&store) as _, store).await
+    }
+
+    /// Runs on `store`; `fake` is what the tests of this house look at, if it is one.
+    pub(crate) async fn over(
+        settings: RuntimeSettings,
+        store: Arc<dyn Store>,
+        fake: Arc<FakeStore>,
+    ) -> House {
         let clock = Arc::new(MovedClock {
             system: SystemClock::new(),
             ahead_ms: AtomicU64::new(0),
@@ -94,7 +103,7 @@ impl House {
         });
         let runtime = Runtime::start(
             settings,
-            Arc::clone(&store) as _,
+            store,
             Arc::clone(&clock) as _,
             Arc::new(SystemEntropy::new()),
             HashKey::new(&[9; 32]),
@@ -104,7 +113,7 @@ impl House {
         House {
             handle: runtime.handle.clone(),
             runtime,
-            store,
+            store: fake,
             clock,
         }
     }

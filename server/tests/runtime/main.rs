@@ -9,4 +9,5 @@ mod house;
 mod idempotency;
 mod outcomes;
 mod pings;
+mod real_store;
 mod store;

@@ -1,0 +1,133 @@
+//! The same house over the real store: what was answered is there after a stop and a start.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bellwire_server::delivery::Outcome;
+use bellwire_server::ports::{PairState, Store};
+use bellwire_server::runtime::{SystemClock, SystemEntropy, Target};
+use bellwire_server::store::{EngineKind, StoreSettings, open};
+
+use crate::house::{APP, Device, House, ping, settings};
+use crate::store::FakeStore;
+
+fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
+    let settings = StoreSettings {
+        engine,
+        segment_bytes: 1 << 20,
+        reserve_bytes: 0,
+        ..StoreSettings::new(dir)
+    };
+    let opened = open(
+        &settings,
+        Arc::new(SystemClock::new()),
+        Arc::new(SystemEntropy::new()),
+    );
+    opened.unwrap().store
+}
+
+async fn start(dir: &Path, engine: EngineKind) -> House {
+    let store = open_store(dir, engine);
+    House::over(settings(), store, Arc::new(FakeStore::default())).await
+}
+
+async fn stop(house: House) {
+    let House {
+        runtime, handle, ..
+    } = house;
+    assert!(runtime.shutdown(Duration::from_millis(200)).await.committed);
+    drop(handle);
+}
+
+async fn restart(house: House, dir: &Path, engine: EngineKind) -> House {
+    stop(house).await;
+    start(dir, engine).await
+}
+
+async fn story(engine: EngineKind) {
+    let dir = tempfile::tempdir().unwrap();
+    let house = start(dir.path(), engine).await;
+    let key = house.handle.ensure_bootstrap_key().await.unwrap().unwrap();
+    let anna = house.device("anna").await;
+    let other = house.device("anna").await;
+    let mut ids = Vec::new();
+    for _ in 0..20 {
+        let users = Target::Users(vec!["anna".to_owned()]);
+        let answer = house.handle.ping(ping(users)).await.unwrap();
+        assert_eq!(answer.devices, 2);
+        ids.push(answer.id);
+    }
+    let mut keyed = ping(Target::Device(anna.id));
+    keyed.idempotency = Some(("order-1".to_owned(), [1; 32]));
+    let answer = house.handle.ping(keyed.clone()).await.unwrap();
+    ids.push(answer.id);
+
+    let house = restart(house, dir.path(), engine).await;
+    assert!(house.handle.authenticate_key(&key).await.is_ok());
+    assert_eq!(house.handle.ensure_bootstrap_key().await.unwrap(), None);
+    let again = house.handle.ping(keyed).await.unwrap();
+    assert_eq!(again, answer);
+    let anna: Device = anna.at(&house);
+    let mut link = anna.attach().await;
+    for id in &ids {
+        let (ping, seq, redelivered) = link.notification().await;
+        assert_eq!((ping, redelivered), (*id, true));
+        link.acknowledge(seq);
+    }
+    house.ended(ids[20]).await;
+    assert!(house.handle.revoke_device(APP, other.id).await.unwrap());
+
+    let house = restart(house, dir.path(), engine).await;
+    assert_eq!(house.handle.status().run, 3);
+    let view = house.handle.ping_view(APP, ids[0], None, 10).await.unwrap();
+    for pair in view.unwrap().devices {
+        let wanted = if pair.device == anna.id {
+            Outcome::Acknowledged
+        } else {
+            Outcome::Revoked
+        };
+        assert!(
+            matches!(pair.state, PairState::Ended { outcome, .. } if outcome == wanted),
+            "{pair:?}"
+        );
+    }
+    let left = house.handle.devices(APP, None, None, 10).await.unwrap();
+    assert_eq!(left.items.len(), 1);
+    let mut link = anna.at(&house).attach().await;
+    let next = house
+        .handle
+        .ping(ping(Target::Device(anna.id)))
+        .await
+        .unwrap();
+    assert_eq!(link.notification().await.0, next.id);
+    stop(house).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_answered_survives_over_the_memory_engine() {
+    story(EngineKind::Memory).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_answered_survives_over_sled() {
+    story(EngineKind::Sled).await;
+}
+
+#[tokio::test]
+async fn a_stored_row_is_swept_over_the_real_expiry_index() {
+    let dir = tempfile::tempdir().unwrap();
+    let house = start(dir.path(), EngineKind::Memory).await;
+    let device = house.device("anna").await;
+    let mut ids = Vec::new();
+    for ttl_s in [60, 120, 180] {
+        let mut request = ping(Target::Device(device.id));
+        request.ttl_s = Some(ttl_s);
+        ids.push(house.handle.ping(request).await.unwrap().id);
+    }
+    for id in ids {
+        house.clock.advance(Duration::from_secs(61));
+        house.ended(id).await;
+    }
+    stop(house).await;
+}
