@@ -1,6 +1,8 @@
 //! The store as its callers see it: promises, crashes, broken disks, lost engines.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod crashes;
+mod model;
 mod support;
 
 use super::*;
