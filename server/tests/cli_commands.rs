@@ -212,6 +212,32 @@ fn a_ping_is_sent_repeated_safely_and_looked_at() {
 }
 
 #[test]
+fn a_key_that_sends_too_fast_is_told_to_wait() {
+    let room = Room::new();
+    room.write(
+        "bellwire.toml",
+        "[limits]\npings_per_second = 1\nping_burst = 1\n",
+    );
+    let server = room.serve();
+    let mut refused = None;
+    // One a second is allowed, and these come faster.
+    for _ in 0..100 {
+        let said = room.run(&["ping", "--user", "anna", "--body", "x"]);
+        if said.code != 0 {
+            refused = Some(said);
+            break;
+        }
+    }
+    let said = refused.unwrap();
+    assert!(
+        said.err.contains("429") && said.err.contains("try again"),
+        "{}",
+        said.err
+    );
+    server.stop();
+}
+
+#[test]
 fn status_is_for_people_and_for_scripts() {
     let room = Room::new();
     let server = room.serve();

@@ -158,6 +158,36 @@ fn a_data_directory_that_is_a_file_is_refused() {
 }
 
 #[test]
+fn a_lost_hash_key_is_never_replaced_silently() {
+    let room = Room::new();
+    room.serve().stop();
+    fs::remove_file(room.data().join("hash.key")).unwrap();
+    let said = room.run(&["serve"]);
+    assert_eq!(said.code, 1);
+    assert!(
+        said.err.contains("hash.key is gone") && said.err.contains("backup"),
+        "{}",
+        said.err
+    );
+    assert!(!room.data().join("hash.key").exists());
+}
+
+#[test]
+fn a_data_directory_that_others_can_read_is_told() {
+    let room = Room::new();
+    fs::create_dir(room.data()).unwrap();
+    fs::set_permissions(
+        room.data(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
+    assert!(room.run(&["check"]).good().out.contains("chmod 700"));
+    let server = room.serve();
+    assert!(server.log().contains("chmod 700"));
+    server.stop();
+}
+
+#[test]
 fn a_lost_key_is_replaced_on_request() {
     let room = Room::new();
     room.serve().stop();

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::api::ListenFile;
 use super::console::Paint;
+use super::files::is_open;
 use super::{ConfigArg, Console, Failure, Outcome, now};
 
 /// A certificate that ends within so many days is worth a word.
@@ -171,6 +172,12 @@ fn certificate(about: &'static str, pair: &PemPair) -> Finding {
 
 fn data_dir(path: &Path) -> Finding {
     let (mark, text) = match look_at(path) {
+        Ok(text) if fs::metadata(path).is_ok_and(|found| is_open(&found)) => (
+            Mark::Warning,
+            format!(
+                "{text}, but others on this machine may look into it: chmod 700 keeps them out"
+            ),
+        ),
         Ok(text) => (Mark::Good, text),
         Err(error) => (
             Mark::Bad,

@@ -4,7 +4,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use bellwire_certs::{
@@ -31,6 +31,8 @@ pub(crate) const DEV_CA_KEY: &str = "dev-ca-key.pem";
 pub(crate) const DEV_SERVER: &str = "dev-server.pem";
 /// Its key.
 pub(crate) const DEV_SERVER_KEY: &str = "dev-server-key.pem";
+/// What the store writes first of all; where it is, something was kept before.
+const STORE_FORMAT: &str = "format";
 /// Held by the server that uses the directory.
 const LOCK: &str = "server.lock";
 
@@ -76,6 +78,23 @@ impl DataDir {
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Refuses a directory that has a store but not the key that its secrets were hashed with: a new key would lock out every
+    /// device and every backend, silently.
+    pub(crate) fn hash_key_is_not_lost(&self) -> Result<(), Failure> {
+        let there = |name: &str| self.path.join(name).exists();
+        if there(HASH_KEY) || !there(STORE_FORMAT) {
+            return Ok(());
+        }
+        Err(Failure::new(
+            format!(
+                "{} is gone, and no device and no API key of this data directory can be let in without it",
+                self.path.join(HASH_KEY).display()
+            ),
+            "restore it from a backup; if it is lost for good, start with a fresh data directory and register devices and \
+             keys anew",
+        ))
     }
 
     /// Removes `listen.json`: nobody listens (any more).
@@ -132,7 +151,15 @@ pub(crate) struct DevCertificate {
 
 fn make(path: &Path) -> Result<(), Failure> {
     match fs::metadata(path) {
-        Ok(found) if found.is_dir() => Ok(()),
+        Ok(found) if found.is_dir() => {
+            if is_open(&found) {
+                tracing::warn!(
+                    path = %path.display(),
+                    "others on this machine may look into the data directory: chmod 700 keeps them out"
+                );
+            }
+            Ok(())
+        }
         Ok(_) => Err(Failure::new(
             format!("the data directory {} is a file", path.display()),
             "name a directory with data_dir (BELLWIRE__DATA_DIR)",
@@ -144,6 +171,11 @@ fn make(path: &Path) -> Result<(), Failure> {
             .map_err(|error| unusable(path, &error)),
         Err(error) => Err(unusable(path, &error)),
     }
+}
+
+/// Whether others than the owner may read or enter it.
+pub(crate) fn is_open(found: &fs::Metadata) -> bool {
+    found.permissions().mode() & 0o077 != 0
 }
 
 fn taken(path: &Path, lock: &mut File) -> Failure {
@@ -299,8 +331,6 @@ fn still_fits(pair: &PemPair, ca: &Path, names: &[SanName], now: OffsetDateTime)
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-
-    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 

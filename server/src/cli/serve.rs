@@ -110,6 +110,7 @@ async fn serve(
     // Before anything is bound, so that a signal during the start is not lost.
     let mut signals = Signals::new(args.until_stdin_ends)?;
     let entropy = Arc::new(SystemEntropy::new());
+    data.hash_key_is_not_lost()?;
     let hash_key = load_or_create_hash_key(&data.path().join(HASH_KEY), entropy.as_ref()).map_err(
         |error| {
             Failure::new(
@@ -164,7 +165,7 @@ async fn serve(
         match signals.next().await {
             Word::Reload => current = house.reload(args, current, data),
             Word::Stop(why) => {
-                tracing::info!(why, window_s = current.drain_window.as_secs(), "draining");
+                tracing::info!(why, window_s = current.drain_window.as_secs(), "going down");
                 break;
             }
         }
@@ -342,12 +343,6 @@ impl House {
     async fn close(self, window: Duration) -> bool {
         self.transport.stop_accepting();
         let drained = self.handle.drain(window).await;
-        tracing::info!(
-            sessions = drained.sessions,
-            cut = drained.cut,
-            took_ms = drained.took.as_millis(),
-            "devices were sent away"
-        );
         self.transport.shutdown().await;
         self.shutdown.cancel();
         for serving in self.serving {

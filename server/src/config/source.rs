@@ -75,7 +75,14 @@ impl Source {
     /// # Errors
     /// A file that is missing, cannot be read, or is no TOML; nothing else can be checked then.
     pub fn read(named: Option<&Path>, environment: &Environment) -> Result<Source, Problems> {
-        let file = read_file(named)?;
+        Source::understand(read_file(named)?, environment)
+    }
+
+    /// The same, of a file that was read.
+    pub(super) fn understand(
+        file: Option<(PathBuf, String)>,
+        environment: &Environment,
+    ) -> Result<Source, Problems> {
         let mut source = Source {
             file: file.map(|(path, text)| {
                 Arc::new(NamedSource::new(path.display().to_string(), text).with_language("toml"))
