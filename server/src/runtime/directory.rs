@@ -17,7 +17,6 @@ use super::api::{
 use super::cache::Generations;
 use super::handle::Inner;
 use super::hashing::equal;
-use super::rate::Rate;
 use super::settings::{KEYS_MAX, NAME_MAX_BYTES, USER_MAX_BYTES};
 use super::shard::Input;
 use super::{locked, reply};
@@ -50,23 +49,7 @@ static BASE32: LazyLock<Encoding> = LazyLock::new(|| {
 });
 
 /// All API keys by their public part.
-pub(super) type Keys = HashMap<[u8; 10], Key>;
-
-/// An API key, and how much was sent with it.
-#[derive(Clone)]
-pub(super) struct Key {
-    record: Arc<KeyRecord>,
-    rate: Arc<Rate>,
-}
-
-impl Key {
-    fn new(record: KeyRecord) -> Key {
-        Key {
-            record: Arc::new(record),
-            rate: Arc::default(),
-        }
-    }
-}
+pub(super) type Keys = HashMap<[u8; 10], Arc<KeyRecord>>;
 
 /// The devices of one user.
 type Owned = Arc<[DeviceId]>;
@@ -308,17 +291,16 @@ impl Inner {
         // The same work whether or not the key exists, so that time tells nothing.
         let shown = self.hash_key.hash(FOR_KEY, &id, secret.as_bytes());
         let keys = self.keys.load();
-        let known = keys.get(&id);
-        let hash = known.map_or([0; 32], |key| key.record.secret_hash);
-        let fits = equal(&hash, &shown) && known.is_some() && parsed.is_some();
+        let record = keys.get(&id);
+        let hash = record.map_or([0; 32], |record| record.secret_hash);
+        let fits = equal(&hash, &shown) && record.is_some() && parsed.is_some();
         count_authentication("key", fits);
-        known
+        record
             .filter(|_| fits)
-            .map(|Key { record, rate }| Principal {
+            .map(|record| Principal {
                 app: record.app,
                 scopes: record.scopes,
                 key: BASE32.encode(&record.id),
-                rate: Arc::clone(rate),
             })
             .ok_or(WhoError::Unauthorized)
     }
@@ -354,11 +336,11 @@ impl Inner {
         };
         let view = key_view(&record);
         let inner = Arc::clone(self);
-        let kept = Key::new(record.clone());
+        let kept = Arc::new(record.clone());
         self.commit(vec![Op::PutKey(record)], move || {
             inner.keys.rcu(|keys| {
                 let mut keys = Keys::clone(keys);
-                keys.insert(id, kept.clone());
+                keys.insert(id, Arc::clone(&kept));
                 keys
             });
         })
@@ -375,8 +357,8 @@ impl Inner {
             .keys
             .load()
             .values()
-            .filter(|key| key.record.app == app)
-            .map(|key| key_view(&key.record))
+            .filter(|record| record.app == app)
+            .map(|record| key_view(record))
             .collect();
         views.sort_by(|a, b| (a.created_ms, &a.id).cmp(&(b.created_ms, &b.id)));
         views
@@ -394,7 +376,7 @@ impl Inner {
             .keys
             .load()
             .get(&id)
-            .is_none_or(|key| key.record.app != app)
+            .is_none_or(|record| record.app != app)
         {
             return Ok(false);
         }
@@ -459,7 +441,7 @@ impl Inner {
 pub(super) fn load_keys(keys: Vec<KeyRecord>) -> Result<Keys, ReadError> {
     Ok(keys
         .into_iter()
-        .map(|record| (record.id, Key::new(record)))
+        .map(|record| (record.id, Arc::new(record)))
         .collect())
 }
 

@@ -14,7 +14,6 @@ mod idempotency;
 mod ledger;
 mod meters;
 mod pings;
-mod rate;
 mod reading;
 mod reserve;
 mod settings;

@@ -130,7 +130,7 @@ fn open_house(
     let parts = assemble(settings, disk, &*home, clock, entropy)?;
     let report = parts.report.clone();
     report.log();
-    Ok((House::start(parts, home, Some(lock))?, report))
+    Ok((House::start(parts, home, lock)?, report))
 }
 
 /// An open store before its threads run.
@@ -283,7 +283,9 @@ fn begin_run(
                 return Err(OpenError::NoRoom("no room for a log segment".to_owned()));
             }
             Err(CommitFailure::Failed) => {
-                return Err(OpenError::FirstWrite(writer.failed().unwrap_or_default()));
+                return Err(OpenError::Engine(
+                    "the first frame of this run could not be made safe; check the disk".to_owned(),
+                ));
             }
         }
     }
@@ -392,15 +394,14 @@ struct Running {
     applier: JoinHandle<()>,
     keeper: JoinHandle<()>,
     home: Box<dyn EngineHome + Send + Sync>,
-    /// None in tests on a disk of memory.
-    _lock: Option<DirLock>,
+    _lock: DirLock,
 }
 
 impl House {
     fn start(
         parts: Parts,
         home: Box<dyn EngineHome + Send + Sync>,
-        lock: Option<DirLock>,
+        lock: DirLock,
     ) -> Result<House, OpenError> {
         let Parts {
             engine,

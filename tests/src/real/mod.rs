@@ -1,9 +1,11 @@
 //! The real binary, started and ended by a test, in a directory that goes with it.
 
 mod api;
+mod phone;
 mod server;
 
 pub use api::{Answer, Api};
+pub use phone::{Ledger, Phone, Way};
 pub use server::{Listen, Server, Site, binary};
 
 use std::time::{Duration, Instant};

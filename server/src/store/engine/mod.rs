@@ -7,9 +7,6 @@
 pub(in crate::store) mod memory;
 pub(in crate::store) mod sled;
 
-#[cfg(test)]
-mod conformance;
-
 use std::ops::{ControlFlow, Range};
 
 use bytes::Bytes;
