@@ -119,3 +119,14 @@ fn a_directory_with_something_in_it_is_not_used() {
     assert_eq!(said.code, 2);
     assert!(said.err.contains("not empty"), "{}", said.err);
 }
+
+#[test]
+fn a_tour_that_cannot_begin_is_a_failure() {
+    let room = Room::new();
+    let output = room
+        .command(&["demo", "--once"])
+        .env("TMPDIR", room.path().join("absent"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+}

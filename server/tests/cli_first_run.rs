@@ -5,7 +5,9 @@
 mod cli_support;
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
 
 use cli_support::{Room, mode, until};
 use rustix::process::Signal;
@@ -100,6 +102,74 @@ fn sigint_stops_in_order_as_well() {
     let mut server = room.serve();
     server.signal(Signal::INT);
     assert_eq!(server.end(), 0, "{}", server.log());
+}
+
+#[test]
+fn a_second_signal_stops_at_once() {
+    let room = Room::new();
+    let mut server = room.serve();
+    let key = fs::read_to_string(room.data().join("bootstrap.key")).unwrap();
+    // A request whose body does not come holds up an orderly end.
+    let api: SocketAddr = listen(&room)["api"].as_str().unwrap().parse().unwrap();
+    let mut slow = TcpStream::connect(api).unwrap();
+    write!(
+        slow,
+        "POST /v1/devices HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\n\
+         content-length: 100\r\nexpect: 100-continue\r\n\r\n",
+        key.trim()
+    )
+    .unwrap();
+    let mut line = [0; 12];
+    slow.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"HTTP/1.1 100", "the server waits for the body");
+    server.signal(Signal::TERM);
+    until("it goes down", || {
+        server.log().contains("drained").then_some(())
+    });
+    server.signal(Signal::TERM);
+    assert_eq!(server.end(), 1, "{}", server.log());
+    assert!(server.log().contains("a second signal"), "{}", server.log());
+}
+
+#[test]
+fn the_limit_of_open_files_is_raised_to_what_is_allowed() {
+    let room = Room::new();
+    let mut command = Command::new("sh");
+    let serve = room.command(&["serve"]);
+    command
+        .args(["-c", "ulimit -S -n 64; exec \"$0\" serve"])
+        .arg(serve.get_program())
+        .current_dir(room.path())
+        .envs(
+            serve
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+    let server = room.serve_by(command);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", server.pid())).unwrap();
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))
+        .unwrap();
+    let numbers: Vec<&str> = line.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(numbers[0], numbers[1], "{line}");
+    server.stop();
+}
+
+#[test]
+fn the_engine_in_memory_knows_after_a_restart_what_it_knew() {
+    let room = Room::new();
+    room.write("bellwire.toml", "[store]\nengine = \"memory\"\n");
+    let server = room.serve();
+    let made = room.ask(&["device", "add", "--user", "anna"]);
+    server.stop();
+    let server = room.serve();
+    assert_eq!(
+        room.ask(&["device", "list"])["devices"][0]["device"],
+        made["device"]
+    );
+    assert!(!room.data().join("sled").exists());
+    server.stop();
 }
 
 #[test]
