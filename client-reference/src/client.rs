@@ -11,6 +11,7 @@ use bellwire_protocol::limits::{
 use bellwire_protocol::{Carrier, Codec, Hello, Id, PresenceState, ReconnectWhen, Secret, Urgency};
 use futures_util::FutureExt;
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::carrier::{ConnectError, Dialer, Link, Proxy};
 use crate::clock::Clock;
@@ -20,7 +21,7 @@ use crate::handover::{Desk, Events, Handler, Handover};
 use crate::notification::{Event, Notification, Verdict};
 use crate::race::{HEAD_START, staggered};
 use crate::reconnect::Backoff;
-use crate::session::{self, Command, Ended, Setting};
+use crate::session::{self, Command, Ended, LAST_CALLBACK, Setting};
 use crate::state::{Journal, Lock, Networks, Opened, Record, StateError, make_directory};
 use crate::tls::{Trust, TrustError};
 
@@ -323,9 +324,9 @@ impl Builder {
         let opening = tokio::task::spawn_blocking(move || {
             make_directory(&state_dir)?;
             let lock = Lock::take(&state_dir)?;
-            let (journal, memory, opened) = Journal::open(&state_dir, sync, wall_ms)?;
+            let (mut journal, memory, opened) = Journal::open(&state_dir, sync, wall_ms)?;
+            journal.hold(lock);
             Ok::<_, StateError>((
-                lock,
                 journal,
                 memory,
                 opened,
@@ -341,7 +342,7 @@ impl Builder {
                 source,
             })
         });
-        let (lock, journal, memory, opened, networks, state_dir) = opened?;
+        let (journal, memory, opened, networks, state_dir) = opened?;
         report(&opened, &state_dir, &self.events);
 
         let desk = Arc::new(Desk::new(memory));
@@ -354,7 +355,7 @@ impl Builder {
             clock: clock.clone(),
             remaining: self.leave_after,
         };
-        let handing_over = tokio::spawn(handover.run());
+        let mut handing_over = tokio::spawn(handover.run());
         let (commands, asked) = mpsc::channel(COMMANDS_MAX);
         let (ended, has_ended) = watch::channel(false);
         let instance = clock.id();
@@ -378,21 +379,35 @@ impl Builder {
             demoted: None,
             backoff: Backoff::default(),
             desk,
-            journal,
+            journal: journal.clone(),
             events: self.events,
             clock,
             commands: asked,
         };
+        let crash = CancellationToken::new();
+        let crashed = crash.clone();
         tokio::spawn(async move {
-            keeper.run().await;
-            // The hand-over ends after the callback that runs; a callback that never returns must not hold the directory.
-            let _ = tokio::time::timeout(Duration::from_secs(5), handing_over).await;
-            drop(lock);
+            tokio::select! {
+                () = keeper.run() => {
+                    // It ends after the callback that runs; one that never returns must not hold the directory.
+                    let _ = tokio::time::timeout(LAST_CALLBACK, &mut handing_over).await;
+                }
+                () = crashed.cancelled() => {}
+            }
+            handing_over.abort();
+            let releasing = tokio::task::spawn_blocking(move || {
+                journal
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .release();
+            });
+            let _ = releasing.await;
             let _ = ended.send(true);
         });
         Ok(Client {
             commands,
             has_ended,
+            crash,
         })
     }
 }
@@ -421,6 +436,7 @@ fn report(opened: &Opened, state_dir: &std::path::Path, events: &Events) {
 pub struct Client {
     commands: mpsc::Sender<Command>,
     has_ended: watch::Receiver<bool>,
+    crash: CancellationToken,
 }
 
 impl Client {
@@ -441,6 +457,13 @@ impl Client {
         let mut has_ended = self.has_ended.clone();
         // An error means that the task is gone: ended as well.
         let _ = has_ended.wait_for(|ended| *ended).await;
+    }
+
+    /// Ends at once, as if the process had been killed: no verdict is saved or said any more, nothing is closed in order. For
+    /// tests of what comes after a crash.
+    pub async fn crash(self) {
+        self.crash.cancel();
+        self.ended().await;
     }
 
     /// The network changed, or the machine woke up: on QUIC the session moves to the new network, on WebSocket it is probed,

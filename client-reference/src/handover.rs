@@ -291,3 +291,123 @@ impl Handover {
         self.desk.decided.notify_one();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use bellwire_protocol::{Content, Urgency};
+
+    struct World {
+        directory: tempfile::TempDir,
+        desk: Arc<Desk>,
+        journal: Arc<Mutex<Journal>>,
+        shown: Arc<Mutex<Vec<Id>>>,
+        clock: Arc<Clock>,
+    }
+
+    impl World {
+        /// A running hand-over with an app that acknowledges everything.
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let (journal, memory, _) = Journal::open(directory.path(), true, 7).unwrap();
+            let world = Self {
+                directory,
+                desk: Arc::new(Desk::new(memory)),
+                journal: Arc::new(Mutex::new(journal)),
+                shown: Arc::default(),
+                clock: Arc::new(Clock::new()),
+            };
+            let shown = world.shown.clone();
+            let handover = Handover {
+                desk: world.desk.clone(),
+                journal: world.journal.clone(),
+                handler: Arc::new(move |notification| {
+                    shown.lock().unwrap().push(notification.id);
+                    std::future::ready(Verdict::Acknowledge).boxed()
+                }),
+                events: Events(Arc::new(|_| {})),
+                clock: world.clock.clone(),
+                remaining: None,
+            };
+            tokio::spawn(handover.run());
+            world
+        }
+
+        fn put(&self, id: Id, expires_at_ms: u64) {
+            let notify = Notify {
+                seq: 1,
+                redelivered: false,
+                id,
+                accepted_ms: 0,
+                expires_ms: 0,
+                urgency: Urgency::Normal,
+                content: Content::default(),
+            };
+            self.desk.put(notify, expires_at_ms);
+            self.desk.ring();
+        }
+
+        async fn decided(&self) -> Taken {
+            let waiting =
+                tokio::time::timeout(std::time::Duration::from_secs(20), self.desk.decided());
+            waiting.await.expect("nothing was decided")
+        }
+    }
+
+    const ID: Id = Id::from_bytes([9; 16]);
+    const NEVER: u64 = u64::MAX;
+
+    #[tokio::test]
+    async fn a_verdict_that_cannot_be_saved_is_not_told_and_a_repeat_saves_it_without_the_app() {
+        let world = World::new();
+        // The disk is gone: neither appending nor writing anew is possible.
+        world.journal.lock().unwrap().distrust();
+        std::fs::remove_dir_all(world.directory.path()).unwrap();
+        world.put(ID, NEVER);
+        let taken = world.decided().await;
+        assert!(
+            taken.failed.is_some() && taken.decided.is_empty(),
+            "{taken:?}"
+        );
+        assert_eq!(*world.shown.lock().unwrap(), [ID]);
+        assert_eq!(
+            world.desk.memory().seen(),
+            [],
+            "what is not on disk is not told"
+        );
+        assert!(!world.desk.memory().is_acknowledged_safely(&ID));
+
+        // The disk is back, and the server repeats.
+        std::fs::create_dir(world.directory.path()).unwrap();
+        world.desk.begin_session();
+        world.put(ID, NEVER);
+        let taken = world.decided().await;
+        assert_eq!(
+            taken.decided.iter().map(|one| one.id).collect::<Vec<_>>(),
+            [ID]
+        );
+        assert_eq!(*world.shown.lock().unwrap(), [ID], "the app saw it twice");
+        let (_, memory, _) = Journal::open(world.directory.path(), true, 7).unwrap();
+        assert_eq!(memory.given(&ID), Some(&Given::Acknowledged));
+    }
+
+    #[tokio::test]
+    async fn what_expires_while_it_waits_for_the_app_is_declined() {
+        let world = World::new();
+        world.put(ID, world.clock.now_ms());
+        let taken = world.decided().await;
+        assert_eq!(taken.decided[0].given, Given::declined(EXPIRED));
+        assert!(world.shown.lock().unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn nothing_is_written_once_the_directory_was_given_back() {
+        let world = World::new();
+        world.journal.lock().unwrap().release();
+        world.put(ID, NEVER);
+        assert!(world.decided().await.failed.is_some());
+        let (_, memory, _) = Journal::open(world.directory.path(), true, 7).unwrap();
+        assert_eq!(memory.given(&ID), None);
+    }
+}

@@ -28,7 +28,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 const FRAMES_PER_TURN: usize = 256;
 
 /// How long a callback may still run once the app wants to leave.
-const LAST_CALLBACK: Duration = Duration::from_secs(5);
+pub(crate) const LAST_CALLBACK: Duration = Duration::from_secs(5);
 
 /// Shortest pause after verdicts could not be saved, in milliseconds.
 const STATE_TROUBLE_MIN_MS: u64 = 5_000;
@@ -181,24 +181,23 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
 
     /// Takes what has arrived, all of it, so that notifications that came together are handed over and saved together.
     fn receive(&mut self, first: Result<Result<Decoded<ServerFrame>, DecodeError>, LinkEnd>) {
-        let mut received = Some(first);
-        for _ in 0..FRAMES_PER_TURN {
-            match received.take() {
-                Some(Ok(decoded)) => self.handle(decoded),
-                Some(Err(end)) => {
+        let mut next = Some(first);
+        let mut taken = 0;
+        while let Some(received) = next.take() {
+            match received {
+                Ok(decoded) => self.handle(decoded),
+                Err(end) => {
                     self.machine.handle_closed(end.code, &mut self.actions);
                     self.end_detail = Some(end.detail);
                 }
-                None => break,
             }
+            taken += 1;
             if self.machine.is_over() {
                 return;
             }
-            received = self.link.receive().now_or_never();
-        }
-        // The last one taken above must not be lost when the turn is over.
-        if let Some(Ok(decoded)) = received {
-            self.handle(decoded);
+            if taken < FRAMES_PER_TURN {
+                next = self.link.receive().now_or_never();
+            }
         }
         self.machine.flush(self.clock.now_ms(), &mut self.actions);
     }

@@ -24,6 +24,9 @@ const CRYPTO_BUFFER: usize = 16 * 1024;
 /// Most bytes of one read.
 const READ_MAX_BYTES: usize = 64 * 1024;
 
+/// How long the last packet of a connection may take to leave this machine.
+const LAST_PACKET: Duration = Duration::from_millis(100);
+
 const _: () = assert!(RECEIVE_WINDOW as usize > bellwire_protocol::limits::SERVER_FRAME_MAX_BYTES);
 
 #[derive(Debug)]
@@ -34,6 +37,8 @@ pub(super) struct QuicLink {
     receive: quinn::RecvStream,
     reader: FrameReader,
     out: Vec<u8>,
+    /// Other connections use the endpoint as well.
+    shared: bool,
 }
 
 /// Connects to one address. No round trip is spent on the stream: the server sees it with the `hello`.
@@ -72,6 +77,7 @@ pub(super) async fn dial(
         receive,
         reader,
         out: Vec::new(),
+        shared: shared.is_some(),
     })
 }
 
@@ -205,6 +211,10 @@ impl QuicLink {
         let answer = answer.await.ok().flatten();
         let number = code.quic_close().unwrap_or_default();
         self.connection.close(VarInt::from_u32(number), b"");
+        if !self.shared {
+            // Time for the last packet; a process that ends right now would swallow it.
+            let _ = tokio::time::timeout(LAST_PACKET, self.endpoint.wait_idle()).await;
+        }
         answer
     }
 }

@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use bellwire_protocol::limits::{REASON_BYTES_MAX, SEEN_MAX};
 use bellwire_protocol::{Id, Seen, Verdict};
 
-use super::StateError;
 use super::files::{private, replace, sync_directory_of};
+use super::{Lock, StateError};
 
 /// How many ids are remembered. The server's mailbox holds 1,000 notifications by default, and 256 more may be in flight:
 /// everything that it could still repeat.
@@ -255,6 +255,10 @@ pub(crate) struct Journal {
     sync: bool,
     /// A write or sync failed: nobody knows what the file holds, so the next save writes a new one.
     broken: bool,
+    /// Held as long as anybody may still write.
+    lock: Option<Lock>,
+    /// The directory was given back: nothing is written any more.
+    released: bool,
 }
 
 impl Journal {
@@ -282,6 +286,8 @@ impl Journal {
             bytes: 0,
             sync,
             broken: false,
+            lock: None,
+            released: false,
         };
 
         // An empty or cut header: the first start was interrupted before anything was promised.
@@ -338,6 +344,17 @@ impl Journal {
         }
     }
 
+    /// Keeps the directory's lock until [`release`](Self::release), or for as long as the journal lives.
+    pub(crate) fn hold(&mut self, lock: Lock) {
+        self.lock = Some(lock);
+    }
+
+    /// Gives the directory back. A write that comes later, from a thread that was late, fails.
+    pub(crate) fn release(&mut self) {
+        self.released = true;
+        self.lock = None;
+    }
+
     /// Whether the next save needs everything rather than what is new.
     pub(crate) fn wants_rewrite(&self, new: usize) -> bool {
         self.broken || self.records + new > RECORDS_MAX || self.bytes > REWRITE_BYTES
@@ -348,6 +365,7 @@ impl Journal {
         if records.is_empty() {
             return Ok(());
         }
+        self.check_held()?;
         if self.broken {
             return Err(io::Error::other(
                 "an earlier write failed; the file must be written anew",
@@ -367,6 +385,7 @@ impl Journal {
 
     /// Replaces the file by one that holds exactly `records`, and waits until it is safe.
     pub(crate) fn rewrite(&mut self, records: &[Record]) -> io::Result<()> {
+        self.check_held()?;
         let mut bytes = header().to_vec();
         if !records.is_empty() {
             bytes.extend_from_slice(&frame(records));
@@ -377,6 +396,19 @@ impl Journal {
         self.records = records.len();
         self.bytes = bytes.len() as u64;
         Ok(())
+    }
+
+    fn check_held(&self) -> io::Result<()> {
+        match self.released {
+            true => Err(io::Error::other("the directory was given back")),
+            false => Ok(()),
+        }
+    }
+
+    /// As after a failed write.
+    #[cfg(test)]
+    pub(crate) fn distrust(&mut self) {
+        self.broken = true;
     }
 
     /// Makes `valid` bytes the end of the file.
@@ -393,7 +425,8 @@ impl Journal {
     }
 }
 
-/// Renames a damaged file to a name that nothing has yet.
+/// Gives a damaged file a second name that nothing has yet; the caller then replaces the first one, so that there is a
+/// window at every moment. File systems without links get a rename, which a crash may follow.
 fn set_aside(path: &Path, now_ms: u64) -> Result<PathBuf, StateError> {
     let mut name = path.with_extension(format!("corrupt-{now_ms}"));
     let mut turn = 0u32;
@@ -401,7 +434,8 @@ fn set_aside(path: &Path, now_ms: u64) -> Result<PathBuf, StateError> {
         turn += 1;
         name = path.with_extension(format!("corrupt-{now_ms}-{turn}"));
     }
-    std::fs::rename(path, &name).map_err(StateError::io("set aside", path))?;
+    let linked = std::fs::hard_link(path, &name).or_else(|_| std::fs::rename(path, &name));
+    linked.map_err(StateError::io("set aside", path))?;
     sync_directory_of(path).map_err(StateError::io("set aside", path))?;
     Ok(name)
 }

@@ -230,6 +230,35 @@ async fn where_udp_is_blocked_websocket_wins_and_is_remembered() {
 }
 
 #[tokio::test]
+async fn a_carrier_that_connects_but_bears_no_session_goes_last_in_the_next_race() {
+    let mut world = World::new(Udp::Quic).await;
+    let client = world.builder().start().await.unwrap();
+    // The handshake passes, everything after it is lost: a network that mangles large UDP packets.
+    let mut peer = world.server.accept().await;
+    assert_eq!(peer.carrier, Carrier::Quic);
+    assert!(matches!(peer.hear().await, Ok(DeviceFrame::Hello(_))));
+    peer.break_off();
+    let mut peer = world.server.accept().await;
+    assert_eq!(peer.carrier, Carrier::WebSocket);
+    world.welcome(&mut peer).await;
+    let (_, ()) = tokio::join!(client.shutdown(), peer.goodbye());
+}
+
+#[tokio::test]
+async fn after_a_crash_the_directory_is_free_and_the_verdicts_are_there() {
+    let mut world = World::new(Udp::Quic).await;
+    let (client, mut peer) = world.attached().await;
+    peer.say([notify(1, 1)]).await;
+    peer.acknowledged_up_to(1).await;
+    client.crash().await;
+    let (client, mut peer) = world.attached().await;
+    peer.say([notify(1, 1)]).await;
+    peer.acknowledged_up_to(1).await;
+    assert_eq!(world.seen.titles(), ["1"]);
+    let (_, ()) = tokio::join!(client.shutdown(), peer.goodbye());
+}
+
+#[tokio::test]
 async fn only_the_winner_of_the_race_says_hello() {
     let mut world = World::new(Udp::Quic).await;
     for attempt in 1..=3 {

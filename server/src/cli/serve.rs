@@ -487,6 +487,8 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             ttl_default_s: limits.ttl_default.as_secs(),
             ttl_max_s: limits.ttl_max.as_secs(),
             memory_reserve: limits.memory_bytes,
+            pings_per_second: limits.pings_per_second,
+            ping_burst: limits.ping_burst,
             ..Limits::default()
         },
         receipts_keep: checked.receipts_keep,

@@ -150,6 +150,10 @@ pub struct Limits {
     pub unauthenticated: u32,
     /// Memory for bodies in flight.
     pub memory_bytes: u64,
+    /// Pings of one API key in a second.
+    pub pings_per_second: u32,
+    /// Pings of one API key at once.
+    pub ping_burst: u32,
     /// Connections of the API at once.
     pub api_connections: u32,
 }
@@ -370,6 +374,8 @@ fn limits(source: &Source) -> Limits {
         exempt: source.get(&keys::LIMITS_EXEMPT),
         unauthenticated: clamp(source.get(&keys::LIMITS_UNAUTHENTICATED)),
         memory_bytes: source.get(&keys::LIMITS_MEMORY),
+        pings_per_second: clamp(source.get(&keys::LIMITS_PING_RATE)),
+        ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),
         api_connections: clamp(source.get(&keys::LIMITS_API_CONNECTIONS)),
     }
 }

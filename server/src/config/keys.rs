@@ -127,6 +127,10 @@ keys! {
     LIMITS_UNAUTHENTICATED: CountSetting = "limits.unauthenticated_connections", count(1, 10_000_000), "10000";
     /// Memory for the content of notifications that are on their way; above it new pings are answered 503.
     LIMITS_MEMORY: BytesSetting = "limits.memory_bytes", bytes(MIB, TIB), "256MiB";
+    /// Pings that one API key may send in a second, in the long run; above it they are answered 429.
+    LIMITS_PING_RATE: CountSetting = "limits.pings_per_second", count(1, 10_000_000), "50000";
+    /// Pings that one API key may send at once before the rate counts.
+    LIMITS_PING_BURST: CountSetting = "limits.ping_burst", count(1, 100_000_000), "100000";
     /// Connections that the API serves at once; more wait. Changing it needs a restart.
     LIMITS_API_CONNECTIONS: CountSetting = "limits.api_connections", count(1, 1_000_000), "4096";
 

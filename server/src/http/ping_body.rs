@@ -236,8 +236,10 @@ pub(super) struct PingSchema {
     /// Name of the sound to play.
     sound: Option<String>,
     /// Number to show on the app's icon; 0 takes it away.
+    #[schema(format = Int64, maximum = 4294967295u64)]
     badge: Option<u32>,
     /// How long to vibrate, in milliseconds.
+    #[schema(format = Int64, maximum = 4294967295u64)]
     vibrate_ms: Option<u32>,
     /// Name of the set of actions that the app offers with the message.
     category: Option<String>,

@@ -118,7 +118,8 @@ pub(super) struct Revocation {
 
 refusals! {
     CreateRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, BodyTimeout, IdempotencyConflict,
-        BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, NotAvailable, MailboxFull, Internal,
+        BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, NotAvailable, MailboxFull, RateLimited,
+        Internal,
         StoreUnavailable, StoreBusy, Draining, MemoryReserve, NoRoom;
     LookRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, Internal, StoreUnavailable, StoreBusy, Draining;
 }
@@ -168,6 +169,10 @@ pub(super) async fn create(
     let key = idempotency_key(&parts.headers)?;
     body::expect_json(&parts.headers)?;
     let bytes = body::read(body).await?;
+    // After the body, or the connection could not be used again.
+    if !backend.handle.admit(&who) {
+        return Err(Problem::plain(Code::RateLimited));
+    }
     let ping = ping_body::read(&bytes)?;
     let answered = backend
         .handle

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use std::sync::Arc;
 
+use super::rate::Rate;
 use crate::delivery::{
     AppId, Closing, CollapseKey, DeviceId, Notification, PingId, Refusal, Rejection, SessionId,
     Urgency, Verdict,
@@ -337,6 +338,7 @@ pub struct Principal {
     pub(super) app: AppId,
     pub(super) scopes: Scopes,
     pub(super) key: String,
+    pub(super) rate: Arc<Rate>,
 }
 
 impl Principal {

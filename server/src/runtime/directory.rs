@@ -17,6 +17,7 @@ use super::api::{
 use super::cache::Generations;
 use super::handle::Inner;
 use super::hashing::equal;
+use super::rate::Rate;
 use super::settings::{KEYS_MAX, NAME_MAX_BYTES, USER_MAX_BYTES};
 use super::shard::Input;
 use super::{locked, reply};
@@ -49,7 +50,23 @@ static BASE32: LazyLock<Encoding> = LazyLock::new(|| {
 });
 
 /// All API keys by their public part.
-pub(super) type Keys = HashMap<[u8; 10], Arc<KeyRecord>>;
+pub(super) type Keys = HashMap<[u8; 10], Key>;
+
+/// An API key, and how much was sent with it.
+#[derive(Clone)]
+pub(super) struct Key {
+    record: Arc<KeyRecord>,
+    rate: Arc<Rate>,
+}
+
+impl Key {
+    fn new(record: KeyRecord) -> Key {
+        Key {
+            record: Arc::new(record),
+            rate: Arc::default(),
+        }
+    }
+}
 
 /// The devices of one user.
 type Owned = Arc<[DeviceId]>;
@@ -291,16 +308,17 @@ impl Inner {
         // The same work whether or not the key exists, so that time tells nothing.
         let shown = self.hash_key.hash(FOR_KEY, &id, secret.as_bytes());
         let keys = self.keys.load();
-        let record = keys.get(&id);
-        let hash = record.map_or([0; 32], |record| record.secret_hash);
-        let fits = equal(&hash, &shown) && record.is_some() && parsed.is_some();
+        let known = keys.get(&id);
+        let hash = known.map_or([0; 32], |key| key.record.secret_hash);
+        let fits = equal(&hash, &shown) && known.is_some() && parsed.is_some();
         count_authentication("key", fits);
-        record
+        known
             .filter(|_| fits)
-            .map(|record| Principal {
+            .map(|Key { record, rate }| Principal {
                 app: record.app,
                 scopes: record.scopes,
                 key: BASE32.encode(&record.id),
+                rate: Arc::clone(rate),
             })
             .ok_or(WhoError::Unauthorized)
     }
@@ -336,11 +354,11 @@ impl Inner {
         };
         let view = key_view(&record);
         let inner = Arc::clone(self);
-        let kept = Arc::new(record.clone());
+        let kept = Key::new(record.clone());
         self.commit(vec![Op::PutKey(record)], move || {
             inner.keys.rcu(|keys| {
                 let mut keys = Keys::clone(keys);
-                keys.insert(id, Arc::clone(&kept));
+                keys.insert(id, kept.clone());
                 keys
             });
         })
@@ -357,8 +375,8 @@ impl Inner {
             .keys
             .load()
             .values()
-            .filter(|record| record.app == app)
-            .map(|record| key_view(record))
+            .filter(|key| key.record.app == app)
+            .map(|key| key_view(&key.record))
             .collect();
         views.sort_by(|a, b| (a.created_ms, &a.id).cmp(&(b.created_ms, &b.id)));
         views
@@ -376,7 +394,7 @@ impl Inner {
             .keys
             .load()
             .get(&id)
-            .is_none_or(|record| record.app != app)
+            .is_none_or(|key| key.record.app != app)
         {
             return Ok(false);
         }
@@ -441,7 +459,7 @@ impl Inner {
 pub(super) fn load_keys(keys: Vec<KeyRecord>) -> Result<Keys, ReadError> {
     Ok(keys
         .into_iter()
-        .map(|record| (record.id, Arc::new(record)))
+        .map(|record| (record.id, Key::new(record)))
         .collect())
 }
 

@@ -25,6 +25,7 @@ use super::shard::{Carrier, Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
 use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
 use crate::ports::{Entropy, Page, Scopes, StoreHealth};
+use crate::telemetry::metrics as names;
 
 /// A cheap, cloneable handle to everything that runs.
 #[derive(Clone)]
@@ -328,6 +329,16 @@ impl Handle {
     #[expect(clippy::unused_async, reason = "other identities will have to ask")]
     pub async fn authenticate_key(&self, key: &str) -> Result<Principal, WhoError> {
         self.inner.authenticate_key(key)
+    }
+
+    /// Counts one ping of a caller; `false`: the key sends faster than it may, and the ping is not to be published.
+    #[must_use]
+    pub fn admit(&self, who: &Principal) -> bool {
+        let admitted = who.rate.take(self.now().mono, &self.inner.limits.load());
+        if !admitted {
+            metrics::counter!(names::HTTP_RATE_LIMITED_TOTAL).increment(1);
+        }
+        admitted
     }
 
     /// Makes an API key. `Invalid`: the name or the scopes cannot be, or there are too many keys.

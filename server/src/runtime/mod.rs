@@ -14,6 +14,7 @@ mod idempotency;
 mod ledger;
 mod meters;
 mod pings;
+mod rate;
 mod reading;
 mod reserve;
 mod settings;

@@ -82,6 +82,11 @@ pub struct Limits {
     pub devices_max: u32,
     /// Bodies in flight, bytes: accepted ones that a mailbox still holds in memory. Default 256 MiB.
     pub memory_reserve: u64,
+    /// Pings that one API key may send, per second in the long run. Default 50,000: more than one server takes, so that
+    /// only a caller that runs away meets it.
+    pub pings_per_second: u32,
+    /// Pings that one API key may send at once before the rate counts. Default 100,000.
+    pub ping_burst: u32,
     /// Longest wait for the store before a ping is answered with `StoreBusy`. Default 10 s. What was queued may
     /// still be stored then: that is no promise.
     pub accept_wait: Duration,
@@ -95,6 +100,8 @@ impl Default for Limits {
             ttl_max_s: 30 * 86_400,
             devices_max: DEVICES_PER_PING,
             memory_reserve: 256 << 20,
+            pings_per_second: 50_000,
+            ping_burst: 100_000,
             accept_wait: Duration::from_secs(10),
         }
     }

@@ -204,6 +204,11 @@ impl Writer {
         }
     }
 
+    /// Why nothing is promised any more, if so.
+    pub(super) fn failed(&self) -> Option<String> {
+        self.figures.failed()
+    }
+
     /// From now on log segments are made ready in the background.
     pub(super) fn make_ahead(&mut self) -> std::io::Result<()> {
         self.log.make_ahead()

@@ -130,7 +130,7 @@ fn open_house(
     let parts = assemble(settings, disk, &*home, clock, entropy)?;
     let report = parts.report.clone();
     report.log();
-    Ok((House::start(parts, home, lock)?, report))
+    Ok((House::start(parts, home, Some(lock))?, report))
 }
 
 /// An open store before its threads run.
@@ -283,9 +283,7 @@ fn begin_run(
                 return Err(OpenError::NoRoom("no room for a log segment".to_owned()));
             }
             Err(CommitFailure::Failed) => {
-                return Err(OpenError::Engine(
-                    "the first frame of this run could not be made safe; check the disk".to_owned(),
-                ));
+                return Err(OpenError::FirstWrite(writer.failed().unwrap_or_default()));
             }
         }
     }
@@ -394,14 +392,15 @@ struct Running {
     applier: JoinHandle<()>,
     keeper: JoinHandle<()>,
     home: Box<dyn EngineHome + Send + Sync>,
-    _lock: DirLock,
+    /// None in tests on a disk of memory.
+    _lock: Option<DirLock>,
 }
 
 impl House {
     fn start(
         parts: Parts,
         home: Box<dyn EngineHome + Send + Sync>,
-        lock: DirLock,
+        lock: Option<DirLock>,
     ) -> Result<House, OpenError> {
         let Parts {
             engine,

@@ -127,6 +127,9 @@ pub enum OpenError {
     /// The engine cannot even be made anew.
     #[error("the engine cannot be opened: {0}")]
     Engine(String),
+    /// The first write of this run could not be made safe.
+    #[error("the first write of this run failed ({0}); check the disk before starting again")]
+    FirstWrite(String),
     /// No room for the first frame of this run.
     #[error("there is no room on the disk to start: {0}; free some and start again")]
     NoRoom(String),

@@ -673,6 +673,24 @@ impl SyncStore {
         self.life().parts().keeper.look_at_room();
     }
 
+    /// How many bodies the engine holds that several rows share.
+    #[cfg(test)]
+    pub(super) fn shared_bodies(&self) -> usize {
+        let life = self.life();
+        life.apply(0);
+        let mut count = 0;
+        let (from, to) = (&b"b"[..], &b"c"[..]);
+        let scanned =
+            life.parts()
+                .engine
+                .scan(from..to, super::engine::Direction::Up, &mut |_, _| {
+                    count += 1;
+                    std::ops::ControlFlow::Continue(())
+                });
+        assert!(scanned.is_ok());
+        count
+    }
+
     fn turn(&self) {
         if self.settings.turns == Turns::Immediate {
             self.life().turn(self.settings.lag_frames);

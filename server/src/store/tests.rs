@@ -1,6 +1,9 @@
 //! The store as its callers see it: promises, crashes, broken disks, lost engines.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod committing;
+mod crashes;
+mod model;
 mod support;
 
 use super::*;

@@ -87,7 +87,6 @@ fn every_code_over_http_is_documented_or_not_ours() {
         Code::UnsupportedVersion,
         Code::TooManyConnections,
         Code::MethodNotAllowed,
-        Code::RateLimited,
     ];
     for code in Code::ALL {
         if code.http_status().is_some() && !elsewhere.contains(code) {

@@ -231,6 +231,11 @@ async fn handled(handle: &Handle, request: Request) -> Result<(), Refusal> {
         |params::NotJson| Refusal::Failed("Server error while processing client data".to_owned()),
     )?;
     let who = authenticate(handle, &parts.headers, &params).await?;
+    if !handle.admit(&who) {
+        return Err(Refusal::Failed(
+            "The API key sends faster than it may".to_owned(),
+        ));
+    }
     let mut messages = Messages::default();
     publish(handle, &who, &params, &mut messages).await;
     let Some(text) = messages.joined() else {

@@ -7,6 +7,9 @@
 pub(in crate::store) mod memory;
 pub(in crate::store) mod sled;
 
+#[cfg(test)]
+mod conformance;
+
 use std::ops::{ControlFlow, Range};
 
 use bytes::Bytes;

@@ -1,0 +1,188 @@
+//! What every engine must do, played to each of them: random histories against an ordered map, over reopenings.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::memory::MemoryEngine;
+use super::sled::SledEngine;
+use super::{BATCH_OPERATIONS, Direction, Engine, EngineWrite};
+use crate::store::keys;
+use crate::store::record::RECORD_MAX;
+
+/// A small generator of repeatable choices.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (self.0 >> 33) % sides
+    }
+}
+
+/// Opens the engine in a directory, again and again.
+type Open<'a> = &'a dyn Fn(&Path) -> Arc<dyn Engine>;
+
+type Entries = Vec<(Vec<u8>, Vec<u8>)>;
+
+fn walk(engine: &dyn Engine, from: &[u8], to: &[u8], direction: Direction, most: usize) -> Entries {
+    let mut seen = Vec::new();
+    if most == 0 {
+        return seen;
+    }
+    engine
+        .scan(from..to, direction, &mut |key, value| {
+            if key != keys::POSITION {
+                seen.push((key.to_vec(), value.to_vec()));
+            }
+            if seen.len() == most {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        })
+        .unwrap();
+    seen
+}
+
+fn history(open: Open<'_>, keeps: bool, seed: u64) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut dice = Dice(seed);
+    let mut engine = open(dir.path());
+    let mut model: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
+    assert_eq!(
+        engine.position().unwrap(),
+        None,
+        "a fresh engine stands nowhere"
+    );
+    for step in 1..=60u64 {
+        let mut batch = Vec::new();
+        let mut touched = std::collections::BTreeSet::new();
+        for _ in 0..dice.roll(BATCH_OPERATIONS as u64 - 1) {
+            let mut key = vec![b'a' + dice.roll(4) as u8];
+            key.extend_from_slice(&dice.roll(200).to_be_bytes());
+            if !touched.insert(key.clone()) {
+                continue;
+            }
+            let value = (dice.roll(3) > 0).then(|| {
+                let length = if dice.roll(50) == 0 {
+                    RECORD_MAX as u64
+                } else {
+                    dice.roll(300)
+                };
+                vec![dice.roll(256) as u8; length as usize]
+            });
+            match &value {
+                Some(value) => model.insert(key.clone(), value.clone()),
+                None => model.remove(&key),
+            };
+            batch.push(EngineWrite {
+                key: key.into(),
+                value: value.map(Bytes::from),
+            });
+        }
+        engine.apply(&batch, Some(step)).unwrap();
+        assert_eq!(engine.position().unwrap(), Some(step), "seed {seed}");
+        if dice.roll(10) == 0 {
+            engine.flush().unwrap();
+        }
+        if keeps && dice.roll(12) == 0 {
+            engine.close().unwrap();
+            drop(engine);
+            engine = open(dir.path());
+            assert_eq!(engine.position().unwrap(), Some(step), "seed {seed}");
+        }
+        let (mut from, mut to) = (dice.roll(900), dice.roll(900));
+        if from > to {
+            std::mem::swap(&mut from, &mut to);
+        }
+        let bound = |at: u64| {
+            let mut key = vec![b'a' + (at / 200) as u8];
+            key.extend_from_slice(&(at % 200).to_be_bytes());
+            key
+        };
+        let (from, to) = (bound(from), bound(to));
+        let expected: Entries = model
+            .range(from.clone()..to.clone())
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        let most = if dice.roll(2) == 0 {
+            usize::MAX
+        } else {
+            dice.roll(20) as usize
+        };
+        let up = walk(&*engine, &from, &to, Direction::Up, most);
+        assert!(
+            up.iter().eq(expected.iter().take(most)),
+            "seed {seed} step {step}: up"
+        );
+        let down = walk(&*engine, &from, &to, Direction::Down, most);
+        assert!(
+            down.iter().eq(expected.iter().rev().take(most)),
+            "seed {seed} step {step}: down"
+        );
+        let probe = bound(dice.roll(800));
+        assert_eq!(
+            engine.get(&probe).unwrap().map(|value| value.to_vec()),
+            model.get(&probe).cloned(),
+            "seed {seed} step {step}"
+        );
+    }
+    let all = walk(&*engine, b"a", b"z", Direction::Up, usize::MAX);
+    assert!(all.into_iter().eq(model), "seed {seed}: everything");
+    assert!(engine.size_bytes() > 0);
+    assert!(
+        !dir.path().join("blobs").exists() || blobs(dir.path()) == 0,
+        "no record became a blob"
+    );
+}
+
+/// Files that sled would never sync.
+fn blobs(dir: &Path) -> usize {
+    std::fs::read_dir(dir.join("blobs")).unwrap().count()
+}
+
+fn conforms(open: Open<'_>, keeps: bool) {
+    for seed in 0..12 {
+        history(open, keeps, seed);
+    }
+}
+
+#[test]
+fn the_memory_engine_conforms() {
+    conforms(&|_| Arc::new(MemoryEngine::new()), false);
+}
+
+#[test]
+fn the_sled_engine_conforms() {
+    conforms(
+        &|dir| Arc::new(SledEngine::open(dir, 8 << 20).unwrap()),
+        true,
+    );
+}
+
+#[test]
+fn a_range_that_is_empty_or_reversed_has_no_entries() {
+    let dir = tempfile::tempdir().unwrap();
+    let engines: [Arc<dyn Engine>; 2] = [
+        Arc::new(MemoryEngine::new()),
+        Arc::new(SledEngine::open(dir.path(), 8 << 20).unwrap()),
+    ];
+    for engine in engines {
+        let write = EngineWrite {
+            key: Bytes::from_static(b"m"),
+            value: Some(Bytes::from_static(b"1")),
+        };
+        engine.apply(&[write], None).unwrap();
+        assert_eq!(walk(&*engine, b"m", b"m", Direction::Up, 9), []);
+        assert_eq!(walk(&*engine, b"z", b"a", Direction::Down, 9), []);
+        assert_eq!(engine.position().unwrap(), None);
+    }
+}
