@@ -328,15 +328,25 @@ impl Inner {
             }
         }
 
-        let mut committed = true;
-        for shard in &self.shards {
-            let (answer, answered) = oneshot::channel();
-            shard.inbox.push(Input::Settle(answer));
-            committed &= matches!(
-                tokio::time::timeout(DRAIN_COMMIT, answered).await,
-                Ok(Ok(()))
-            );
-        }
+        let settled: Vec<_> = self
+            .shards
+            .iter()
+            .map(|shard| {
+                let (answer, answered) = oneshot::channel();
+                shard.inbox.push(Input::Settle(answer));
+                answered
+            })
+            .collect();
+        let all = async {
+            let mut all = true;
+            for answered in settled {
+                all &= answered.await.is_ok();
+            }
+            all
+        };
+        let mut committed = tokio::time::timeout(DRAIN_COMMIT, all)
+            .await
+            .unwrap_or(false);
         committed &= !self.shared.failed.load(Ordering::Relaxed);
         self.stop.cancel();
         for shard in &self.shards {

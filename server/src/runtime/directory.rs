@@ -22,7 +22,7 @@ use super::settings::{KEYS_MAX, NAME_MAX_BYTES, USER_MAX_BYTES};
 use super::shard::Input;
 use super::{locked, reply};
 use crate::delivery::{AppId, CommitFailure, DeviceId};
-use crate::ports::{Batch, DeviceFilter, DeviceRecord, KeyRecord, Op, Page, ReadError, Scopes};
+use crate::ports::{Batch, DeviceFilter, DeviceRecord, KeyRecord, Op, Page, Scopes};
 use crate::telemetry::metrics as names;
 
 /// Device ids in one generation of the cache of users, an entry counting as one more: 16 MiB at worst.
@@ -455,12 +455,11 @@ impl Inner {
     }
 }
 
-/// Reads what the directory keeps in memory.
-pub(super) fn load_keys(keys: Vec<KeyRecord>) -> Result<Keys, ReadError> {
-    Ok(keys
-        .into_iter()
+/// The keys as they are kept in memory.
+pub(super) fn by_id(keys: Vec<KeyRecord>) -> Keys {
+    keys.into_iter()
         .map(|record| (record.id, Key::new(record)))
-        .collect())
+        .collect()
 }
 
 fn check_user(user: &str) -> Result<(), RuntimeError> {

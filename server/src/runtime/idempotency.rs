@@ -15,6 +15,9 @@ use super::api::{PingAnswer, PingError};
 use super::locked;
 use crate::delivery::{AppId, PingId};
 
+/// Stripes, each with its own lock: a growing map is moved in small parts, so that nobody waits for long.
+const STRIPES: usize = 16;
+
 /// The first half of the hash of a key; 128 bits do not collide by accident, nor can a publisher harm others by
 /// making them do so: keys are kept by app.
 type Short = [u8; 16];
@@ -57,7 +60,8 @@ pub(super) enum Begin {
 
 /// Keys in use and keys used.
 pub(super) struct Idempotency {
-    apps: Mutex<HashMap<AppId, Keys>>,
+    stripes: Vec<Mutex<HashMap<AppId, Keys>>>,
+    /// Of each app in one stripe.
     entries_max: usize,
     keep_ms: u64,
     entries: AtomicU64,
@@ -86,8 +90,8 @@ impl Idempotency {
     /// Remembers at most `entries_max` keys of each app for `keep_ms`.
     pub(super) fn new(entries_max: usize, keep_ms: u64) -> Idempotency {
         Idempotency {
-            apps: Mutex::default(),
-            entries_max: entries_max.max(1),
+            stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
+            entries_max: (entries_max / STRIPES).max(1),
             keep_ms,
             entries: AtomicU64::new(0),
             lost: AtomicBool::new(false),
@@ -118,7 +122,7 @@ impl Idempotency {
         now_ms: u64,
     ) -> Begin {
         let short = shorten(key_hash);
-        let mut apps = locked(&self.apps);
+        let mut apps = locked(self.stripe(short));
         let keys = apps.entry(app).or_default();
         self.forget_old(keys, now_ms);
         if let Some(done) = keys.done.get(&short) {
@@ -146,6 +150,11 @@ impl Idempotency {
         })
     }
 
+    fn stripe(&self, short: Short) -> &Mutex<HashMap<AppId, Keys>> {
+        // Hashes, so any byte spreads them evenly.
+        &self.stripes[usize::from(short[0]) % STRIPES]
+    }
+
     fn forget_old(&self, keys: &mut Keys, now_ms: u64) {
         while let Some(&(short, at_ms)) = keys.order.front() {
             let old = at_ms.saturating_add(self.keep_ms) <= now_ms;
@@ -168,7 +177,7 @@ impl Lead {
     pub(super) fn finish(mut self, answer: Result<PingAnswer, PingError>, done: Option<Done>) {
         self.finished = true;
         {
-            let mut apps = locked(&self.keys.apps);
+            let mut apps = locked(self.keys.stripe(self.short));
             let keys = apps.entry(self.app).or_default();
             keys.flights.remove(&self.short);
             if let Some(done) = done
@@ -186,7 +195,7 @@ impl Lead {
 impl Drop for Lead {
     fn drop(&mut self) {
         if !self.finished {
-            let mut apps = locked(&self.keys.apps);
+            let mut apps = locked(self.keys.stripe(self.short));
             if let Some(keys) = apps.get_mut(&self.app) {
                 keys.flights.remove(&self.short);
             }
@@ -208,6 +217,13 @@ mod tests {
 
     const APP: AppId = AppId::DEFAULT;
 
+    /// Hashes of keys in one stripe, so that the order of age is one order.
+    fn hash(n: u8) -> [u8; 32] {
+        let mut hash = [0; 32];
+        hash[1] = n;
+        hash
+    }
+
     fn lead(begin: Begin) -> Lead {
         match begin {
             Begin::Lead(lead) => lead,
@@ -227,24 +243,24 @@ mod tests {
     #[test]
     fn a_finished_key_gives_its_answer_and_refuses_another_body() {
         let keys = Arc::new(Idempotency::new(10, 1_000));
-        let one = lead(keys.begin(APP, &[1; 32], PingId([1; 16]), 0));
+        let one = lead(keys.begin(APP, &hash(1), PingId([1; 16]), 0));
         one.finish(Ok(done(1, 0).answer()), Some(done(1, 0)));
         assert!(matches!(
-            keys.begin(APP, &[1; 32], PingId([1; 16]), 5),
+            keys.begin(APP, &hash(1), PingId([1; 16]), 5),
             Begin::Known(known) if known == done(1, 0)
         ));
         assert!(matches!(
-            keys.begin(APP, &[1; 32], PingId([2; 16]), 5),
+            keys.begin(APP, &hash(1), PingId([2; 16]), 5),
             Begin::Conflict
         ));
-        lead(keys.begin(AppId(2), &[1; 32], PingId([2; 16]), 5));
+        lead(keys.begin(AppId(2), &hash(1), PingId([2; 16]), 5));
     }
 
     #[test]
     fn keys_are_bounded_by_number_and_age() {
-        let keys = Arc::new(Idempotency::new(2, 1_000));
+        let keys = Arc::new(Idempotency::new(2 * STRIPES, 1_000));
         for n in 1..=3 {
-            let one = lead(keys.begin(APP, &[n; 32], PingId([n; 16]), u64::from(n)));
+            let one = lead(keys.begin(APP, &hash(n), PingId([n; 16]), u64::from(n)));
             one.finish(
                 Ok(done(n, u64::from(n)).answer()),
                 Some(done(n, u64::from(n))),
@@ -252,28 +268,28 @@ mod tests {
         }
         assert_eq!(keys.entries(), 2);
         assert!(keys.lost());
-        drop(lead(keys.begin(APP, &[1; 32], PingId([1; 16]), 5)));
-        drop(lead(keys.begin(APP, &[3; 32], PingId([3; 16]), 1_003)));
+        drop(lead(keys.begin(APP, &hash(1), PingId([1; 16]), 5)));
+        drop(lead(keys.begin(APP, &hash(3), PingId([3; 16]), 1_003)));
         assert_eq!(keys.entries(), 0);
     }
 
     #[tokio::test]
     async fn those_who_joined_begin_again_when_the_first_goes_away() {
         let keys = Arc::new(Idempotency::new(10, 1_000));
-        let first = lead(keys.begin(APP, &[1; 32], PingId([1; 16]), 0));
-        let Begin::Join(mut answer) = keys.begin(APP, &[1; 32], PingId([1; 16]), 0) else {
+        let first = lead(keys.begin(APP, &hash(1), PingId([1; 16]), 0));
+        let Begin::Join(mut answer) = keys.begin(APP, &hash(1), PingId([1; 16]), 0) else {
             panic!("expected to join");
         };
         drop(first);
         assert!(answer.changed().await.is_err());
-        lead(keys.begin(APP, &[1; 32], PingId([1; 16]), 0));
+        lead(keys.begin(APP, &hash(1), PingId([1; 16]), 0));
     }
 
     #[test]
     fn a_failure_is_not_remembered() {
         let keys = Arc::new(Idempotency::new(10, 1_000));
-        let first = lead(keys.begin(APP, &[1; 32], PingId([1; 16]), 0));
+        let first = lead(keys.begin(APP, &hash(1), PingId([1; 16]), 0));
         first.finish(Err(PingError::MailboxFull), None);
-        lead(keys.begin(APP, &[1; 32], PingId([1; 16]), 0));
+        lead(keys.begin(APP, &hash(1), PingId([1; 16]), 0));
     }
 }

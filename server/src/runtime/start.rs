@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::background;
-use super::directory::{Users, load_keys};
+use super::directory::{Users, by_id};
 use super::handle::{App, Handle, Inner, millis};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
@@ -55,8 +55,14 @@ impl Runtime {
         entropy: Arc<dyn Entropy>,
         hash_key: HashKey,
     ) -> Result<Runtime, StartError> {
-        let apps = apps(&store, &*clock, &*entropy).await?;
-        let keys = load_keys(store.keys()?)?;
+        let from = Arc::clone(&store);
+        let read =
+            tokio::task::spawn_blocking(move || Ok::<_, ReadError>((from.apps()?, from.keys()?)));
+        let (apps, keys) = match read.await {
+            Ok(read) => read?,
+            Err(panic) => return Err(ReadError::Engine(panic.to_string()).into()),
+        };
+        let apps = with_default(apps, &store, &*clock, &*entropy).await?;
         let threads = settings.reading_threads.clamp(1, READING_THREADS_MAX);
         let run = store.stats().run;
         let started = clock.now();
@@ -101,7 +107,7 @@ impl Runtime {
                     (app.id, App { secret })
                 })
                 .collect::<HashMap<AppId, App>>(),
-            keys: ArcSwap::from_pointee(keys),
+            keys: ArcSwap::from_pointee(by_id(keys)),
             users: Users::new(),
             idempotency: Arc::new(Idempotency::new(
                 settings.idempotency_entries,
@@ -135,12 +141,12 @@ impl Runtime {
 }
 
 /// All apps; `default` is made if it is not there.
-async fn apps(
+async fn with_default(
+    mut apps: Vec<AppRecord>,
     store: &Arc<dyn Store>,
     clock: &dyn Clock,
     entropy: &dyn Entropy,
 ) -> Result<Vec<AppRecord>, StartError> {
-    let mut apps = store.apps()?;
     if apps.iter().any(|app| app.id == AppId::DEFAULT) {
         return Ok(apps);
     }
