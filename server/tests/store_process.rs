@@ -248,7 +248,6 @@ fn killed_at_random_moments(part: &str, engine: EngineKind) {
                 orders.iter().copied().eq(1..next),
                 "all of them, once, in order"
             );
-            opened.store.close();
         }
     }
     let opened = open_store(&dir, engine, 0);

@@ -385,6 +385,9 @@ struct House {
     clock: Arc<dyn Clock>,
     run: u32,
     running: Mutex<Option<Running>>,
+    /// Held until the last reader is gone, not only until [`Store::close`]: the engine's files stay open for reads. `None`
+    /// in tests on a disk of memory.
+    _lock: Option<DirLock>,
 }
 
 struct Running {
@@ -392,8 +395,6 @@ struct Running {
     applier: JoinHandle<()>,
     keeper: JoinHandle<()>,
     home: Box<dyn EngineHome + Send + Sync>,
-    /// None in tests on a disk of memory.
-    _lock: Option<DirLock>,
 }
 
 impl House {
@@ -456,8 +457,8 @@ impl House {
                 applier,
                 keeper: keeping,
                 home,
-                _lock: lock,
             })),
+            _lock: lock,
         })
     }
 

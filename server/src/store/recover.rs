@@ -16,6 +16,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -32,12 +33,20 @@ use super::write::{self, Write};
 /// Bytes of frames that are applied at a time in a replay.
 const RUN_BYTES: usize = 8 << 20;
 
+/// Why the engine that is there cannot be used.
+pub(super) enum Unusable {
+    /// It is broken, or nothing proves that it is not: it is moved aside.
+    Broken(String),
+    /// Somebody else has it open: it must not be touched.
+    Busy(String),
+}
+
 /// Where an engine lives, and how it is replaced.
 pub(super) trait EngineHome {
     /// The engine's name.
     fn name(&self) -> &'static str;
-    /// Opens the engine that is there. `None`: there is none. `Err`: there is one, but it must not be used; the text says why.
-    fn open(&self) -> Result<Option<Arc<dyn Engine>>, String>;
+    /// Opens the engine that is there. `None`: there is none.
+    fn open(&self) -> Result<Option<Arc<dyn Engine>>, Unusable>;
     /// Puts the engine that is there out of the way; answers where it is now.
     fn move_aside(&self, stamp: &str) -> io::Result<Option<String>>;
     /// An empty engine in a place of its own.
@@ -57,7 +66,7 @@ impl EngineHome for MemoryHome {
     fn name(&self) -> &'static str {
         "memory"
     }
-    fn open(&self) -> Result<Option<Arc<dyn Engine>>, String> {
+    fn open(&self) -> Result<Option<Arc<dyn Engine>>, Unusable> {
         Ok(None)
     }
     fn move_aside(&self, _stamp: &str) -> io::Result<Option<String>> {
@@ -82,6 +91,10 @@ pub(super) struct SledHome {
     dir: PathBuf,
     cache_bytes: u64,
 }
+
+/// How often, and after which wait, files that somebody else has open are tried again: 5 s in all.
+const BUSY_TRIES: u32 = 100;
+const BUSY_WAIT: Duration = Duration::from_millis(50);
 
 const SLED: &str = "sled";
 const BUILDING: &str = "sled.building";
@@ -114,24 +127,36 @@ impl EngineHome for SledHome {
         "sled"
     }
 
-    fn open(&self) -> Result<Option<Arc<dyn Engine>>, String> {
+    fn open(&self) -> Result<Option<Arc<dyn Engine>>, Unusable> {
         let dir = self.dir.join(SLED);
         if !dir.exists() {
             return Ok(None);
         }
         match (fs::read_to_string(self.dir.join(IN_USE)), Self::boot()) {
             (Ok(then), Some(now)) if then.trim() != now => {
-                return Err(
+                return Err(Unusable::Broken(
                     "the machine went down while it was in use, and its files are never synced"
                         .to_owned(),
-                );
+                ));
             }
             // Closed in order, or only the process ended.
             (Ok(_) | Err(_), _) => {}
         }
-        SledEngine::open(&dir, self.cache_bytes)
-            .map(|engine| Some(Arc::new(engine) as Arc<dyn Engine>))
-            .map_err(|error| error.to_string())
+        let mut tries = 0;
+        loop {
+            match SledEngine::open(&dir, self.cache_bytes) {
+                Ok(engine) => return Ok(Some(Arc::new(engine))),
+                Err(error) if !SledEngine::is_busy(&error) => {
+                    return Err(Unusable::Broken(error.to_string()));
+                }
+                // Threads of sled's own may hold the files for a moment after their last user is gone.
+                Err(_) if tries < BUSY_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(BUSY_WAIT);
+                }
+                Err(error) => return Err(Unusable::Busy(error.to_string())),
+            }
+        }
     }
 
     fn move_aside(&self, stamp: &str) -> io::Result<Option<String>> {
@@ -223,6 +248,7 @@ pub(super) fn recover(
 ) -> Result<Recovered, OpenError> {
     report.engine = home.name();
     let found = home.open();
+    // Before the first write to the engine, and after the look at the last note.
     home.begin()
         .map_err(OpenError::io("could not note the use of", IN_USE))?;
     let why = match found {
@@ -239,7 +265,8 @@ pub(super) fn recover(
             }
             Err(why) => Some(why),
         },
-        Err(why) => Some(why),
+        Err(Unusable::Broken(why)) => Some(why),
+        Err(Unusable::Busy(why)) => return Err(OpenError::Engine(why)),
     };
     let moved_to = home
         .move_aside(stamp)

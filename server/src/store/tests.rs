@@ -3,6 +3,7 @@
 
 mod committing;
 mod crashes;
+mod files;
 mod model;
 mod support;
 
@@ -22,20 +23,20 @@ fn what_was_committed_is_read_back_with_either_engine() {
             vec![insert(device, 1, &note), summary(device, 1, 5, 2)],
         )
         .unwrap();
+        let mut store = opened.store;
         for round in 0..2 {
-            let store = if round == 0 {
-                Arc::clone(&opened.store)
-            } else {
-                opened.store.close();
-                open_at(dir.path(), engine).store
-            };
+            if round > 0 {
+                drop(store);
+                let reopened = open_at(dir.path(), engine);
+                assert_eq!(reopened.report.rebuilt, None);
+                store = reopened.store;
+            }
             let view = store.read_mailbox(&everything(device)).unwrap();
             assert_eq!(view.rows.len(), 1);
             assert!(view.complete);
             assert_eq!(view.summary.unwrap().count, 1);
             let bodies = store.read_bodies(device, &[view.rows[0].key]).unwrap();
             assert_eq!(bodies[0].1.as_ref().unwrap().content, note.content);
-            store.close();
         }
     }
 }

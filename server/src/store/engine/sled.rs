@@ -58,6 +58,11 @@ impl SledEngine {
             dir: dir.to_owned(),
         })
     }
+
+    /// Whether an error of [`SledEngine::open`] says that the files are open elsewhere; sled has no other sign of it.
+    pub(in crate::store) fn is_busy(error: &EngineError) -> bool {
+        error.0.contains("could not acquire lock")
+    }
 }
 
 impl Engine for SledEngine {
