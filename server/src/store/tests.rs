@@ -4,6 +4,7 @@
 mod committing;
 mod crashes;
 mod files;
+mod formats;
 mod model;
 mod support;
 
