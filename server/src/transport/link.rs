@@ -564,9 +564,12 @@ impl<D: Door, P: Pipe> Link<D, P> {
             return;
         }
         if notification.expires_ms <= self.shared.door.now_ms() {
-            // It waited here, behind a pipe that was full: nothing is sent past its expiry. The device would decline it.
-            self.decline(notification.ping);
-            return;
+            // It waited here, behind a pipe that was full: nothing is sent past its expiry, and a number cannot be left out,
+            // because `ack` counts by numbers. The mailbox ends it, and the next session begins behind it.
+            return self.fail(
+                Code::SlowReader,
+                "what waited for the device expired before it could be sent",
+            );
         }
         let shared = notification
             .wire
@@ -574,7 +577,7 @@ impl<D: Door, P: Pipe> Link<D, P> {
         let Some(Ok(shared)) = shared.as_deref() else {
             warn!(ping = %notification.ping, "the stored content cannot be sent; it is declined");
             self.decline(notification.ping);
-            return;
+            return self.fail(Code::Internal, "a notification could not be sent");
         };
         let frame = shared.frame(self.pipe.codec(), seq, redelivered);
         self.pipe.queue(frame.head.as_bytes(), &frame.tail);
