@@ -64,6 +64,13 @@ mod session;
 mod state;
 mod tls;
 
+pub mod testing {
+    //! The pure parts of the client, for the simulator: the window of ids without its file, and when to come back.
+
+    pub use crate::reconnect::Backoff;
+    pub use crate::state::{Given, Memory, Record};
+}
+
 pub mod raw {
     //! Links without a session: for tests that misbehave on purpose, for load generators, and for those who drive the session
     //! machine of `bellwire-protocol` by themselves.

@@ -12,14 +12,14 @@ pub(crate) const STABLE_MS: u64 = 60_000;
 
 /// Counts failures in a row.
 #[derive(Debug, Default)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     failures: u32,
 }
 
 impl Backoff {
     /// What to wait after a session that stood for `stood_ms` (`None`: there was none). `up_to(max)` answers a random number
     /// of `0..=max`. `None`: do not come back.
-    pub(crate) fn wait(
+    pub fn wait(
         &mut self,
         when: ReconnectWhen,
         stood_ms: Option<u64>,

@@ -16,8 +16,8 @@ mod window;
 pub(crate) use files::make_directory;
 pub(crate) use lock::Lock;
 pub(crate) use networks::Networks;
-pub use window::WINDOW_IDS;
-pub(crate) use window::{Given, Journal, Memory, Opened, Record};
+pub use window::{Given, Memory, Record, WINDOW_IDS};
+pub(crate) use window::{Journal, Opened};
 
 use std::path::PathBuf;
 

@@ -52,7 +52,7 @@ const _: () = {
 
 /// The verdict that was given, with the reason that a repeat of a decline needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Given {
+pub enum Given {
     /// The app has it.
     Acknowledged,
     /// It could not be used, and why.
@@ -61,7 +61,7 @@ pub(crate) enum Given {
 
 impl Given {
     /// A decline with its reason cut to what a frame may carry.
-    pub(crate) fn declined(reason: &str) -> Self {
+    pub fn declined(reason: &str) -> Self {
         Self::Declined(reason[..reason.floor_char_boundary(REASON_BYTES_MAX)].into())
     }
 
@@ -75,7 +75,7 @@ impl Given {
 
 /// What the file holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Record {
+pub enum Record {
     /// This verdict was given.
     Given(Id, Given),
     /// The server surely has every verdict before this record.
@@ -84,7 +84,7 @@ pub(crate) enum Record {
 
 /// The window in memory: pure, bounded by [`WINDOW_IDS`].
 #[derive(Debug, Default)]
-pub(crate) struct Memory {
+pub struct Memory {
     order: VecDeque<Id>,
     entries: HashMap<Id, Entry>,
     unsaved: Vec<Id>,
@@ -103,7 +103,7 @@ struct Entry {
 
 impl Memory {
     /// What the file told, oldest first.
-    fn from_records(records: Vec<Record>) -> Self {
+    pub fn from_records(records: Vec<Record>) -> Self {
         let mut memory = Self::default();
         for record in records {
             match record {
@@ -116,19 +116,19 @@ impl Memory {
     }
 
     /// The verdict that was given for `id`, if it is remembered.
-    pub(crate) fn given(&self, id: &Id) -> Option<&Given> {
+    pub fn given(&self, id: &Id) -> Option<&Given> {
         self.entries.get(id).map(|entry| &entry.given)
     }
 
     /// Whether `id` was acknowledged and the disk knows it: then the server may be told at once.
-    pub(crate) fn is_acknowledged_safely(&self, id: &Id) -> bool {
+    pub fn is_acknowledged_safely(&self, id: &Id) -> bool {
         self.entries
             .get(id)
             .is_some_and(|entry| entry.saved && entry.given == Given::Acknowledged)
     }
 
     /// Remembers a verdict; it still has to be saved. The first one for an id stays.
-    pub(crate) fn remember(&mut self, id: Id, given: Given) {
+    pub fn remember(&mut self, id: Id, given: Given) {
         if self.entries.contains_key(&id) {
             return;
         }
@@ -151,7 +151,7 @@ impl Memory {
     }
 
     /// The records that are not on disk yet, oldest first.
-    pub(crate) fn unsaved(&self) -> Vec<Record> {
+    pub fn unsaved(&self) -> Vec<Record> {
         self.unsaved
             .iter()
             .filter_map(|id| self.record(id))
@@ -159,7 +159,7 @@ impl Memory {
     }
 
     /// Everything that a new file must hold, oldest first.
-    pub(crate) fn all(&self) -> Vec<Record> {
+    pub fn all(&self) -> Vec<Record> {
         let mut records = Vec::with_capacity(self.order.len() + 1);
         let mut marked = self.confirmed == 0;
         for id in &self.order {
@@ -185,7 +185,7 @@ impl Memory {
     }
 
     /// Everything remembered so far is on disk.
-    pub(crate) fn saved(&mut self) {
+    pub fn saved(&mut self) {
         for id in self.unsaved.drain(..) {
             if let Some(entry) = self.entries.get_mut(&id) {
                 entry.saved = true;
@@ -194,17 +194,17 @@ impl Memory {
     }
 
     /// A mark behind the newest verdict, for [`confirm`](Self::confirm).
-    pub(crate) fn mark(&self) -> u64 {
+    pub fn mark(&self) -> u64 {
         self.next
     }
 
     /// The server surely has every verdict before `mark`.
-    pub(crate) fn confirm(&mut self, mark: u64) {
+    pub fn confirm(&mut self, mark: u64) {
         self.confirmed = self.confirmed.max(mark);
     }
 
     /// For `hello`: the newest verdicts that are on disk and may not have reached the server, oldest first.
-    pub(crate) fn seen(&self) -> Vec<Seen> {
+    pub fn seen(&self) -> Vec<Seen> {
         let newest = self
             .order
             .iter()

@@ -59,6 +59,18 @@ impl Reader {
         self.look().mailbox(request, chores)
     }
 
+    /// How many keys there are of each kind, by their first letter.
+    pub(super) fn census(&self) -> Result<BTreeMap<char, u64>, ReadError> {
+        let mut census = BTreeMap::new();
+        let (from, to) = (Key::from_slice(&[0]), Key::from_slice(&[u8::MAX]));
+        self.look().each(&from, &to, Direction::Up, &mut |key, _| {
+            let kind = key.first().map_or('?', |&kind| char::from(kind));
+            *census.entry(kind).or_insert(0) += 1;
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(census)
+    }
+
     pub(super) fn bodies(
         &self,
         device: DeviceId,

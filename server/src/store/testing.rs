@@ -127,6 +127,8 @@ struct Platter {
     fail_write_in: Option<u64>,
     /// Counts down to a sync that fails.
     fail_sync_in: Option<u64>,
+    /// Counts down to a sync that is not done any more, because the power goes.
+    cut_sync_in: Option<u64>,
     /// Bytes that fit; `None`: any number.
     capacity: Option<u64>,
     syncs: u64,
@@ -233,6 +235,7 @@ impl MemoryDisk {
         platter.forget_nameless();
         platter.fail_write_in = None;
         platter.fail_sync_in = None;
+        platter.cut_sync_in = None;
         platter.age += 1;
     }
 
@@ -250,6 +253,12 @@ impl MemoryDisk {
     /// succeeds and does not bring it back.
     pub fn fail_sync_in(&self, syncs: u64) {
         self.lock().fail_sync_in = Some(syncs);
+    }
+
+    /// The sync after `syncs` more is not done any more, because the power goes: what it was to make safe may be found, in
+    /// part or in whole, after the [crash](MemoryDisk::crash) that must follow.
+    pub fn cut_sync_in(&self, syncs: u64) {
+        self.lock().cut_sync_in = Some(syncs);
     }
 
     /// Limits what fits on the disk, bytes; `None`: no limit.
@@ -506,6 +515,9 @@ impl DiskFile for MemoryFile {
 
     fn sync(&self) -> io::Result<()> {
         self.with(|platter, id| {
+            if countdown(&mut platter.cut_sync_in) {
+                return Err(broken("sync before the power went"));
+            }
             platter.syncs += 1;
             let fails = countdown(&mut platter.fail_sync_in);
             let file = platter.file(id)?;
@@ -666,6 +678,16 @@ impl SyncStore {
                 | SnapshotError::Interrupted,
             ) => false,
         }
+    }
+
+    /// How many keys there are of each kind, by their first letter (the table atop `keys.rs`): for those who look for what
+    /// was left behind.
+    ///
+    /// # Errors
+    ///
+    /// If the engine cannot be read.
+    pub fn census(&self) -> Result<BTreeMap<char, u64>, ReadError> {
+        self.reading(|reader, _| reader.census())
     }
 
     /// Looks at the free room, as the server does once a second.
