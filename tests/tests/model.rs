@@ -2,7 +2,13 @@
 
 use bellwire_tests::model::{history, storm};
 
+/// How many histories are played; `BELLWIRE_MODEL_SEEDS` says otherwise.
+fn seeds() -> u64 {
+    let said = std::env::var("BELLWIRE_MODEL_SEEDS").ok();
+    said.and_then(|seeds| seeds.parse().ok()).unwrap_or(20_000)
+}
+
 #[test]
 fn whatever_is_late_fails_or_dies_no_promise_is_broken() {
-    history::check(0..20_000, storm::make, storm::play);
+    history::check(0..seeds(), storm::make, storm::play);
 }

@@ -93,7 +93,13 @@ impl Faults {
         let (revokes, wipe, zero, short) = (on(0.3), on(0.1), on(0.2), on(0.3));
         let (shared, retries, declines, picky) = (on(0.4), on(0.5), on(0.2), on(0.15));
         let (defer, lag, snapshots) = (on(0.6), on(0.4), on(0.2));
-        let mut up_to = |is_on: bool, most: u32| if is_on { random.random_range(1..=most) } else { 0 };
+        let mut up_to = |is_on: bool, most: u32| {
+            if is_on {
+                random.random_range(1..=most)
+            } else {
+                0
+            }
+        };
         let (server_kills, power_cuts) = (up_to(kills, 3), up_to(cuts, 3));
         let (client_kills, link_cuts, half_opens) =
             (up_to(clients, 4), up_to(links, 6), up_to(halves, 2));
@@ -120,10 +126,22 @@ impl Faults {
             clock_jump_s: if jump { 20 } else { 0 },
             bursts: share(bursts, 0.3),
             collapse: share(collapse, 0.5),
-            mailbox: if tiny { random.random_range(1..=5) } else { 1_000 },
-            mailbox_bytes: if tiny_bytes { random.random_range(60..=300) } else { 1 << 20 },
+            mailbox: if tiny {
+                random.random_range(1..=5)
+            } else {
+                1_000
+            },
+            mailbox_bytes: if tiny_bytes {
+                random.random_range(60..=300)
+            } else {
+                1 << 20
+            },
             refuse,
-            window: if tiny_window { random.random_range(1..=3) } else { 32 },
+            window: if tiny_window {
+                random.random_range(1..=3)
+            } else {
+                32
+            },
             revokes: share(revokes, 0.2),
             wipe,
             ttl_zero: share(zero, 0.2),

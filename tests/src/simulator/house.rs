@@ -5,9 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use bellwire_protocol::{FrameReader, ServerSession};
-use bellwire_server::delivery::{
-    Disk, Event, Mono, Now, PingId, Policy, SessionId, Shard, Ticket,
-};
+use bellwire_server::delivery::{Disk, Event, Mono, Now, PingId, Policy, SessionId, Shard, Ticket};
 use bellwire_server::ports::{ExpiryCursor, Grant, SourceId};
 
 /// A shard and its dealings with the committer.
@@ -30,9 +28,14 @@ pub(super) struct Link {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Ask {
     /// Which of the publisher's pings, for which device.
-    Ping { ping: PingId, device: usize },
+    Ping {
+        ping: PingId,
+        device: usize,
+    },
     Revoke,
-    Wipe { device: usize },
+    Wipe {
+        device: usize,
+    },
 }
 
 /// Grants of the committer, in order: which shard, what.
@@ -77,8 +80,14 @@ impl House {
 
     /// When something is due, microseconds of the simulation.
     pub(super) fn next_deadline_us(&self) -> Option<u64> {
-        let shards = self.desks.iter().filter_map(|desk| desk.core.next_deadline());
-        let links = self.links.values().filter_map(|link| link.session.deadline_ms());
+        let shards = self
+            .desks
+            .iter()
+            .filter_map(|desk| desk.core.next_deadline());
+        let links = self
+            .links
+            .values()
+            .filter_map(|link| link.session.deadline_ms());
         shards
             .map(|at| self.started_us + at.0)
             .chain(links.map(|ms| ms * 1_000))

@@ -60,7 +60,10 @@ pub(super) struct Ledger {
 }
 
 pub(super) fn short(ping: PingId) -> String {
-    format!("p{}", u32::from_be_bytes([ping.0[0], ping.0[1], ping.0[2], ping.0[3]]))
+    format!(
+        "p{}",
+        u32::from_be_bytes([ping.0[0], ping.0[1], ping.0[2], ping.0[3]])
+    )
 }
 
 impl Ledger {
@@ -123,7 +126,10 @@ impl Ledger {
         pair.ended.push((outcome, stored));
         let what = format!("{} on d{device}", short(ping));
         let objection = if pair.ended.len() as u32 > pair.attempts {
-            Some(format!("{what} ended more often than it was asked for: {:?}", pair.ended))
+            Some(format!(
+                "{what} ended more often than it was asked for: {:?}",
+                pair.ended
+            ))
         } else {
             let legal = match outcome {
                 Outcome::Acknowledged => pair.calls > 0,
@@ -186,7 +192,9 @@ impl Ledger {
                 && pair.attempts == 1
                 && stored != Some(told)
             {
-                objections.push(format!("{what} was told as {told:?}, the store says {word:?}"));
+                objections.push(format!(
+                    "{what} was told as {told:?}, the store says {word:?}"
+                ));
             }
             if waits && announced.is_some() && pair.attempts == 1 {
                 objections.push(format!("{what} ended as {announced:?}, and waits"));

@@ -97,7 +97,9 @@ pub fn check(seeds: u64) -> (u64, Report) {
         let why = run(seed, Sabotage::None, false).err();
         panic!(
             "seed {seed}: {}\nreplay it with BELLWIRE_SIM_SEED={seed}",
-            why.unwrap_or_else(|| "it only failed once: the run does not depend on its seed alone".to_owned())
+            why.unwrap_or_else(
+                || "it only failed once: the run does not depend on its seed alone".to_owned()
+            )
         );
     }
     let mut sum = Report::default();

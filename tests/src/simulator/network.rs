@@ -140,13 +140,7 @@ impl Conn {
     }
 
     /// Ends one way, behind what is on it.
-    pub(super) fn end(
-        &mut self,
-        way: Way,
-        piece: Piece,
-        now_us: u64,
-        random: &mut StdRng,
-    ) -> u64 {
+    pub(super) fn end(&mut self, way: Way, piece: Piece, now_us: u64, random: &mut StdRng) -> u64 {
         self.put(way, piece, now_us, random)
     }
 
