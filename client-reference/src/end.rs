@@ -50,7 +50,7 @@ pub enum Disconnect {
         detail: String,
     },
     /// The app wanted it.
-    #[error("left")]
+    #[error("left in good order")]
     Left,
 }
 

@@ -143,14 +143,16 @@ impl ConnectError {
 
     /// The error behind a failed TLS handshake, from the text of the verifier.
     pub(crate) fn handshake(carrier: Carrier, host: &str, detail: String) -> Self {
-        match detail.contains("invalid peer certificate") {
-            true => Self::Certificate {
-                host: host.to_owned(),
-                detail,
+        let host = host.to_owned();
+        // The carriers put different words around the verifier's; with its own alone, two carriers say the same thing once.
+        match detail.find("invalid peer certificate") {
+            Some(at) => Self::Certificate {
+                host,
+                detail: detail[at..].to_owned(),
             },
-            false => Self::Handshake {
+            None => Self::Handshake {
                 carrier,
-                host: host.to_owned(),
+                host,
                 detail,
             },
         }

@@ -25,7 +25,11 @@ pub(crate) fn run(arguments: Listen) -> Result<Exit, Setup> {
 async fn listen(arguments: Listen) -> Result<Exit, Setup> {
     let credentials = arguments.identity()?;
     let state_dir = arguments.state_dir(credentials.device);
-    let printer = Arc::new(Printer::new(arguments.json, arguments.quiet));
+    let printer = Arc::new(Printer::new(
+        arguments.json,
+        arguments.quiet,
+        arguments.fail_fast,
+    ));
     let (ends, mut end) = mpsc::channel(REASONS_MAX);
 
     let mut builder = Client::builder()

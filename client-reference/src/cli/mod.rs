@@ -64,7 +64,7 @@ Exit codes:
 
 /// Receives notifications from a Bellwire server, like a device does.
 #[derive(Debug, Parser)]
-#[command(name = "bellwire-device", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "bellwire-device", version, after_help = EXAMPLES, max_term_width = 120)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -86,6 +86,7 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("identity").required(true).args(["credentials", "device"]))]
 pub(crate) struct Listen {
     /// The server: host:port, bellwire://host:port, or wss://host:port/v1/link for WebSocket alone. The port is 4433 when it
     /// is left out.
@@ -98,16 +99,11 @@ pub(crate) struct Listen {
     ca: Option<PathBuf>,
 
     /// JSON file with `device` and `secret`, as POST /v1/devices answers and `bellwire device add --out` writes.
-    #[arg(long, env = "BELLWIRE_CREDENTIALS", value_name = "FILE", conflicts_with_all = ["device", "secret_file"])]
+    #[arg(long, env = "BELLWIRE_CREDENTIALS", value_name = "FILE")]
     credentials: Option<PathBuf>,
 
     /// The device's id; the secret comes from --secret-file or the environment variable BELLWIRE_DEVICE_SECRET.
-    #[arg(
-        long,
-        env = "BELLWIRE_DEVICE",
-        value_name = "ID",
-        required_unless_present = "credentials"
-    )]
+    #[arg(long, env = "BELLWIRE_DEVICE", value_name = "ID")]
     device: Option<String>,
 
     /// File that holds the device's secret and nothing else. `-` reads it from standard input.

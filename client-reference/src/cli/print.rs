@@ -14,6 +14,8 @@ const SHOWN_MAX_CHARS: usize = 200;
 pub(crate) struct Printer {
     json: bool,
     quiet: bool,
+    /// There is no next try to announce.
+    fail_fast: bool,
     colour: bool,
 }
 
@@ -25,11 +27,12 @@ struct Line<'a> {
 }
 
 impl Printer {
-    pub(crate) fn new(json: bool, quiet: bool) -> Self {
+    pub(crate) fn new(json: bool, quiet: bool, fail_fast: bool) -> Self {
         let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         Self {
             json,
             quiet,
+            fail_fast,
             colour: colour && !json,
         }
     }
@@ -56,7 +59,7 @@ impl Printer {
                 None => Ok(()),
             };
         }
-        if let Some(text) = event_text(event) {
+        if let Some(text) = event_text(event, self.fail_fast) {
             // Trouble with standard error is no reason to end.
             let mut out = io::stderr().lock();
             for line in text.lines() {
@@ -166,7 +169,7 @@ fn harmless(character: char) -> char {
     }
 }
 
-fn event_text(event: &Event) -> Option<String> {
+fn event_text(event: &Event, fail_fast: bool) -> Option<String> {
     Some(match event {
         Event::Connected { carrier, codec, session, pending, .. } => {
             let codec = codec.name();
@@ -178,7 +181,7 @@ fn event_text(event: &Event) -> Option<String> {
             if !advice.is_empty() {
                 let _ = write!(text, "\n  {advice}");
             }
-            if let Some(wait) = retry_in {
+            if let (Some(wait), false) = (retry_in, fail_fast) {
                 let _ = write!(text, "\n  trying again in {:.1} s", wait.as_secs_f64());
             }
             text

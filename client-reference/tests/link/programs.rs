@@ -147,9 +147,25 @@ impl Program {
         }
     }
 
-    /// As if the power went: nothing is said or saved any more.
-    async fn kill(mut self) {
+    /// SIGKILL: nothing is said or saved any more.
+    async fn kill(self) {
+        self.kill_and_read().await;
+    }
+
+    /// The same; answers with the ids of the notifications that it had printed by then.
+    async fn kill_and_read(mut self) -> Vec<String> {
         self.child.kill().await.unwrap();
+        let mut ids = Vec::new();
+        while let Ok(Some(line)) = self.lines.next_line().await {
+            // The last line may be cut.
+            let Ok(value) = serde_json::from_str::<Value>(&line) else {
+                break;
+            };
+            if value["event"] == "notification" {
+                ids.push(value["id"].as_str().unwrap().to_owned());
+            }
+        }
+        ids
     }
 }
 
@@ -366,4 +382,90 @@ async fn a_line_for_people_is_plain_without_a_terminal() {
     let about = String::from_utf8(output.stderr).unwrap();
     assert!(about.starts_with("connected over "), "{about}");
     assert!(!about.contains('\u{1b}'), "{about}");
+}
+
+/// Rounds of kill and restart for each program; each one adds notifications and repeats what has no verdict.
+const KILLS: usize = 6;
+
+#[tokio::test]
+async fn what_was_acknowledged_was_printed_and_is_never_printed_again_however_often_it_is_killed() {
+    for which in BOTH {
+        let mut world = World::new().await;
+        let ids: Vec<_> = (0..100).map(id).collect();
+        let number = |text: &str| ids.iter().position(|id| id.to_string() == text).unwrap() as u64;
+        let mut without_verdict: Vec<u64> = Vec::new();
+        let mut printed: Vec<u64> = Vec::new();
+        for round in 0..=KILLS {
+            let last = round == KILLS;
+            // A killed process closes its TCP connection; on UDP nobody would know.
+            let more: &[&str] = match which {
+                Which::Rust => &["--window", "128", "--carrier", "websocket"],
+                Which::Python => &["--window", "128"],
+            };
+            let mut program = world.start(which, more);
+            let mut peer = world.server.accept().await;
+            let hello = peer.welcome().await;
+            let seen: Vec<_> = hello
+                .seen
+                .iter()
+                .map(|seen| number(&seen.id.to_string()))
+                .collect();
+            for acknowledged in &seen {
+                assert!(
+                    printed.contains(acknowledged),
+                    "{which:?}: {acknowledged} was acknowledged, not printed"
+                );
+            }
+            // This server overlooks `seen`, so that the window has to answer.
+            let first = round as u64 * 10;
+            without_verdict.extend(first..first + if last { 0 } else { 10 });
+            let sent = without_verdict.clone();
+            peer.say(
+                sent.iter()
+                    .enumerate()
+                    .map(|(place, number)| notify(place as u64 + 1, *number)),
+            )
+            .await;
+            // Another place in the batch each time, and the rest of what it manages to do races the kill.
+            let mut lines = Vec::new();
+            for _ in 0..if last { 0 } else { round + 1 } {
+                lines.push(number(
+                    program.event("notification").await["id"].as_str().unwrap(),
+                ));
+            }
+            if last && !sent.is_empty() {
+                peer.acknowledged_up_to(sent.len() as u64).await;
+                without_verdict.clear();
+            }
+            lines.extend(program.kill_and_read().await.iter().map(|id| number(id)));
+            for line in &lines {
+                let fresh = sent.contains(line) && !seen.contains(line);
+                assert!(
+                    fresh,
+                    "{which:?}: {line} was printed again after its verdict"
+                );
+            }
+            while let Ok(frame) = peer.hear().await {
+                let DeviceFrame::Ack(bellwire_protocol::Ack::UpTo(up_to)) = frame else {
+                    continue;
+                };
+                for acknowledged in &sent[..up_to as usize] {
+                    without_verdict.retain(|waiting| waiting != acknowledged);
+                    let known = printed.contains(acknowledged) || lines.contains(acknowledged);
+                    assert!(
+                        known,
+                        "{which:?}: {acknowledged} was acknowledged, not printed"
+                    );
+                }
+            }
+            printed.extend(lines);
+        }
+        assert!(without_verdict.is_empty());
+        let distinct: std::collections::BTreeSet<_> = printed.iter().copied().collect();
+        assert_eq!(
+            distinct,
+            (0..KILLS as u64 * 10).collect(),
+            "{which:?}: nothing is missing"
+        );
+    }
 }
