@@ -4,9 +4,11 @@ use bellwire_server::delivery::{AppId, OverflowRule};
 use bellwire_server::ports::Scopes;
 use bellwire_server::runtime::RuntimeSettings;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::store::Mode;
-use crate::support::{OTHER_APP, Setup, raw, send, start, start_with};
+use crate::support::{OTHER_APP, PATIENCE, Setup, parse, raw, send, start, start_with};
 
 const NOBODY: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaa";
 
@@ -192,6 +194,8 @@ async fn a_body_must_say_it_is_json_and_fit() {
     );
     let reply = server.ask("POST", "/v1/pings", &large).await;
     assert_eq!(reply.problem(), "413 body_too_large");
+    // More than all buffers on the way hold, so that writing only ends if the server reads on.
+    let large = "x".repeat(7 << 20);
     let mut chunked = format!(
         "POST /v1/pings HTTP/1.1\r\nhost: test\r\nauthorization: {bearer}\r\n\
          content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n",
@@ -200,7 +204,15 @@ async fn a_body_must_say_it_is_json_and_fit() {
     .into_bytes();
     chunked.extend_from_slice(large.as_bytes());
     chunked.extend_from_slice(b"\r\n0\r\n\r\n");
-    let reply = raw(server.api, &chunked).await;
+    let mut stream = TcpStream::connect(server.api).await.unwrap();
+    let exchange = async {
+        stream.write_all(&chunked).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        answer
+    };
+    let answer = tokio::time::timeout(PATIENCE, exchange).await.unwrap();
+    let reply = parse(&answer);
     assert_eq!(reply.problem(), "413 body_too_large");
     assert_eq!(reply.header("connection"), Some("close"));
     server.stop().await;
