@@ -281,3 +281,51 @@ struct ToSchemaBody {
     #[schema(nullable = false, min_items = 1, max_items = 1000)]
     devices: Option<Vec<String>>,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use utoipa::PartialSchema;
+
+    use super::super::{devices, keys};
+    use super::*;
+
+    /// The members of a schema and those of its reader.
+    fn members<S: PartialSchema, M: Members>() -> (BTreeSet<String>, BTreeSet<String>) {
+        let schema = serde_json::to_value(S::schema()).unwrap_or_default();
+        let described = schema["properties"].as_object().into_iter();
+        (
+            described
+                .flat_map(|members| members.keys().cloned())
+                .collect(),
+            M::NAMES.iter().map(|name| (*name).to_owned()).collect(),
+        )
+    }
+
+    #[test]
+    fn the_document_describes_the_members_that_are_read() {
+        let (described, read) = members::<PingSchema, Ping>();
+        assert_eq!(described, read);
+        let (described, mut read) = members::<ToSchemaBody, To>();
+        // Read only to say that they are not available.
+        assert!(read.remove("topic") && read.remove("everyone"));
+        assert_eq!(described, read);
+        let (described, read) = members::<devices::NewDevice, devices::NewDevice>();
+        assert_eq!(described, read);
+        let (described, read) = members::<keys::NewKey, keys::NewKey>();
+        assert_eq!(described, read);
+    }
+
+    #[test]
+    fn every_member_that_is_known_has_a_reader() {
+        for name in Ping::NAMES {
+            let told = read(format!("{{\"{name}\": null, \"to\": {{}}}}").as_bytes());
+            assert!(told.is_err_and(|problem| problem.code() == Code::Malformed));
+        }
+        for name in To::NAMES {
+            let told = read(format!("{{\"to\": {{\"{name}\": null}}}}").as_bytes());
+            assert!(told.is_err_and(|problem| problem.code() != Code::Internal));
+        }
+    }
+}
