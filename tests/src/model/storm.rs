@@ -34,7 +34,7 @@ pub(super) struct Temper {
     repeat: f64,
     short_lives: f64,
     window: u16,
-    len: usize,
+    pub(super) len: usize,
 }
 
 impl Temper {
@@ -69,6 +69,19 @@ impl Temper {
             short_lives: if random.random_bool(0.4) { 0.4 } else { 0.0 },
             window: if random.random_bool(0.5) { 3 } else { 8 },
             len: random.random_range(10..=60),
+        }
+    }
+
+    /// Everything in its turn: what a naive model can say beforehand.
+    pub(super) fn calm(random: &mut StdRng) -> Temper {
+        Temper {
+            frame: 0,
+            no_room: 0,
+            fail: 0,
+            disk: 0,
+            reads: 0,
+            rot: 0,
+            ..Temper::storm(random)
         }
     }
 }
