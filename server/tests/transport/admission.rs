@@ -111,8 +111,8 @@ async fn quic_asks_for_proof_of_address_under_load_and_then_counts() {
         let (endpoint, network) = (endpoint(quic_tls(ALPN)), Network::to(server).await);
         let connecting = endpoint.connect(network.near(), "localhost").unwrap();
         held.push(connecting.await.unwrap());
-        // From a quarter of the places on, a round trip more.
-        assert_eq!(network.retries(), usize::from(number > 2));
+        // From a quarter of the places on, a round trip more; a hello in two packets may be asked twice.
+        assert_eq!(network.retries() > 0, number > 2);
     }
     let refused = endpoint(quic_tls(ALPN))
         .connect(server, "localhost")
