@@ -1,6 +1,7 @@
 //! The store as its callers see it: promises, crashes, broken disks, lost engines.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod applying;
 mod committing;
 mod crashes;
 mod files;
