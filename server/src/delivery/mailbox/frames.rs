@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Asked, Context, Departure, Insert, Known, Mailbox, READ_RETRY, Row, Stage};
 use crate::delivery::event::{
-    Change, CommitFailure, Effect, Event, MailboxView, Notice, Outcome, Refusal, Rejection,
+    Change, CommitFailure, Disk, Effect, Event, MailboxView, Notice, Outcome, Refusal, Rejection,
 };
 use crate::delivery::ids::DeviceId;
 
@@ -331,15 +331,16 @@ impl Mailbox {
             self.summary.count = self.summary.count.saturating_sub(1);
             self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(size));
             departure.insert = Insert::Never;
-            match failure {
-                // Perhaps it is on disk, and comes back after the restart: no outcome can be told.
-                CommitFailure::Failed => {
-                    for ticket in departure.tickets {
-                        cx.reject(ticket, departure.meta.ping, Rejection::StoreFailed);
-                    }
+            if failure == CommitFailure::Failed || cx.disk == Disk::Failed {
+                // Perhaps it is on disk, and comes back after the restart: no outcome can be told. Whoever waited when the
+                // disk failed was told already.
+                for ticket in departure.tickets {
+                    cx.reject(ticket, departure.meta.ping, Rejection::StoreFailed);
                 }
-                CommitFailure::NoRoom if alone => self.departures.push(departure),
-                CommitFailure::NoRoom => self.announce(departure, cx),
+            } else if alone {
+                self.departures.push(departure);
+            } else {
+                self.announce(departure, cx);
             }
         }
     }
