@@ -121,6 +121,10 @@ impl Mailbox {
                 continue;
             }
             let Some(notification) = self.rows[index].body.clone() else {
+                if self.rows[index].stage == Stage::Sealed {
+                    // It came back while it is being written: it can be read when that is done.
+                    return;
+                }
                 return self.fetch(index, cx);
             };
             let Some(session) = self.session.as_mut() else {
@@ -177,7 +181,7 @@ impl Mailbox {
             .range(from..)
             .filter(|row| row.meta.key.urgency >= session.min_urgency && !row.in_flight)
             .take(places)
-            .filter(|row| row.body.is_none())
+            .filter(|row| row.body.is_none() && row.stage == Stage::Stored)
             .map(|row| row.meta.key)
             .collect();
         self.fetching = true;
