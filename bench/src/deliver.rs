@@ -412,11 +412,16 @@ impl Sender {
                 break;
             }
             if let Some(rate) = self.rate {
-                // Due times are the clock's; a connection that is late posts at once, and the ping counts from when it
-                // was due, because a backend would have waited so long (coordinated omission).
+                // Due times are the clock's. A connection that comes late, because its last answer did, posts at once, and
+                // the ping counts from when it was due: a backend would have waited so long (coordinated omission). Waking
+                // up a little after the due time is this program's fault and does not count.
                 let due = ledger.start + due(number, rate);
-                sleep_until(due.into()).await;
-                ledger.posted[number].store(ledger.since_start(due), Ordering::Relaxed);
+                let late = Instant::now() >= due;
+                if !late {
+                    sleep_until(due.into()).await;
+                }
+                let from = if late { due } else { Instant::now() };
+                ledger.posted[number].store(ledger.since_start(from), Ordering::Relaxed);
             } else {
                 ledger.posted[number].store(ledger.now(), Ordering::Relaxed);
             }
