@@ -29,6 +29,9 @@ use crate::failure::{During, Failure, Outcome};
 /// How long the child may take to listen.
 const START_MAX: Duration = Duration::from_secs(30);
 
+/// How long the child may take to end after its input has.
+const STOP_MAX: Duration = Duration::from_secs(10);
+
 /// Most bytes that it reads of a frame; a device that is idle says next to nothing.
 const FRAME_MAX_BYTES: usize = 16 * 1024;
 
@@ -117,8 +120,11 @@ impl Floor {
     }
 
     pub(crate) async fn stop(mut self) {
-        // It ends when its input does; killing makes sure.
-        let _ = self.child.kill().await;
+        drop(self.child.stdin.take());
+        if timeout(STOP_MAX, self.child.wait()).await.is_err() {
+            // Dropping would kill it as well; here it is waited for.
+            let _ = self.child.kill().await;
+        }
     }
 }
 
