@@ -243,6 +243,8 @@ fn quic(mut tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0)
         .mtu_discovery_config(None)
+        // With it a connection keeps a buffer for ten packets for good.
+        .enable_segmentation_offload(false)
         .crypto_buffer_size(CRYPTO_BUFFER_BYTES);
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config.transport_config(Arc::new(transport));

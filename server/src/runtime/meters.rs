@@ -32,6 +32,33 @@ impl AppMeters {
     }
 }
 
+/// The words for what the core notices, in the order of their declaration.
+const NOTICES: [(Notice, &str); 6] = [
+    (Notice::UnknownVerdict, "unknown_verdict"),
+    (Notice::DuplicateDevice, "duplicate_device"),
+    (Notice::UnreadableBody, "unreadable_body"),
+    (Notice::CollapseRepaired, "collapse_repaired"),
+    (Notice::Deferred, "deferred"),
+    (Notice::DeferralWon, "deferral_won"),
+];
+
+// One that is added must be listed, and in its place.
+const _: () = {
+    let mut place = 0;
+    while place < NOTICES.len() {
+        assert!(NOTICES[place].0 as usize == place);
+        place += 1;
+    }
+    match Notice::UnknownVerdict {
+        Notice::UnknownVerdict
+        | Notice::DuplicateDevice
+        | Notice::UnreadableBody
+        | Notice::CollapseRepaired
+        | Notice::Deferred
+        | Notice::DeferralWon => {}
+    }
+};
+
 /// All of them.
 pub(super) struct Meters {
     apps: ArcSwap<HashMap<AppId, AppMeters>>,
@@ -46,6 +73,8 @@ pub(super) struct Meters {
     pub(super) commit_failed: Counter,
     pub(super) drained: Counter,
     pub(super) revocations: Counter,
+    /// Every deferred notification counts here, so they are made once; the position is the discriminant.
+    notices: [Counter; NOTICES.len()],
     sessions: [Gauge; 2],
     attaches: [Counter; 2],
     connected: [AtomicU64; 2],
@@ -67,6 +96,7 @@ impl Meters {
             commit_failed: counter!(names::COMMIT_FAILURES_TOTAL, "reason" => "failed"),
             drained: counter!(names::SESSION_CLOSES_TOTAL, "reason" => "drain"),
             revocations: counter!(names::REVOCATIONS_TOTAL),
+            notices: NOTICES.map(|(_, name)| counter!(names::NOTICES_TOTAL, "notice" => name)),
             sessions: carriers.map(|carrier| gauge!(names::SESSIONS, "carrier" => carrier)),
             attaches: carriers.map(|carrier| counter!(names::ATTACHES_TOTAL, "carrier" => carrier)),
             connected: [AtomicU64::new(0), AtomicU64::new(0)],
@@ -133,15 +163,7 @@ impl Meters {
     }
 
     pub(super) fn noticed(&self, notice: Notice) {
-        let notice = match notice {
-            Notice::UnknownVerdict => "unknown_verdict",
-            Notice::DuplicateDevice => "duplicate_device",
-            Notice::UnreadableBody => "unreadable_body",
-            Notice::CollapseRepaired => "collapse_repaired",
-            Notice::Deferred => "deferred",
-            Notice::DeferralWon => "deferral_won",
-        };
-        counter!(names::NOTICES_TOTAL, "notice" => notice).increment(1);
+        self.notices[notice as usize].increment(1);
     }
 
     pub(super) fn attached(&self, carrier: Carrier) {
