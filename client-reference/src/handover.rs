@@ -228,11 +228,9 @@ impl Handover {
         }
         if self.clock.now_ms() >= waiting.expires_at_ms {
             self.events.tell(Event::Expired { id });
-            return Decided {
-                id,
-                given: Given::declined(EXPIRED),
-                mark: 0,
-            };
+            // Remembered like any verdict: a copy that a later session brought, by a clock that was set back, must not
+            // reach the app after all.
+            return self.remember(id, Given::declined(EXPIRED));
         }
         let handler = &self.handler;
         let notification = Notification::from(waiting.notify);
@@ -251,6 +249,10 @@ impl Handover {
         if self.remaining == Some(0) {
             self.desk.close();
         }
+        self.remember(id, given)
+    }
+
+    fn remember(&self, id: Id, given: Given) -> Decided {
         let mut memory = self.desk.memory();
         memory.remember(id, given.clone());
         Decided {

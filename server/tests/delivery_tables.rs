@@ -101,8 +101,7 @@ impl ModelStore {
         }
         if let Some(key) = &request.collapse {
             all.clone()
-                .filter(|meta| meta.collapse.as_ref() == Some(key))
-                .next_back()
+                .rfind(|meta| meta.collapse.as_ref() == Some(key))
                 .into_iter()
                 .for_each(&mut take);
         }
@@ -235,6 +234,7 @@ impl World {
         }
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "only reads are questions")]
     fn answer(&self, effect: Effect) -> Event {
         match effect {
             Effect::Read(request) => Event::Read(Ok(Box::new(self.store.read(&request)))),
@@ -253,10 +253,6 @@ impl World {
         }
     }
 
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "the rest of an effect is told by its debug form"
-    )]
     fn text(&self, effect: &Effect) -> String {
         let since = |ms: &u64| format!("@{}ms", ms.wrapping_sub(START_MS).cast_signed());
         let named = |tickets: &[Ticket]| {

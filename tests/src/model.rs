@@ -3,7 +3,7 @@
 //! Two ways of looking at the same core ([`bellwire_server::delivery`]):
 //!
 //! - **In step** ([`lockstep`]): reads are answered at once and every frame is safe at once, so a plain list of notifications with
-//!   full knowledge ([`reference`]) says beforehand what each event causes, word for word.
+//!   full knowledge ([`mod@reference`]) says beforehand what each event causes, word for word.
 //! - **In a storm** ([`storm`]): reads come late or fail, frames stay open, the disk fills up or fails, the server dies with a
 //!   frame half written. Nobody can say beforehand what happens when, but what must never happen can be said, and
 //!   [`observer`] watches for it.

@@ -1,8 +1,8 @@
 //! The HTTP side of the house: what backends and operators call.
 //!
 //! - [`routers`] puts together two [`Site`]s: the API (with the front doors of `compat` beside it) and operations.
-//! - [`serve`] carries one of them on a listener: plain or TLS, bounded, with a graceful end.
-//! - [`document`] is the OpenAPI document of all of it, generated from the handlers.
+//! - [`serve()`] carries one of them on a listener: plain or TLS, bounded, with a graceful end.
+//! - [`document()`] is the OpenAPI document of all of it, generated from the handlers.
 //!
 //! A request goes through `site` (its id, panics, metrics), axum's router, `auth` (a [`auth::Scoped`] value is the
 //! proof), then one of `pings`, `devices`, `keys`, `operations`, which read it with `body`, `json` and `query` and hand

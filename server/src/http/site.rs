@@ -29,7 +29,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken over from the caller, bytes. Others are replaced by one of ours.
 const REQUEST_ID_MAX: usize = 128;
 
-/// Handlers, ready to be [served](super::serve).
+/// Handlers, ready to be [served](super::serve()).
 #[derive(Clone)]
 pub struct Site(Arc<Inner>);
 

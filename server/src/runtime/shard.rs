@@ -247,7 +247,7 @@ pub(super) struct ShardDoor {
 }
 
 impl ShardDoor {
-    /// A door to a shard that [`ShardTask::start`] starts.
+    /// A door to a shard that is about to start.
     pub(super) fn new() -> ShardDoor {
         ShardDoor {
             inbox: Arc::default(),

@@ -9,11 +9,11 @@
 //!
 //! - [`log`]: segments of checksummed, numbered frames. What it synced is safe, and nothing else is.
 //! - [`committer`]: gathers what everybody wants written, one frame at a time.
-//! - [`write`] and [`keys`]: from the port's operations to puts and deletes of keys; [`record`]: what a value looks like.
+//! - [`mod@write`] and [`keys`]: from the port's operations to puts and deletes of keys; [`record`]: what a value looks like.
 //! - [`overlay`] and [`read`]: everything that is safe, in one consistent look, however far the engine is behind.
 //! - [`apply`]: from the log into the [`engine`].
 //! - [`snapshot`] and [`keeper`]: so that the log does not grow for ever, and an engine can be rebuilt.
-//! - [`recover`]: what can be proved at a start.
+//! - [`mod@recover`]: what can be proved at a start.
 //!
 //! Nothing outside this folder knows trees or keys. Time and chance come in through the ports.
 

@@ -331,7 +331,10 @@ impl World {
             }
             if now_ms >= next.expires_at_ms {
                 let given = Given::declined(EXPIRED);
-                process.decided.push(Decided { id, given, mark: 0 });
+                process.memory.remember(id, given.clone());
+                let mark = process.memory.mark();
+                process.decided.push(Decided { id, given, mark });
+                process.first_decided_ms.get_or_insert(now_ms);
                 self.ledger.declined(PingId(id.0), index);
                 continue;
             }
