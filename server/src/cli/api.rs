@@ -45,7 +45,7 @@ const SYSTEM_BUNDLES: [&str; 4] = [
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Reaching the server")]
 pub(crate) struct ApiArgs {
-    /// The API's address, such as https://push.example.com:8480
+    /// The API's address, such as `https://push.example.com:8480`
     #[arg(long, value_name = "URL", env = "BELLWIRE_API", hide_env_values = true)]
     api: Option<String>,
 
