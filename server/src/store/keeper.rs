@@ -62,6 +62,8 @@ pub(super) struct Keeper {
     pub(super) room: Room,
     state: Mutex<State>,
     changed: Condvar,
+    /// Held while a snapshot is taken: two would write into one file.
+    taking: Mutex<()>,
 }
 
 struct State {
@@ -122,6 +124,7 @@ impl Keeper {
                 not_before: now,
             }),
             changed: Condvar::new(),
+            taking: Mutex::new(()),
         };
         keeper.look_at_room();
         keeper
@@ -223,6 +226,7 @@ impl Keeper {
 
     /// Takes a snapshot now and lets go of what it makes superfluous. `None`: nothing has changed since the last one.
     pub(super) fn take_snapshot(&self) -> Result<Option<Info>, SnapshotError> {
+        let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
         let position = self.engine.position()?.unwrap_or(1);
         let (mark, mark_frame) = (
             self.figures.bytes.load(Ordering::Relaxed),

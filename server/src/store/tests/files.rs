@@ -338,6 +338,25 @@ fn an_engine_is_rebuilt_from_snapshot_and_log() {
 }
 
 #[test]
+fn snapshots_are_taken_one_at_a_time() {
+    let mut shop = Shop::new(EngineKind::Sled, 19);
+    let (house, _) = shop.open();
+    for _ in 0..5 {
+        shop.work(&house, 30);
+        settle(&house);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| house.keeper.take_snapshot().unwrap());
+            }
+        });
+    }
+    drop(house);
+    shop.without_engine();
+    let (house, _) = shop.open();
+    shop.check(&house);
+}
+
+#[test]
 fn an_engine_that_was_in_use_when_the_machine_went_down_is_rebuilt() {
     let mut shop = Shop::lived(EngineKind::Sled, 9);
     let note = shop.data().join("sled.in-use");
