@@ -156,7 +156,7 @@ fn assemble(
 ) -> Result<Parts, OpenError> {
     let dir = settings.dir.as_path();
     let io = |what| OpenError::io(what, dir);
-    let store = identity(&*disk, dir, &*entropy)?;
+    let Identity { store, begun } = identity(&*disk, dir, &*entropy)?;
     let shelf = Shelf::look(&disk, store).map_err(|error| match error {
         ShelfError::Io(error) => io("could not read the log in")(error),
         ShelfError::Newer { .. } => OpenError::Newer {
@@ -171,7 +171,7 @@ fn assemble(
         tail,
         next_frame,
         live,
-    } = recover(&*disk, &shelf, home, store, &stamp, &mut report)?;
+    } = recover(&*disk, &shelf, home, store, begun, &stamp, &mut report)?;
     report.torn = tail.ending == Ending::Torn;
     report.gaps = tail.gaps;
     report.last_frame = next_frame - 1;
@@ -196,6 +196,7 @@ fn assemble(
     ));
     let figures = Arc::new(LogFigures::default());
     let unnumbered = Arc::new(SetAside::new(Arc::clone(&disk), 0));
+    let identity_disk = Arc::clone(&disk);
     let mut reader = Reader {
         engine: Arc::clone(&engine),
         overlay: Arc::clone(&overlay),
@@ -251,6 +252,10 @@ fn assemble(
         Arc::clone(&figures),
     );
     begin_run(&mut writer, &mut applier, &queue, run)?;
+    if !begun {
+        write_identity(&*identity_disk, store, true)
+            .map_err(OpenError::io("could not write", &dir.join(FORMAT)))?;
+    }
     Ok(Parts {
         engine,
         queue,
@@ -299,8 +304,29 @@ const FORMAT_TEMPORARY: &str = "format.tmp";
 /// The version of the directory's layout.
 const FORMAT_VERSION: u32 = 1;
 
+/// Said in the format file once a frame was safe: from then on a store without a log has lost it.
+const BEGUN: &str = "begun";
+
+struct Identity {
+    store: [u8; 16],
+    begun: bool,
+}
+
+fn write_identity(disk: &dyn Disk, store: [u8; 16], begun: bool) -> std::io::Result<()> {
+    let begun = if begun { BEGUN } else { "" };
+    let text = format!(
+        "bellwire-store {FORMAT_VERSION} {} {begun}\n",
+        HEXLOWER.encode(&store)
+    );
+    let file = disk.create(FORMAT_TEMPORARY)?;
+    file.write_at(text.as_bytes(), 0)?;
+    file.sync()?;
+    disk.rename(FORMAT_TEMPORARY, FORMAT)?;
+    disk.sync_dir("")
+}
+
 /// Which store this is; a new one is given an identity.
-fn identity(disk: &dyn Disk, dir: &Path, entropy: &dyn Entropy) -> Result<[u8; 16], OpenError> {
+fn identity(disk: &dyn Disk, dir: &Path, entropy: &dyn Entropy) -> Result<Identity, OpenError> {
     let path = dir.join(FORMAT);
     let bad = |why| OpenError::NotAStore {
         path: path.clone(),
@@ -326,11 +352,13 @@ fn identity(disk: &dyn Disk, dir: &Path, entropy: &dyn Entropy) -> Result<[u8; 1
                 }
                 _ => return Err(bad("it names no version")),
             }
-            words
+            let store = words
                 .next()
                 .and_then(|word| HEXLOWER.decode(word.as_bytes()).ok())
                 .and_then(|id| id.try_into().ok())
-                .ok_or_else(|| bad("it names no identity"))
+                .ok_or_else(|| bad("it names no identity"))?;
+            let begun = words.next() == Some(BEGUN);
+            Ok(Identity { store, begun })
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             if disk
@@ -339,18 +367,13 @@ fn identity(disk: &dyn Disk, dir: &Path, entropy: &dyn Entropy) -> Result<[u8; 1
             {
                 return Err(bad("it is missing although there is a log"));
             }
-            let mut id = [0; 16];
-            entropy.fill(&mut id);
-            let text = format!("bellwire-store {FORMAT_VERSION} {}\n", HEXLOWER.encode(&id));
-            disk.create(FORMAT_TEMPORARY)
-                .and_then(|file| {
-                    file.write_at(text.as_bytes(), 0)?;
-                    file.sync()
-                })
-                .and_then(|()| disk.rename(FORMAT_TEMPORARY, FORMAT))
-                .and_then(|()| disk.sync_dir(""))
-                .map_err(OpenError::io("could not write", &path))?;
-            Ok(id)
+            let mut store = [0; 16];
+            entropy.fill(&mut store);
+            write_identity(disk, store, false).map_err(OpenError::io("could not write", &path))?;
+            Ok(Identity {
+                store,
+                begun: false,
+            })
         }
         Err(error) => Err(OpenError::io("could not read", &path)(error)),
     }

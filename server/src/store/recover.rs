@@ -243,6 +243,7 @@ pub(super) fn recover(
     shelf: &Shelf,
     home: &dyn EngineHome,
     store: [u8; 16],
+    begun: bool,
     stamp: &str,
     report: &mut OpenReport,
 ) -> Result<Recovered, OpenError> {
@@ -312,7 +313,7 @@ pub(super) fn recover(
             why: format!("{tried}; the log begins at frame {first} and no snapshot leads up to it"),
         });
     }
-    if !snapshots.is_empty() && shelf.first_frame().is_none() {
+    if (begun || !snapshots.is_empty()) && shelf.first_frame().is_none() {
         return Err(OpenError::Unprovable {
             why: format!("{tried}; there is no log"),
         });

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bellwire_server::delivery::Outcome;
 use bellwire_server::ports::{PairState, Store};
 use bellwire_server::runtime::{SystemClock, SystemEntropy, Target};
-use bellwire_server::store::{EngineKind, StoreSettings, open};
+use bellwire_server::store::{EngineKind, OpenError, StoreSettings, open};
 
 use crate::house::{APP, Device, House, ping, settings};
 use crate::store::FakeStore;
@@ -19,12 +19,21 @@ fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
         reserve_bytes: 0,
         ..StoreSettings::new(dir)
     };
-    let opened = open(
-        &settings,
-        Arc::new(SystemClock::new()),
-        Arc::new(SystemEntropy::new()),
-    );
-    opened.unwrap().store
+    let give_up = Instant::now() + Duration::from_secs(60);
+    loop {
+        let opened = open(
+            &settings,
+            Arc::new(SystemClock::new()),
+            Arc::new(SystemEntropy::new()),
+        );
+        match opened {
+            // The directory stays locked until the last thread of the house before has let go of its store.
+            Err(OpenError::InUse { .. }) if Instant::now() < give_up => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            opened => return opened.unwrap().store,
+        }
+    }
 }
 
 async fn start(dir: &Path, engine: EngineKind) -> House {
