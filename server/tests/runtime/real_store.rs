@@ -12,7 +12,7 @@ use bellwire_server::store::{EngineKind, OpenError, StoreSettings, open};
 use crate::house::{APP, Device, House, ping, settings};
 use crate::store::FakeStore;
 
-fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
+async fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
     let settings = StoreSettings {
         engine,
         segment_bytes: 1 << 20,
@@ -29,7 +29,7 @@ fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
         match opened {
             // The directory stays locked until the last thread of the house before has let go of its store.
             Err(OpenError::InUse { .. }) if Instant::now() < give_up => {
-                std::thread::sleep(Duration::from_millis(5));
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
             opened => return opened.unwrap().store,
         }
@@ -37,7 +37,7 @@ fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
 }
 
 async fn start(dir: &Path, engine: EngineKind) -> House {
-    let store = open_store(dir, engine);
+    let store = open_store(dir, engine).await;
     House::over(settings(), store, Arc::new(FakeStore::default())).await
 }
 
@@ -58,8 +58,15 @@ async fn story(engine: EngineKind) {
     let dir = tempfile::tempdir().unwrap();
     let house = start(dir.path(), engine).await;
     let key = house.handle.ensure_bootstrap_key().await.unwrap().unwrap();
-    let anna = house.device("anna").await;
-    let other = house.device("anna").await;
+    // Kept without the house's handle: what holds one holds the store, and the store its directory.
+    let card = |device: Device| (device.id, device.secret);
+    let anna = card(house.device("anna").await);
+    let other = card(house.device("anna").await);
+    let at = |house: &House| Device {
+        handle: house.handle.clone(),
+        id: anna.0,
+        secret: anna.1.clone(),
+    };
     let mut ids = Vec::new();
     for _ in 0..20 {
         let users = Target::Users(vec!["anna".to_owned()]);
@@ -67,7 +74,7 @@ async fn story(engine: EngineKind) {
         assert_eq!(answer.devices, 2);
         ids.push(answer.id);
     }
-    let mut keyed = ping(Target::Device(anna.id));
+    let mut keyed = ping(Target::Device(anna.0));
     keyed.idempotency = Some(("order-1".to_owned(), [1; 32]));
     let answer = house.handle.ping(keyed.clone()).await.unwrap();
     ids.push(answer.id);
@@ -77,21 +84,21 @@ async fn story(engine: EngineKind) {
     assert_eq!(house.handle.ensure_bootstrap_key().await.unwrap(), None);
     let again = house.handle.ping(keyed).await.unwrap();
     assert_eq!(again, answer);
-    let anna: Device = anna.at(&house);
-    let mut link = anna.attach().await;
+    let mut link = at(&house).attach().await;
     for id in &ids {
         let (ping, seq, redelivered) = link.notification().await;
         assert_eq!((ping, redelivered), (*id, true));
         link.acknowledge(seq);
     }
     house.ended(ids[20]).await;
-    assert!(house.handle.revoke_device(APP, other.id).await.unwrap());
+    assert!(house.handle.revoke_device(APP, other.0).await.unwrap());
+    drop(link);
 
     let house = restart(house, dir.path(), engine).await;
     assert_eq!(house.handle.status().run, 3);
     let view = house.handle.ping_view(APP, ids[0], None, 10).await.unwrap();
     for pair in view.unwrap().devices {
-        let wanted = if pair.device == anna.id {
+        let wanted = if pair.device == anna.0 {
             Outcome::Acknowledged
         } else {
             Outcome::Revoked
@@ -103,10 +110,10 @@ async fn story(engine: EngineKind) {
     }
     let left = house.handle.devices(APP, None, None, 10).await.unwrap();
     assert_eq!(left.items.len(), 1);
-    let mut link = anna.at(&house).attach().await;
+    let mut link = at(&house).attach().await;
     let next = house
         .handle
-        .ping(ping(Target::Device(anna.id)))
+        .ping(ping(Target::Device(anna.0)))
         .await
         .unwrap();
     assert_eq!(link.notification().await.0, next.id);

@@ -292,22 +292,35 @@ async fn a_fan_out_reaches_every_way_with_its_own_number() {
     }
 }
 
+/// Numbers of a session have no gap, because `ack` counts by them: what is not sent ends it.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_or_must_not_be_sent_is_declined_and_the_session_goes_on() {
+async fn what_cannot_or_must_not_be_sent_ends_the_session_before_the_next_number() {
     for way in WAYS {
         let (desk, transport) = start(LinkSettings::default());
         let (mut device, _) = Device::attach(transport.local_addr(), way, 1).await;
         desk.push(id(1), send(1, &notification_of(6, vec![0xff, 0x00])));
+        desk.push(id(1), send(2, &notification(7, "the next")));
         desk.wait_for(id(1), Told::Declined(PingId([6; 16]))).await;
-        desk.set_now_ms(2_000_000);
-        desk.push(id(1), send(2, &notification(7, "expired")));
-        desk.wait_for(id(1), Told::Declined(PingId([7; 16]))).await;
+        assert_eq!(last_word(&mut device).await, Some(Code::Internal));
+
+        let (mut device, _) = Device::attach(transport.local_addr(), way, 1).await;
         desk.set_now_ms(1_999_999);
-        desk.push(id(1), send(3, &notification(8, "just in time")));
+        desk.push(id(1), send(1, &notification(8, "just in time")));
         let ServerFrame::Notify(notify) = device.next().await else {
             panic!("a notify")
         };
-        assert_eq!(notify.seq, 3);
+        assert_eq!(notify.seq, 1);
+        desk.set_now_ms(2_000_000);
+        desk.push(id(1), send(2, &notification(9, "expired")));
+        desk.push(id(1), send(3, &notification(9, "the next")));
+        assert_eq!(last_word(&mut device).await, Some(Code::SlowReader));
+    }
+}
+
+async fn last_word(device: &mut Device) -> Option<Code> {
+    match device.next().await {
+        ServerFrame::Error(error) => error.known_code(),
+        other => panic!("a last word, not {other:?}"),
     }
 }
 

@@ -338,6 +338,20 @@ fn an_engine_is_rebuilt_from_snapshot_and_log() {
 }
 
 #[test]
+fn a_store_that_lost_its_log_does_not_pretend_to_be_new() {
+    for engine in [EngineKind::Memory, EngineKind::Sled] {
+        let mut shop = Shop::new(engine, 23);
+        let (house, _) = shop.open();
+        shop.work(&house, 3);
+        drop(house);
+        shop.without_engine();
+        fs::remove_dir_all(shop.data().join("log")).unwrap();
+        let error = shop.try_open().err().unwrap();
+        assert!(matches!(error, OpenError::Unprovable { .. }), "{error}");
+    }
+}
+
+#[test]
 fn snapshots_are_taken_one_at_a_time() {
     let mut shop = Shop::new(EngineKind::Sled, 19);
     let (house, _) = shop.open();
