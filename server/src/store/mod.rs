@@ -13,7 +13,7 @@
 //! - [`overlay`] and [`read`]: everything that is safe, in one consistent look, however far the engine is behind.
 //! - [`apply`]: from the log into the [`engine`].
 //! - [`snapshot`] and [`keeper`]: so that the log does not grow for ever, and an engine can be rebuilt.
-//! - [`mod@recover`]: what can be proved at a start.
+//! - [`mod@recover`]: what can be proved at a start; [`home`]: where the engine's files are.
 //!
 //! Nothing outside this folder knows trees or keys. Time and chance come in through the ports.
 
@@ -21,6 +21,7 @@ mod apply;
 mod committer;
 mod engine;
 pub mod fuzz;
+mod home;
 mod keeper;
 mod keys;
 mod lock;
@@ -49,6 +50,7 @@ use data_encoding::HEXLOWER;
 use self::apply::{Applier, LagLimit, Queue};
 use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer};
 use self::engine::Engine;
+use self::home::{EngineHome, MemoryHome, SledHome};
 use self::keeper::{Inheritance, Keeper, Rules, Tools};
 use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk, make_private_dir};
@@ -56,7 +58,7 @@ use self::log::segment::Maker;
 use self::log::{Ending, Shelf, ShelfError};
 use self::overlay::Overlay;
 use self::read::Reader;
-use self::recover::{EngineHome, MemoryHome, Recovered, SledHome, recover};
+use self::recover::{Recovered, recover};
 use self::set_aside::SetAside;
 use self::write::Chore;
 use crate::delivery::{

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::committer::{Desk, Done, Work};
+use super::home::MemoryHome;
 use super::log::disk::{Disk, DiskFile};
-use super::recover::MemoryHome;
 use super::settings::{OpenError, OpenReport, StoreSettings};
 use super::snapshot::SnapshotError;
 use super::write::Chore;
