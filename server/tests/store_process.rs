@@ -149,6 +149,7 @@ fn child() {
     let (part, dir) = part.split_once(':').unwrap();
     let (engine, seed) = match part {
         "memory" => (EngineKind::Memory, 1),
+        "fjall" => (EngineKind::Fjall, u64::from(std::process::id())),
         _ => (EngineKind::Sled, u64::from(std::process::id())),
     };
     let opened = open_store(Path::new(dir), engine, seed);
@@ -258,6 +259,11 @@ fn killed_at_random_moments(part: &str, engine: EngineKind) {
 #[test]
 fn whatever_was_promised_survives_kill_9_on_sled() {
     killed_at_random_moments("sled", EngineKind::Sled);
+}
+
+#[test]
+fn whatever_was_promised_survives_kill_9_on_fjall() {
+    killed_at_random_moments("fjall", EngineKind::Fjall);
 }
 
 #[test]

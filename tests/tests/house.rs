@@ -32,6 +32,7 @@ const IMPURE: &[&str] = &[
     "axum",
     "crossbeam_channel",
     "futures_util",
+    "fjall",
     "http",
     "hyper",
     "hyper_util",
@@ -68,7 +69,7 @@ const ROOMS: &[Room] = &[
         name: "ports",
         knows: &["delivery"],
         crates: &[],
-        never: &["tokio", "sled"],
+        never: &["tokio", "sled", "fjall"],
     },
     // Names of metrics and events are one list that everyone but the core may read.
     Room {
@@ -129,6 +130,7 @@ const HOMES: &[(&str, &[&str])] = &[
     // Trees and keys are the store's secret, the format of its records too.
     ("bincode", &["store"]),
     ("crossbeam_epoch", &["store"]),
+    ("fjall", &["store"]),
     ("sled", &["store"]),
     // The server contains no client; the demonstration plays both sides.
     ("bellwire_client", &["demo"]),

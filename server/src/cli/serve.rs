@@ -441,6 +441,7 @@ fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings {
     StoreSettings {
         engine: match store.engine {
             Engine::Sled => EngineKind::Sled,
+            Engine::Fjall => EngineKind::Fjall,
             Engine::Memory => EngineKind::Memory,
         },
         cache_bytes: store.cache_bytes,

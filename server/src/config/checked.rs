@@ -70,8 +70,10 @@ pub enum ApiAccess {
 /// What indexes the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
-    /// The embedded database.
+    /// The embedded database that is the default.
     Sled,
+    /// The other embedded database: it gives room back by itself.
+    Fjall,
     /// Nothing on disk but the log.
     Memory,
 }
@@ -504,11 +506,9 @@ mod tests {
     #[test]
     fn all_problems_are_told_at_once_in_the_order_of_the_file() {
         let found =
-            wrong("[store]\nengine = \"fjall\"\ncache_bytes = \"64MB\"\n[limits]\nttl_max = 30\n");
+            wrong("[store]\nengine = \"redb\"\ncache_bytes = \"64MB\"\n[limits]\nttl_max = 30\n");
         assert_eq!(found.len(), 3, "{found:#?}");
-        assert!(found[0].starts_with(
-            "2:10 store.engine: \"fjall\" is planned as an engine, but is not in this build"
-        ));
+        assert!(found[0].starts_with("2:10 store.engine: \"redb\""));
         assert!(
             found[1]
                 .starts_with("3:15 store.cache_bytes: \"64MB\" does not do here | write a size")

@@ -68,10 +68,14 @@ keys! {
     /// The API speaks plain HTTP on an address other than loopback, because a proxy that you trust stands in front and speaks TLS. Said wrongly, API keys cross the network in the clear.
     API_TRUSTED_PROXY: FlagSetting = "api.trusted_proxy", FlagSetting, "false";
 
-    /// What indexes the log. `memory` keeps everything in memory and rebuilds it from snapshot and log at each start; for tests and small servers.
+    /// What indexes the log. `fjall` gives room back by itself and takes more writes; `memory` keeps everything in memory and rebuilds it from snapshot and log at each start, for tests and small servers. Chosen anew, the engine is built from snapshot and log at the next start; `bellwire store convert` does it while the server is down.
     STORE_ENGINE: ChoiceSetting<Engine> = "store.engine", ChoiceSetting {
-        words: &[("sled", Engine::Sled), ("memory", Engine::Memory)],
-        refused: &[("fjall", "is planned as an engine, but is not in this build")],
+        words: &[
+            ("sled", Engine::Sled),
+            ("fjall", Engine::Fjall),
+            ("memory", Engine::Memory),
+        ],
+        refused: &[],
     }, "sled";
     /// Memory that the engine may use as its cache.
     STORE_CACHE: BytesSetting = "store.cache_bytes", bytes(MIB, TIB), "64MiB";

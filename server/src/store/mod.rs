@@ -50,7 +50,7 @@ use data_encoding::HEXLOWER;
 use self::apply::{Applier, LagLimit, Queue};
 use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer};
 use self::engine::Engine;
-use self::home::{EngineHome, MemoryHome, SledHome};
+use self::home::{EngineHome, FileEngine, FilesHome, MemoryHome, RealFiles};
 use self::keeper::{Inheritance, Keeper, Rules, Tools};
 use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk, make_private_dir};
@@ -125,14 +125,22 @@ fn open_house(
         },
     })?;
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir));
-    let home: Box<dyn EngineHome + Send + Sync> = match settings.engine {
-        EngineKind::Memory => Box::new(MemoryHome),
-        EngineKind::Sled => Box::new(SledHome::new(dir, settings.cache_bytes)),
-    };
-    let parts = assemble(settings, disk, &*home, clock, entropy)?;
+    let home = home(settings, &disk, settings.engine);
+    let parts = assemble(settings, disk, home, clock, entropy)?;
     let report = parts.report.clone();
     report.log();
-    Ok((House::start(parts, home, Some(lock))?, report))
+    Ok((House::start(parts, Some(lock))?, report))
+}
+
+/// Where an engine lives in a data directory.
+fn home(settings: &StoreSettings, disk: &Arc<dyn Disk>, engine: EngineKind) -> Arc<dyn EngineHome> {
+    let kind = match engine {
+        EngineKind::Memory => return Arc::new(MemoryHome),
+        EngineKind::Sled => FileEngine::Sled,
+        EngineKind::Fjall => FileEngine::Fjall,
+    };
+    let files = RealFiles::new(&settings.dir, settings.cache_bytes);
+    Arc::new(FilesHome::new(Arc::clone(disk), Box::new(files), kind))
 }
 
 /// An open store before its threads run.
@@ -145,6 +153,7 @@ struct Parts {
     keeper: Keeper,
     figures: Arc<LogFigures>,
     clock: Arc<dyn Clock>,
+    home: Arc<dyn EngineHome>,
     report: OpenReport,
 }
 
@@ -152,7 +161,7 @@ struct Parts {
 fn assemble(
     settings: &StoreSettings,
     disk: Arc<dyn Disk>,
-    home: &dyn EngineHome,
+    home: Arc<dyn EngineHome>,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
 ) -> Result<Parts, OpenError> {
@@ -173,7 +182,7 @@ fn assemble(
         tail,
         next_frame,
         live,
-    } = recover(&*disk, &shelf, home, store, begun, &stamp, &mut report)?;
+    } = recover(&*disk, &shelf, &*home, store, begun, &stamp, &mut report)?;
     report.torn = tail.ending == Ending::Torn;
     report.gaps = tail.gaps;
     report.last_frame = next_frame - 1;
@@ -267,6 +276,7 @@ fn assemble(
         keeper,
         figures,
         clock,
+        home,
         report,
     })
 }
@@ -419,15 +429,11 @@ struct Running {
     committer: JoinHandle<()>,
     applier: JoinHandle<()>,
     keeper: JoinHandle<()>,
-    home: Box<dyn EngineHome + Send + Sync>,
+    home: Arc<dyn EngineHome>,
 }
 
 impl House {
-    fn start(
-        parts: Parts,
-        home: Box<dyn EngineHome + Send + Sync>,
-        lock: Option<DirLock>,
-    ) -> Result<House, OpenError> {
+    fn start(parts: Parts, lock: Option<DirLock>) -> Result<House, OpenError> {
         let Parts {
             engine,
             queue,
@@ -437,6 +443,7 @@ impl House {
             keeper,
             figures,
             clock,
+            home,
             report,
         } = parts;
         let desk = Arc::new(Desk::new());

@@ -9,8 +9,8 @@
 //!
 //! An engine is not used if it cannot be opened, cannot say where it stands, stands before the log begins or after
 //! it ends, or was left open when the machine (not only the process) went down: sled never syncs, so after a
-//! loss of power its files prove nothing. It is moved aside under a dated name and a new one is built in a place of its
-//! own, which takes the old one's place only when it is complete.
+//! loss of power its files prove nothing. A new one is built in a place of its own, which takes the old one's place only when
+//! it is complete; only then the old one is moved aside under a dated name. So a start that fails changes nothing.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use bytes::Bytes;
 
 use super::apply::apply_run;
 use super::engine::Engine;
-use super::home::{EngineHome, IN_USE, SLED, Unusable};
+use super::home::{Before, Built, EngineHome, Unusable};
 use super::log::disk::Disk;
 use super::log::{Ending, ReplayError, Shelf, Tail};
 use super::settings::{OpenError, OpenReport, Rebuilt};
@@ -58,7 +58,7 @@ pub(super) fn recover(
     let found = home.open();
     // Before the first write to the engine, and after the look at the last note.
     home.begin()
-        .map_err(OpenError::io("could not note the use of", IN_USE))?;
+        .map_err(OpenError::io("could not note the use of", home.name()))?;
     let why = match found {
         Ok(None) => None,
         Ok(Some(engine)) => match try_engine(&engine, shelf)? {
@@ -75,10 +75,13 @@ pub(super) fn recover(
         },
         Err(Unusable::Broken(why)) => Some(why),
         Err(Unusable::Busy(why)) => return Err(OpenError::Engine(why)),
+        Err(Unusable::Newer(what)) => return Err(OpenError::Newer { what }),
     };
-    let moved_to = home
-        .move_aside(stamp)
-        .map_err(OpenError::io("could not move aside", SLED))?;
+    // Once the new one counts.
+    let move_aside = || {
+        home.move_aside(stamp)
+            .map_err(OpenError::io("could not move aside", home.name()))
+    };
     let mut tried = why
         .clone()
         .unwrap_or_else(|| "there is no engine".to_owned());
@@ -95,6 +98,7 @@ pub(super) fn recover(
                     );
                 }
                 report.replayed_frames = replayed.frames;
+                let moved_to = move_aside()?;
                 report.rebuilt = why.map(|why| Rebuilt {
                     why,
                     snapshot: Some(*frame),
@@ -125,11 +129,10 @@ pub(super) fn recover(
             why: format!("{tried}; there is no log"),
         });
     }
-    let engine = home.build().map_err(|error| OpenError::Engine(error.0))?;
-    let replayed = replay(&engine, shelf, 1)?.map_err(OpenError::Engine)?;
-    let engine = home
-        .adopt(engine)
-        .map_err(|error| OpenError::Engine(error.0))?;
+    let built = home.build().map_err(|error| OpenError::Engine(error.0))?;
+    let replayed = replay(&built.engine, shelf, 1)?.map_err(OpenError::Engine)?;
+    let engine = adopt(home, built)?;
+    let moved_to = move_aside()?;
     report.replayed_frames = replayed.frames;
     report.rebuilt = why.map(|why| Rebuilt {
         why,
@@ -162,24 +165,35 @@ fn try_snapshot(
     store: [u8; 16],
     frame: u64,
 ) -> Attempt<(Arc<dyn Engine>, Replayed, u64)> {
-    let engine = home.build().map_err(|error| OpenError::Engine(error.0))?;
-    let info = match snapshot::load(disk, frame, store, &engine) {
+    let built = home.build().map_err(|error| OpenError::Engine(error.0))?;
+    let info = match snapshot::load(disk, frame, store, &built.engine) {
         Ok(info) => info,
         Err(SnapshotError::Newer(version)) => {
+            home.discard(built);
             return Err(OpenError::Newer {
                 what: format!("snapshot {frame} has format {version}"),
             });
         }
-        Err(error) => return Ok(Err(error.to_string())),
+        Err(error) => {
+            home.discard(built);
+            return Ok(Err(error.to_string()));
+        }
     };
-    let replayed = match replay_over(&engine, shelf, frame)? {
+    let replayed = match replay_over(&built.engine, shelf, frame)? {
         Ok(replayed) => replayed,
-        Err(why) => return Ok(Err(why)),
+        Err(why) => {
+            home.discard(built);
+            return Ok(Err(why));
+        }
     };
-    let engine = home
-        .adopt(engine)
-        .map_err(|error| OpenError::Engine(error.0))?;
+    let engine = adopt(home, built)?;
     Ok(Ok((engine, replayed, info.bytes)))
+}
+
+fn adopt(home: &dyn EngineHome, built: Built) -> Result<Arc<dyn Engine>, OpenError> {
+    home.adopt(&built, Before::Kept)
+        .map_err(|error| OpenError::Engine(error.0))?;
+    Ok(built.engine)
 }
 
 /// Replays from `from` on. A log that ends before that is a reason not to use this engine.

@@ -12,6 +12,8 @@ pub enum EngineKind {
     /// sled, in files below the data directory. The default.
     #[default]
     Sled,
+    /// fjall, in files below the data directory.
+    Fjall,
 }
 
 impl EngineKind {
@@ -21,6 +23,7 @@ impl EngineKind {
         match self {
             EngineKind::Memory => "memory",
             EngineKind::Sled => "sled",
+            EngineKind::Fjall => "fjall",
         }
     }
 }

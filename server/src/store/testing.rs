@@ -744,7 +744,7 @@ impl Life {
                 ..StoreSettings::new(PathBuf::new())
             },
             Arc::new(disk.clone()),
-            &MemoryHome,
+            Arc::new(MemoryHome),
             Arc::clone(clock),
             Arc::clone(entropy),
         )?;

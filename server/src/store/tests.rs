@@ -14,7 +14,7 @@ use support::*;
 
 #[test]
 fn what_was_committed_is_read_back_with_either_engine() {
-    for engine in [EngineKind::Memory, EngineKind::Sled] {
+    for engine in [EngineKind::Memory, EngineKind::Sled, EngineKind::Fjall] {
         let dir = tempfile::tempdir().unwrap();
         let opened = open_at(dir.path(), engine);
         let device = device_id(1);

@@ -130,6 +130,11 @@ async fn everything_answered_survives_over_sled() {
     story(EngineKind::Sled).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_answered_survives_over_fjall() {
+    story(EngineKind::Fjall).await;
+}
+
 #[tokio::test]
 async fn a_stored_row_is_swept_over_the_real_expiry_index() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,6 +4,7 @@
 //! a batch is applied whole or not at all, together with the position that it brings the engine to, and whatever survives a
 //! kill of the process is the state after some prefix of the batches. Nothing above this folder knows trees.
 
+pub(in crate::store) mod fjall;
 pub(in crate::store) mod memory;
 pub(in crate::store) mod sled;
 
@@ -11,6 +12,8 @@ pub(in crate::store) mod sled;
 mod conformance;
 
 use std::ops::{ControlFlow, Range};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use bytes::Bytes;
 
@@ -73,4 +76,21 @@ pub(in crate::store) trait Engine: Send + Sync + 'static {
 
     /// Hands everything to the disk. Reads still work.
     fn close(&self) -> Result<(), EngineError>;
+}
+
+/// Bytes that the files below a directory take on the disk. What vanishes while it looks counts as nothing.
+fn disk_bytes(dir: &Path) -> u64 {
+    /// The unit of `st_blocks`, whatever the file system's own is.
+    const SECTOR: u64 = 512;
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
+    entries
+        .flatten()
+        .map(|entry| match entry.metadata() {
+            Ok(about) if about.is_dir() => disk_bytes(&entry.path()),
+            Ok(about) => about.blocks() * SECTOR,
+            Err(_) => 0,
+        })
+        .sum()
 }

@@ -152,12 +152,12 @@ fn stand(change: impl FnOnce(&mut StoreSettings)) -> Stand {
             inner: MemoryDisk::new(),
             gate: Arc::clone(&gate),
         }),
-        &MemoryHome,
+        Arc::new(MemoryHome),
         Arc::clone(&clock) as Arc<dyn Clock>,
         Arc::new(SeededEntropy::new(5)),
     )
     .unwrap();
-    let house = Arc::new(House::start(parts, Box::new(MemoryHome), None).unwrap());
+    let house = Arc::new(House::start(parts, None).unwrap());
     Stand { house, gate, clock }
 }
 

@@ -81,10 +81,17 @@ impl Shop {
     }
 
     fn without_engine(&self) {
-        let sled = self.data().join("sled");
-        if sled.exists() {
-            fs::remove_dir_all(sled).unwrap();
+        let dir = self.engine_dir();
+        if dir.exists() {
+            fs::remove_dir_all(dir).unwrap();
         }
+    }
+
+    /// The directory of the engine that counts.
+    fn engine_dir(&self) -> PathBuf {
+        let disk = RealDisk::new(&self.data());
+        let name = home::named(&disk).unwrap_or_else(|| self.engine.as_str().to_owned());
+        self.data().join(name)
     }
 }
 
@@ -128,17 +135,20 @@ fn frames(path: &Path) -> Vec<(u64, u64)> {
     .collect()
 }
 
-const BOTH: [EngineKind; 2] = [EngineKind::Memory, EngineKind::Sled];
+const ALL: [EngineKind; 3] = [EngineKind::Memory, EngineKind::Sled, EngineKind::Fjall];
+
+/// Engines that keep files.
+const FILES: [EngineKind; 2] = [EngineKind::Sled, EngineKind::Fjall];
 
 #[test]
 fn a_store_that_was_closed_is_found_as_it_was() {
-    for engine in BOTH {
+    for engine in ALL {
         let shop = Shop::lived(engine, 1);
         let (house, report) = shop.open();
         assert_eq!(report.rebuilt, None);
         assert_eq!(report.run, 3);
         assert!(!report.torn);
-        if engine == EngineKind::Sled {
+        if engine != EngineKind::Memory {
             assert_eq!(report.replayed_frames, 0, "the engine was flushed");
         }
         shop.check(&house);
@@ -147,7 +157,7 @@ fn a_store_that_was_closed_is_found_as_it_was() {
 
 #[test]
 fn a_torn_last_frame_is_dropped_and_the_log_goes_on_behind_it() {
-    for engine in BOTH {
+    for engine in ALL {
         for cut in [1, 8, 17, 40] {
             let mut shop = Shop::lived(engine, 2);
             // What a write that was cut off leaves behind: the beginning of a frame after the last one.
@@ -186,7 +196,7 @@ fn rot_in_frames_that_the_engine_has_is_told_and_costs_nothing() {
 
 #[test]
 fn rot_in_the_middle_cuts_the_log_there_and_keeps_the_rest_aside() {
-    for engine in BOTH {
+    for engine in ALL {
         let shop = Shop::lived(engine, 4);
         shop.without_engine();
         // The middle of the second segment: frames before it can be proved, nothing after it.
@@ -273,11 +283,10 @@ fn an_engine_that_will_not_open_is_moved_aside_and_rebuilt() {
 #[test]
 fn an_engine_that_lost_its_end_is_brought_up_to_date_or_rebuilt() {
     let shop = Shop::lived(EngineKind::Sled, 18);
-    let db = shop.data().join("sled").join("db");
-    let whole = fs::read(&db).unwrap();
+    let whole = fs::read(shop.engine_dir().join("db")).unwrap();
     let used = whole.iter().rposition(|byte| *byte != 0).unwrap();
     for eighth in 1..8 {
-        fs::write(&db, &whole[..used * eighth / 8]).unwrap();
+        fs::write(shop.engine_dir().join("db"), &whole[..used * eighth / 8]).unwrap();
         let (house, report) = shop.open();
         assert!(
             report.rebuilt.is_some() || report.replayed_frames > 0,
@@ -289,7 +298,7 @@ fn an_engine_that_lost_its_end_is_brought_up_to_date_or_rebuilt() {
 
 #[test]
 fn an_engine_is_rebuilt_from_snapshot_and_log() {
-    for engine in BOTH {
+    for engine in ALL {
         let mut shop = Shop::new(engine, 8);
         let (house, _) = shop.open();
         for _ in 0..4 {
@@ -339,7 +348,7 @@ fn an_engine_is_rebuilt_from_snapshot_and_log() {
 
 #[test]
 fn a_store_that_lost_its_log_does_not_pretend_to_be_new() {
-    for engine in [EngineKind::Memory, EngineKind::Sled] {
+    for engine in ALL {
         let mut shop = Shop::new(engine, 23);
         let (house, _) = shop.open();
         shop.work(&house, 3);
@@ -353,7 +362,12 @@ fn a_store_that_lost_its_log_does_not_pretend_to_be_new() {
 
 #[test]
 fn snapshots_are_taken_one_at_a_time() {
-    let mut shop = Shop::new(EngineKind::Sled, 19);
+    for engine in FILES {
+        one_at_a_time(Shop::new(engine, 19));
+    }
+}
+
+fn one_at_a_time(mut shop: Shop) {
     let (house, _) = shop.open();
     for _ in 0..5 {
         shop.work(&house, 30);
@@ -485,7 +499,7 @@ fn damage(house: &House, key: &[u8]) {
 
 #[test]
 fn a_rotten_row_is_set_aside_and_its_notification_still_ends() {
-    for engine in BOTH {
+    for engine in ALL {
         let shop = Shop::new(engine, 14);
         let (house, _) = shop.open();
         let device = device_id(1);
