@@ -1,10 +1,12 @@
 //! What the runtime asks of the outside, in our words: a store, a clock, entropy.
 
+mod backup;
 mod clock;
 mod entropy;
 mod records;
 mod store;
 
+pub use backup::{BackupError, BackupProgress, BackupSummary, BackupWatch};
 pub use clock::{Clock, ClockState};
 pub use entropy::Entropy;
 pub use records::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord, Scopes};

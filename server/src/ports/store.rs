@@ -1,5 +1,6 @@
 //! The store: what is promised lives here.
 
+use super::backup::{BackupError, BackupSummary, BackupWatch};
 use super::records::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord};
 use crate::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId, RowKey,
@@ -252,6 +253,14 @@ pub trait Store: Send + Sync + 'static {
 
     /// Figures for status and metrics.
     fn stats(&self) -> StoreStats;
+
+    /// Writes a backup of everything that is safe, while serving. It is whole only if this says so. Blocks; one at a
+    /// time. `watch` is called after each block.
+    fn backup(
+        &self,
+        out: &mut dyn std::io::Write,
+        watch: BackupWatch<'_>,
+    ) -> Result<BackupSummary, BackupError>;
 
     /// Commits what was handed over, applies it to the engine, closes files. Blocks. Reads still work, writes fail.
     fn close(&self);

@@ -69,6 +69,11 @@ pub fn snapshot_file(data: &[u8]) {
     });
 }
 
+/// A backup.
+pub fn backup_file(data: &[u8]) {
+    let _ = super::backup::verify(&mut &*data, &mut |_| {});
+}
+
 /// A file that is only read.
 struct Slice(Vec<u8>);
 

@@ -18,6 +18,7 @@
 //! Nothing outside this folder knows trees or keys. Time and chance come in through the ports.
 
 mod apply;
+pub mod backup;
 mod committer;
 mod engine;
 pub mod fuzz;
@@ -48,6 +49,7 @@ use std::thread::JoinHandle;
 use data_encoding::HEXLOWER;
 
 use self::apply::{Applier, LagLimit, Queue};
+use self::backup::Copier;
 use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer};
 use self::engine::Engine;
 use self::home::{EngineHome, FileEngine, FilesHome, MemoryHome, RealFiles};
@@ -65,9 +67,9 @@ use crate::delivery::{
     AppId, CommitFailure, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey,
 };
 use crate::ports::{
-    AppRecord, Batch, Clock, Committed, DeviceFilter, DeviceRecord, Entropy, ExpiredRow,
-    ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, Page, PairState, ReadError, SourceId,
-    Store, StoreHealth, StoreStats,
+    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, Committed, DeviceFilter,
+    DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, Page,
+    PairState, ReadError, SourceId, Store, StoreHealth, StoreStats,
 };
 
 pub use self::settings::{EngineKind, OpenError, OpenReport, Rebuilt, StoreSettings};
@@ -151,6 +153,7 @@ struct Parts {
     writer: Writer,
     applier: Applier,
     keeper: Keeper,
+    copier: Arc<Copier>,
     figures: Arc<LogFigures>,
     clock: Arc<dyn Clock>,
     home: Arc<dyn EngineHome>,
@@ -228,6 +231,16 @@ fn assemble(
     let snapshots = snapshot::list(&*disk).map_err(io("could not list the snapshots in"))?;
     let newest = snapshots.last().copied().unwrap_or(0);
     let segments = Arc::clone(log.segments());
+    let copier = Arc::new(Copier::new(backup::Tools {
+        engine: Arc::clone(&engine),
+        segments: Arc::clone(&segments),
+        figures: Arc::clone(&figures),
+        aside: Arc::clone(&aside),
+        clock: Arc::clone(&clock),
+        store,
+        key_mark: settings.key_mark,
+        run,
+    }));
     let keeper = Keeper::new(
         Tools {
             engine: Arc::clone(&engine),
@@ -274,6 +287,7 @@ fn assemble(
         writer,
         applier,
         keeper,
+        copier,
         figures,
         clock,
         home,
@@ -414,6 +428,7 @@ struct House {
     desk: Arc<Desk>,
     queue: Arc<Queue>,
     keeper: Arc<Keeper>,
+    copier: Arc<Copier>,
     reader: Reader,
     engine: Arc<dyn Engine>,
     figures: Arc<LogFigures>,
@@ -441,6 +456,7 @@ impl House {
             mut writer,
             applier,
             keeper,
+            copier,
             figures,
             clock,
             home,
@@ -479,6 +495,7 @@ impl House {
             desk,
             queue,
             keeper,
+            copier,
             reader,
             engine,
             figures,
@@ -678,7 +695,23 @@ impl Store for House {
         stats(&self.figures, &self.keeper, &self.queue, self.run, now)
     }
 
+    fn backup(
+        &self,
+        out: &mut dyn std::io::Write,
+        watch: BackupWatch<'_>,
+    ) -> Result<BackupSummary, BackupError> {
+        let began = std::cell::Cell::new(self.clock.now().mono);
+        self.copier.copy(out, &|progress| {
+            let took = self.clock.now().mono - began.get();
+            // As long a pause as the block took leaves half of a core to others.
+            std::thread::sleep(took.min(keeper::PAUSE_MAX));
+            began.set(self.clock.now().mono);
+            watch(progress)
+        })
+    }
+
     fn close(&self) {
+        self.copier.close();
         let running = self
             .running
             .lock()

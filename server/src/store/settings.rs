@@ -52,6 +52,9 @@ pub struct StoreSettings {
     pub lag_time: Duration,
     /// Free room on the volume below which new pings are refused, so that removals still can be written. Default 512 MiB.
     pub reserve_bytes: u64,
+    /// Tells which hash key the secrets in the store were hashed with, without telling the key. Backups carry it. Default
+    /// zeros: not known.
+    pub key_mark: [u8; 32],
 }
 
 impl StoreSettings {
@@ -68,6 +71,7 @@ impl StoreSettings {
             lag_bytes: 64 << 20,
             lag_time: Duration::from_secs(2),
             reserve_bytes: 512 << 20,
+            key_mark: [0; 32],
         }
     }
 }

@@ -113,8 +113,7 @@ pub(super) fn take(engine: &dyn Engine, around: &Surroundings<'_>) -> Result<Inf
     });
     match taken {
         Ok(info) => {
-            around.disk.rename(TEMPORARY, &name(frame))?;
-            around.disk.sync_dir(DIR)?;
+            publish(around.disk, frame)?;
             Ok(info)
         }
         Err(error) => {
@@ -134,28 +133,7 @@ fn write(
     frame: u64,
     around: &Surroundings<'_>,
 ) -> Result<Info, SnapshotError> {
-    let file = around.disk.create(TEMPORARY)?;
-    let mut header = [0; HEADER];
-    header[0..8].copy_from_slice(&MAGIC);
-    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    header[16..24].copy_from_slice(&frame.to_le_bytes());
-    header[24..32].copy_from_slice(&around.now_ms.to_le_bytes());
-    header[32..48].copy_from_slice(&around.store);
-    let sum = crc32c::crc32c(&header[16..]);
-    header[12..16].copy_from_slice(&sum.to_le_bytes());
-    file.write_at(&header, 0)?;
-    let mut blocks = Blocks {
-        file: &*file,
-        offset: HEADER as u64,
-        block: vec![0; 8],
-        sums: 0,
-    };
-    let mut info = Info {
-        frame,
-        made_ms: around.now_ms,
-        entries: 0,
-        bytes: 0,
-    };
+    let mut writer = Writer::create(around.disk, frame, around.now_ms, around.store)?;
     let mut trouble = None;
     engine.scan(&[]..&[u8::MAX], Direction::Up, &mut |key, value| {
         // The engine's own note of where it stands is not part of what it holds.
@@ -173,15 +151,13 @@ fn write(
                 return ControlFlow::Break(());
             }
         }
-        info.entries += 1;
-        info.bytes += (key.len() + value.len()) as u64;
-        blocks.add(key, value);
-        if blocks.block.len() < BLOCK {
-            return ControlFlow::Continue(());
-        }
-        if let Err(error) = blocks.close() {
-            trouble = Some(error.into());
-            return ControlFlow::Break(());
+        match writer.add(key, value) {
+            Ok(false) => return ControlFlow::Continue(()),
+            Ok(true) => {}
+            Err(error) => {
+                trouble = Some(error.into());
+                return ControlFlow::Break(());
+            }
         }
         let flow = (around.breathe)();
         if flow.is_break() {
@@ -192,29 +168,54 @@ fn write(
     if let Some(trouble) = trouble {
         return Err(trouble);
     }
-    blocks.close()?;
-    let mut trailer = [0; TRAILER];
-    trailer[0..4].copy_from_slice(&TRAILER_MARK.to_le_bytes());
-    trailer[8..16].copy_from_slice(&info.entries.to_le_bytes());
-    trailer[16..24].copy_from_slice(&info.bytes.to_le_bytes());
-    trailer[24..28].copy_from_slice(&blocks.sums.to_le_bytes());
-    let sum = crc32c::crc32c(&trailer[8..]);
-    trailer[4..8].copy_from_slice(&sum.to_le_bytes());
-    file.write_at(&trailer, blocks.offset)?;
-    file.sync()?;
-    Ok(info)
+    Ok(writer.finish()?)
 }
 
-struct Blocks<'a> {
-    file: &'a dyn DiskFile,
+/// A snapshot that is being written, under its temporary name.
+pub(super) struct Writer {
+    file: Box<dyn DiskFile>,
+    info: Info,
     offset: u64,
     /// Begins with room for length and sum.
     block: Vec<u8>,
     sums: u32,
 }
 
-impl Blocks<'_> {
-    fn add(&mut self, key: &[u8], value: &[u8]) {
+impl Writer {
+    pub(super) fn create(
+        disk: &dyn Disk,
+        frame: u64,
+        now_ms: u64,
+        store: [u8; 16],
+    ) -> io::Result<Writer> {
+        let file = disk.create(TEMPORARY)?;
+        let mut header = [0; HEADER];
+        header[0..8].copy_from_slice(&MAGIC);
+        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        header[16..24].copy_from_slice(&frame.to_le_bytes());
+        header[24..32].copy_from_slice(&now_ms.to_le_bytes());
+        header[32..48].copy_from_slice(&store);
+        let sum = crc32c::crc32c(&header[16..]);
+        header[12..16].copy_from_slice(&sum.to_le_bytes());
+        file.write_at(&header, 0)?;
+        Ok(Writer {
+            file,
+            info: Info {
+                frame,
+                made_ms: now_ms,
+                entries: 0,
+                bytes: 0,
+            },
+            offset: HEADER as u64,
+            block: vec![0; 8],
+            sums: 0,
+        })
+    }
+
+    /// Adds an entry; keys rise. `true`: a block was closed, and others may breathe.
+    pub(super) fn add(&mut self, key: &[u8], value: &[u8]) -> io::Result<bool> {
+        self.info.entries += 1;
+        self.info.bytes += (key.len() + value.len()) as u64;
         // Both are far below: keys::KEY_MAX and record::RECORD_MAX.
         self.block
             .extend_from_slice(&(key.len() as u16).to_le_bytes());
@@ -222,6 +223,11 @@ impl Blocks<'_> {
             .extend_from_slice(&(value.len() as u32).to_le_bytes());
         self.block.extend_from_slice(key);
         self.block.extend_from_slice(value);
+        if self.block.len() < BLOCK {
+            return Ok(false);
+        }
+        self.close()?;
+        Ok(true)
     }
 
     fn close(&mut self) -> io::Result<()> {
@@ -238,6 +244,27 @@ impl Blocks<'_> {
         self.block.truncate(8);
         Ok(())
     }
+
+    /// Writes the end and makes the content safe; the name is still the temporary one.
+    pub(super) fn finish(mut self) -> io::Result<Info> {
+        self.close()?;
+        let mut trailer = [0; TRAILER];
+        trailer[0..4].copy_from_slice(&TRAILER_MARK.to_le_bytes());
+        trailer[8..16].copy_from_slice(&self.info.entries.to_le_bytes());
+        trailer[16..24].copy_from_slice(&self.info.bytes.to_le_bytes());
+        trailer[24..28].copy_from_slice(&self.sums.to_le_bytes());
+        let sum = crc32c::crc32c(&trailer[8..]);
+        trailer[4..8].copy_from_slice(&sum.to_le_bytes());
+        self.file.write_at(&trailer, self.offset)?;
+        self.file.sync()?;
+        Ok(self.info)
+    }
+}
+
+/// Gives a finished snapshot its name. Safe when this returns.
+pub(super) fn publish(disk: &dyn Disk, frame: u64) -> io::Result<()> {
+    disk.rename(TEMPORARY, &name(frame))?;
+    disk.sync_dir(DIR)
 }
 
 /// What a reader of a snapshot is told about each entry.

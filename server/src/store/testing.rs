@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::backup::Copier;
 use super::committer::{Desk, Done, Work};
 use super::home::MemoryHome;
 use super::log::disk::{Disk, DiskFile};
@@ -21,9 +22,9 @@ use crate::delivery::{
     RowKey,
 };
 use crate::ports::{
-    AppRecord, Batch, Clock, ClockState, Committed, DeviceFilter, DeviceRecord, Entropy,
-    ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, Page, PairState, ReadError,
-    SourceId, Store, StoreHealth, StoreStats,
+    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, ClockState, Committed,
+    DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord,
+    KeyRecord, Op, Page, PairState, ReadError, SourceId, Store, StoreHealth, StoreStats,
 };
 
 /// A clock that stands still until it is moved.
@@ -282,6 +283,14 @@ impl MemoryDisk {
     #[must_use]
     pub fn names(&self) -> Vec<String> {
         self.lock().names.keys().cloned().collect()
+    }
+
+    /// One byte of a file, if it has so many.
+    #[must_use]
+    pub fn byte(&self, name: &str, offset: u64) -> Option<u8> {
+        let platter = self.lock();
+        let file = platter.files.get(platter.names.get(name)?)?;
+        file.current.get(offset as usize).copied()
     }
 
     /// Changes one byte of a file, as rot does: at once, safely, unnoticed. `false`: there is no such byte.
@@ -584,6 +593,9 @@ pub struct SyncStore {
     life: Mutex<Arc<Life>>,
 }
 
+/// Bytes of a backup's block: small.
+const BACKUP_BLOCK: usize = 512;
+
 /// One run of a [`SyncStore`].
 struct Life {
     desk: Desk,
@@ -591,6 +603,7 @@ struct Life {
     frame: Mutex<Option<(std::collections::VecDeque<super::Entry>, super::Rides)>>,
     turning: AtomicBool,
     run: u32,
+    copier: Arc<Copier>,
 }
 
 impl SyncStore {
@@ -695,6 +708,23 @@ impl SyncStore {
         self.life().parts().keeper.look_at_room();
     }
 
+    /// Damages the value of a key in the engine, as rot does.
+    #[cfg(test)]
+    pub(super) fn rot(&self, key: &[u8]) {
+        let life = self.life();
+        let parts = life.parts();
+        let value = parts.engine.get(key).ok().flatten();
+        let mut value = value.map(|value| value.to_vec()).unwrap_or_default();
+        if let Some(byte) = value.first_mut() {
+            *byte ^= 1;
+        }
+        let write = super::engine::EngineWrite {
+            key: bytes::Bytes::copy_from_slice(key),
+            value: Some(value.into()),
+        };
+        assert!(parts.engine.apply(&[write], None).is_ok());
+    }
+
     /// How many bodies the engine holds that several rows share.
     #[cfg(test)]
     pub(super) fn shared_bodies(&self) -> usize {
@@ -735,7 +765,7 @@ impl Life {
         clock: &Arc<dyn Clock>,
         entropy: &Arc<dyn Entropy>,
     ) -> Result<(Life, OpenReport), OpenError> {
-        let parts = assemble(
+        let mut parts = assemble(
             &StoreSettings {
                 segment_bytes: settings.segment_bytes,
                 reserve_bytes: settings.reserve_bytes,
@@ -749,9 +779,14 @@ impl Life {
             Arc::clone(entropy),
         )?;
         let report = parts.report.clone();
+        if let Some(copier) = Arc::get_mut(&mut parts.copier) {
+            // So that little data makes many blocks, and much happens between them.
+            copier.set_block(BACKUP_BLOCK);
+        }
         let life = Life {
             desk: Desk::new(),
             run: report.run,
+            copier: Arc::clone(&parts.copier),
             parts: Mutex::new(parts),
             frame: Mutex::new(None),
             turning: AtomicBool::new(false),
@@ -940,6 +975,16 @@ impl Store for SyncStore {
         let parts = life.parts();
         let now = parts.clock.now().mono;
         stats(&parts.figures, &parts.keeper, &parts.queue, life.run, now)
+    }
+
+    /// The store is not locked while `watch` is called: it may write.
+    fn backup(
+        &self,
+        out: &mut dyn io::Write,
+        watch: BackupWatch<'_>,
+    ) -> Result<BackupSummary, BackupError> {
+        let copier = Arc::clone(&self.life().copier);
+        copier.copy(out, watch)
     }
 
     fn close(&self) {

@@ -8,9 +8,9 @@ use bellwire_server::delivery::{
     Outcome, PingId, RowKey, RowMeta, Summary, WireSlot,
 };
 use bellwire_server::ports::{
-    AppRecord, Batch, Committed, DeviceFilter, DeviceRecord, ExpiredRow, ExpiryCursor, Grant,
-    IdempotencyRecord, KeyRecord, Op, Page, PairState, ReadError, SourceId, Store, StoreHealth,
-    StoreStats,
+    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Committed, DeviceFilter,
+    DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, Page,
+    PairState, ReadError, SourceId, Store, StoreHealth, StoreStats,
 };
 
 /// What the store does with a batch.
@@ -410,6 +410,14 @@ impl Store for FakeStore {
     ) -> Result<Option<IdempotencyRecord>, ReadError> {
         let state = self.0.lock().unwrap();
         Ok(state.disk.idempotency.get(&(app, key_hash)).copied())
+    }
+
+    fn backup(
+        &self,
+        _out: &mut dyn std::io::Write,
+        _watch: BackupWatch<'_>,
+    ) -> Result<BackupSummary, BackupError> {
+        Err(BackupError::Store("a store of tests has none".to_owned()))
     }
 
     fn health(&self) -> StoreHealth {

@@ -101,6 +101,12 @@ pub(in crate::store) fn look(data: &[u8], at: usize, seed: u32) -> Place {
     })
 }
 
+/// What the header of a frame says of its payload's length and of its number; nothing is checked.
+pub(in crate::store) fn head(header: &[u8; HEADER]) -> (usize, u64) {
+    let ([l0, l1, l2, l3, ..], number) = split_header(header);
+    (u32::from_le_bytes([l0, l1, l2, l3]) as usize, number)
+}
+
 fn split_header(header: &[u8; HEADER]) -> ([u8; 8], u64) {
     let (mut head, mut number) = ([0; 8], [0; 8]);
     head.copy_from_slice(&header[..8]);

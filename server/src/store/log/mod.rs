@@ -31,6 +31,7 @@
 
 pub(in crate::store) mod disk;
 pub(in crate::store) mod frame;
+mod live;
 pub(in crate::store) mod segment;
 
 use std::io;
@@ -41,6 +42,8 @@ use bytes::Bytes;
 use self::disk::{Disk, is_no_room};
 use self::frame::End;
 use self::segment::{BadHeader, Header, Maker, Segment};
+
+pub(in crate::store) use self::live::LiveError;
 
 /// Where files go that nobody may lose but nobody can use.
 pub(in crate::store) const SET_ASIDE: &str = "set-aside";
@@ -382,6 +385,7 @@ impl Shelf {
             segments: Arc::new(Segments {
                 disk: self.disk,
                 list: Mutex::new(list),
+                holds: Mutex::new(Vec::new()),
             }),
             current,
             next_frame,
@@ -446,11 +450,52 @@ impl SegmentInfo {
 pub(in crate::store) struct Segments {
     disk: Arc<dyn Disk>,
     list: Mutex<Vec<SegmentInfo>>,
+    /// Frames from which on somebody reads: one entry for each [`Hold`].
+    holds: Mutex<Vec<(u64, Arc<()>)>>,
+}
+
+/// Keeps segments from being released as long as it lives. Made with [`Segments::hold`].
+pub(in crate::store) struct Hold {
+    segments: Arc<Segments>,
+    mark: Arc<()>,
+}
+
+impl Hold {
+    /// From now on only frames from `frame` on are needed.
+    pub(in crate::store) fn narrow(&self, frame: u64) {
+        for (held, mark) in self.segments.holds().iter_mut() {
+            if Arc::ptr_eq(mark, &self.mark) {
+                *held = frame;
+            }
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.segments
+            .holds()
+            .retain(|(_, mark)| !Arc::ptr_eq(mark, &self.mark));
+    }
 }
 
 impl Segments {
     fn lock(&self) -> MutexGuard<'_, Vec<SegmentInfo>> {
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn holds(&self) -> MutexGuard<'_, Vec<(u64, Arc<()>)>> {
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps every segment that is there until the hold is [narrowed](Hold::narrow) or dropped.
+    pub(in crate::store) fn hold(self: &Arc<Segments>) -> Hold {
+        let mark = Arc::new(());
+        self.holds().push((0, Arc::clone(&mark)));
+        Hold {
+            segments: Arc::clone(self),
+            mark,
+        }
     }
 
     /// Bytes and number of all segments.
@@ -475,14 +520,18 @@ impl Segments {
             .map_or(0, |kept| kept.iter().map(|segment| segment.size).sum())
     }
 
-    /// Deletes the segments whose frames are all below `frame`; the last one always stays. Answers how many went.
+    /// Deletes the segments whose frames are all below `frame` and that nobody [holds](Segments::hold); the last one
+    /// always stays. Answers how many went.
     pub(in crate::store) fn release(&self, frame: u64) -> io::Result<usize> {
         let mut released = 0;
         loop {
             let oldest = {
                 let list = self.lock();
+                // Looked at each time: a hold may begin between two segments.
+                let held = self.holds().iter().map(|(frame, _)| *frame).min();
+                let needed = held.map_or(frame, |held| frame.min(held));
                 match list.as_slice() {
-                    [oldest, next, ..] if next.first_frame <= frame => oldest.number,
+                    [oldest, next, ..] if next.first_frame <= needed => oldest.number,
                     _ => break,
                 }
             };
@@ -573,6 +622,26 @@ impl Log {
         self.current.offset += frame.len() as u64;
         self.next_frame += 1;
         Ok(())
+    }
+
+    /// Writes a sealed frame without a sync, for a log that nobody was promised anything of yet: [`Log::settle`] must
+    /// follow, and come before each new segment.
+    pub(in crate::store) fn write_later(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.current.file.write_at(frame, self.current.offset)?;
+        self.current.offset += frame.len() as u64;
+        self.next_frame += 1;
+        Ok(())
+    }
+
+    /// Whether a frame of this length still fits into the current segment.
+    pub(in crate::store) fn fits(&self, length: usize) -> bool {
+        let length = length.next_multiple_of(frame::ALIGNMENT) as u64;
+        self.current.offset + length <= self.current.size
+    }
+
+    /// Syncs what was written into the current segment.
+    pub(in crate::store) fn settle(&mut self) -> io::Result<()> {
+        self.current.file.sync()
     }
 
     fn poison(&mut self, what: &str, error: &io::Error) -> AppendError {

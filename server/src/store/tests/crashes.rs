@@ -19,7 +19,7 @@ fn seeds() -> std::ops::Range<u64> {
 }
 
 /// What became of a commit on a store that answers on the same thread; `None`: nobody was answered.
-fn commit_now(store: &SyncStore, batch: Vec<Op>) -> Option<Committed> {
+pub(super) fn commit_now(store: &SyncStore, batch: Vec<Op>) -> Option<Committed> {
     let (sender, receiver) = mpsc::channel();
     store.commit(
         batch,

@@ -369,7 +369,8 @@ fn what_cannot_be_a_key_is_refused() {
 /// A parser, as a plain function over bytes.
 type Body = fn(&[u8]);
 
-const BODIES: [(&str, Body); 4] = [
+const BODIES: [(&str, Body); 5] = [
+    ("backup", fuzz::backup_file),
     ("record", fuzz::records),
     ("payload", fuzz::payload),
     ("segment", fuzz::log_segment),
@@ -423,6 +424,7 @@ fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("segment-torn", torn),
         ("snapshot-whole", snapshot),
         ("snapshot-cut", cut),
+        ("backup-whole", super::backups::a_backup()),
     ]
 }
 

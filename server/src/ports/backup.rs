@@ -1,0 +1,69 @@
+//! Backups: what is asked of the store, and what a backup holds.
+
+use std::ops::ControlFlow;
+
+/// How far a backup is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BackupProgress {
+    /// Entries of the walk so far.
+    pub entries: u64,
+    /// Frames so far.
+    pub frames: u64,
+    /// Bytes written so far.
+    pub bytes: u64,
+}
+
+/// Called after each block; may wait, so that the backup leaves room for others, or end it.
+pub type BackupWatch<'a> = &'a dyn Fn(&BackupProgress) -> ControlFlow<()>;
+
+/// What a whole backup holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupSummary {
+    /// The store that it is of.
+    pub store: [u8; 16],
+    /// Tells which hash key its secrets were hashed with, without telling the key; zeros: not known.
+    pub key_mark: [u8; 32],
+    /// The version of the program that wrote it.
+    pub program: String,
+    /// The run that wrote it.
+    pub run: u32,
+    /// When it was begun, Unix milliseconds.
+    pub begun_ms: u64,
+    /// When it was finished, Unix milliseconds.
+    pub finished_ms: u64,
+    /// The first frame that is replayed over its entries.
+    pub first_frame: u64,
+    /// It is the state right after this frame.
+    pub last_frame: u64,
+    /// Entries of the walk.
+    pub entries: u64,
+    /// Bytes of their keys and values.
+    pub entry_bytes: u64,
+    /// Frames written while it was made.
+    pub frames: u64,
+    /// Bytes of their payloads.
+    pub frame_bytes: u64,
+    /// Records that could not be read and are not in it; they were set aside in the store.
+    pub left_out: u64,
+    /// Size of the file, bytes.
+    pub bytes: u64,
+    /// SHA-256 over everything before the digest itself.
+    pub sha256: [u8; 32],
+}
+
+/// Why there is no backup.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// Another one is being made.
+    #[error("a backup is being made already")]
+    Busy,
+    /// Where it goes did not take it.
+    #[error("it could not be written: {0}")]
+    Write(std::io::Error),
+    /// The store could not be read.
+    #[error("the store could not be read: {0}")]
+    Store(String),
+    /// The server goes down, or whoever watches wants no more.
+    #[error("it was broken off")]
+    Interrupted,
+}
