@@ -11,6 +11,7 @@ mod key;
 mod ping;
 mod serve;
 mod status;
+mod store;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -62,6 +63,8 @@ enum Command {
     Ping(Box<ping::PingArgs>),
     /// How the server is
     Status(status::StatusArgs),
+    /// Look at what is kept in a data directory, check it, save what can be saved
+    Store(store::StoreArgs),
     /// See everything work: a server, two devices, a crash, a restart
     #[cfg(feature = "demo")]
     Demo(crate::demo::DemoArgs),
@@ -107,6 +110,7 @@ impl Command {
             Command::Device(args) => args.json(),
             Command::Ping(args) => args.api.json,
             Command::Status(args) => args.api.json,
+            Command::Store(args) => args.json(),
             #[cfg(feature = "demo")]
             Command::Demo(_) => false,
             Command::Serve(_) | Command::Completions { .. } => false,
@@ -124,6 +128,7 @@ impl Command {
             Command::Device(args) => on_one_thread(device::run(&args)),
             Command::Ping(args) => on_one_thread(ping::run(&args)),
             Command::Status(args) => on_one_thread(status::run(&args)),
+            Command::Store(args) => store::run(&args),
             Command::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Cli::command(), "bellwire", &mut script);

@@ -296,33 +296,7 @@ impl Files for RealFiles {
     }
 
     fn open(&self, kind: FileEngine, name: &str) -> Result<Arc<dyn Engine>, Unusable> {
-        let dir = self.dir.join(name);
-        let mut tries = 0;
-        loop {
-            let (opened, busy): (
-                Result<Arc<dyn Engine>, EngineError>,
-                fn(&EngineError) -> bool,
-            ) = match kind {
-                FileEngine::Sled => (
-                    SledEngine::open(&dir, self.cache_bytes).map(|engine| Arc::new(engine) as _),
-                    SledEngine::is_busy,
-                ),
-                FileEngine::Fjall => (
-                    FjallEngine::open(&dir, self.cache_bytes).map(|engine| Arc::new(engine) as _),
-                    FjallEngine::is_busy,
-                ),
-            };
-            match opened {
-                Ok(engine) => return Ok(engine),
-                Err(error) if !busy(&error) => return Err(Unusable::Broken(error.to_string())),
-                // Threads of the engine's own may hold the files for a moment after their last user is gone.
-                Err(_) if tries < BUSY_TRIES => {
-                    tries += 1;
-                    std::thread::sleep(BUSY_WAIT);
-                }
-                Err(error) => return Err(Unusable::Busy(error.to_string())),
-            }
-        }
+        open_files(kind, &self.dir.join(name), self.cache_bytes)
     }
 
     fn make(&self, name: &str) -> io::Result<()> {
@@ -341,9 +315,48 @@ impl Files for RealFiles {
     }
 
     fn boot(&self) -> Option<String> {
-        fs::read_to_string("/proc/sys/kernel/random/boot_id")
-            .ok()
-            .map(|id| id.trim().to_owned())
+        boot()
+    }
+}
+
+/// Which boot of the machine this is.
+fn boot() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .ok()
+        .map(|id| id.trim().to_owned())
+}
+
+/// Opens or makes an engine's files in a directory. Waits a while for files that somebody else has open.
+pub(super) fn open_files(
+    kind: FileEngine,
+    dir: &Path,
+    cache_bytes: u64,
+) -> Result<Arc<dyn Engine>, Unusable> {
+    let mut tries = 0;
+    loop {
+        let (opened, busy): (
+            Result<Arc<dyn Engine>, EngineError>,
+            fn(&EngineError) -> bool,
+        ) = match kind {
+            FileEngine::Sled => (
+                SledEngine::open(&dir, cache_bytes).map(|engine| Arc::new(engine) as _),
+                SledEngine::is_busy,
+            ),
+            FileEngine::Fjall => (
+                FjallEngine::open(&dir, cache_bytes).map(|engine| Arc::new(engine) as _),
+                FjallEngine::is_busy,
+            ),
+        };
+        match opened {
+            Ok(engine) => return Ok(engine),
+            Err(error) if !busy(&error) => return Err(Unusable::Broken(error.to_string())),
+            // Threads of the engine's own may hold the files for a moment after their last user is gone.
+            Err(_) if tries < BUSY_TRIES => {
+                tries += 1;
+                std::thread::sleep(BUSY_WAIT);
+            }
+            Err(error) => return Err(Unusable::Busy(error.to_string())),
+        }
     }
 }
 
@@ -692,6 +705,98 @@ impl EngineHome for FilesHome {
             Ok(()) => self.disk.sync_dir(""),
         }
     }
+}
+
+// ---- Looking without touching --------------------------------------------------------------------------------------
+
+/// What a directory of engine files is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// A start opens it.
+    Counts,
+    /// Nothing but a copy, which a start removes.
+    Copy,
+    /// It was moved aside, or does not count for another reason.
+    Aside,
+}
+
+/// A directory of engine files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Seen {
+    pub(super) name: String,
+    pub(super) kind: FileEngine,
+    pub(super) role: Role,
+    /// The machine went down while it was in use, and its files prove nothing after that.
+    pub(super) unproven: bool,
+}
+
+/// Whose files a name is of: a directory, one that was moved aside, or the note of its use.
+pub(super) fn whose(name: &str) -> Option<FileEngine> {
+    FileEngine::ALL.into_iter().find(|kind| {
+        name.strip_prefix(kind.name())
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    })
+}
+
+/// The directories of engines as a start would judge them, and what is wrong with the file that names the one that
+/// counts. Changes nothing. `wanted`: the engine that the settings choose, if they are known.
+pub(super) fn survey(
+    disk: &dyn Disk,
+    directories: &[String],
+    wanted: Option<FileEngine>,
+) -> io::Result<(Vec<Seen>, Option<String>)> {
+    let mut places: Vec<Place> = directories
+        .iter()
+        .filter_map(|name| Place::parse(name))
+        .collect();
+    places.sort_unstable();
+    let highest = places.last().map_or(0, |place| place.generation);
+    let (pointer, trouble) = match read_small(disk, POINTER)? {
+        None if highest > 1 => (None, Some("it is missing".to_owned())),
+        None => {
+            let chosen = places.iter().find(|place| Some(place.kind) == wanted);
+            let pointer = chosen.or(places.first()).map(|place| Pointer {
+                place: *place,
+                replaced: Vec::new(),
+            });
+            (pointer, None)
+        }
+        Some(text) => match text
+            .ok_or(BadPointer::Rotten)
+            .and_then(|text| Pointer::decode(&text))
+        {
+            Ok(pointer) => (Some(pointer), None),
+            Err(BadPointer::Rotten) => (None, Some("it cannot be read".to_owned())),
+            Err(BadPointer::Newer(version)) => (None, Some(format!("it has format {version}"))),
+        },
+    };
+    let mut seen = Vec::new();
+    for name in directories {
+        let Some(kind) = whose(name) else {
+            continue;
+        };
+        let role = match (Place::parse(name), &pointer) {
+            (Some(place), Some(pointer)) if place == pointer.place => Role::Counts,
+            (Some(place), Some(pointer))
+                if place.generation > pointer.place.generation
+                    || pointer.replaced.contains(&place) =>
+            {
+                Role::Copy
+            }
+            (Some(_) | None, _) => Role::Aside,
+        };
+        let note = read_small(disk, &format!("{}.in-use", kind.name()))?;
+        let unproven = role == Role::Counts
+            && !kind.survives_loss_of_power()
+            && matches!((note, boot()), (Some(then), Some(now)) if then.as_deref().is_none_or(|then| then.trim() != now));
+        seen.push(Seen {
+            name: name.clone(),
+            kind,
+            role,
+            unproven,
+        });
+    }
+    Ok((seen, trouble))
 }
 
 #[cfg(test)]

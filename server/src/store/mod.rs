@@ -21,8 +21,10 @@ mod apply;
 pub mod backup;
 mod committer;
 mod engine;
+pub mod examine;
 pub mod fuzz;
 mod home;
+mod identity;
 mod keeper;
 mod keys;
 mod lock;
@@ -46,13 +48,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
-use data_encoding::HEXLOWER;
-
 use self::apply::{Applier, LagLimit, Queue};
 use self::backup::Copier;
 use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer};
 use self::engine::Engine;
 use self::home::{EngineHome, FileEngine, FilesHome, MemoryHome, RealFiles};
+use self::identity::{FORMAT, Identity, identity, write_identity};
 use self::keeper::{Inheritance, Keeper, Rules, Tools};
 use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk, make_private_dir};
@@ -322,87 +323,6 @@ fn begin_run(
         .step(queue)
         .map_err(|error| OpenError::Engine(error.0))?;
     Ok(())
-}
-
-/// The name of the file that says what the directory is.
-const FORMAT: &str = "format";
-const FORMAT_TEMPORARY: &str = "format.tmp";
-/// The version of the directory's layout.
-const FORMAT_VERSION: u32 = 1;
-
-/// Said in the format file once a frame was safe: from then on a store without a log has lost it.
-const BEGUN: &str = "begun";
-
-struct Identity {
-    store: [u8; 16],
-    begun: bool,
-}
-
-fn write_identity(disk: &dyn Disk, store: [u8; 16], begun: bool) -> std::io::Result<()> {
-    let begun = if begun { BEGUN } else { "" };
-    let text = format!(
-        "bellwire-store {FORMAT_VERSION} {} {begun}\n",
-        HEXLOWER.encode(&store)
-    );
-    let file = disk.create(FORMAT_TEMPORARY)?;
-    file.write_at(text.as_bytes(), 0)?;
-    file.sync()?;
-    disk.rename(FORMAT_TEMPORARY, FORMAT)?;
-    disk.sync_dir("")
-}
-
-/// Which store this is; a new one is given an identity.
-fn identity(disk: &dyn Disk, dir: &Path, entropy: &dyn Entropy) -> Result<Identity, OpenError> {
-    let path = dir.join(FORMAT);
-    let bad = |why| OpenError::NotAStore {
-        path: path.clone(),
-        why,
-    };
-    match disk.open(FORMAT) {
-        Ok(file) => {
-            let io = || OpenError::io("could not read", &path);
-            let length = file.length().map_err(io())?.min(4096);
-            let mut bytes = vec![0; length as usize];
-            file.read_at(&mut bytes, 0).map_err(io())?;
-            let text = String::from_utf8(bytes).map_err(|_| bad("it is not text"))?;
-            let mut words = text.split_whitespace();
-            if words.next() != Some("bellwire-store") {
-                return Err(bad("it does not begin with `bellwire-store`"));
-            }
-            match words.next().and_then(|word| word.parse::<u32>().ok()) {
-                Some(FORMAT_VERSION) => {}
-                Some(version) if version > FORMAT_VERSION => {
-                    return Err(OpenError::Newer {
-                        what: format!("the data directory has format {version}"),
-                    });
-                }
-                _ => return Err(bad("it names no version")),
-            }
-            let store = words
-                .next()
-                .and_then(|word| HEXLOWER.decode(word.as_bytes()).ok())
-                .and_then(|id| id.try_into().ok())
-                .ok_or_else(|| bad("it names no identity"))?;
-            let begun = words.next() == Some(BEGUN);
-            Ok(Identity { store, begun })
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            if disk
-                .list(log::segment::DIR)
-                .is_ok_and(|files| !files.is_empty())
-            {
-                return Err(bad("it is missing although there is a log"));
-            }
-            let mut store = [0; 16];
-            entropy.fill(&mut store);
-            write_identity(disk, store, false).map_err(OpenError::io("could not write", &path))?;
-            Ok(Identity {
-                store,
-                begun: false,
-            })
-        }
-        Err(error) => Err(OpenError::io("could not read", &path)(error)),
-    }
 }
 
 /// A time for names of files: `20261121T085913Z`.

@@ -377,6 +377,19 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
+/// Reads a snapshot to its end and believes only what checks. `store`: which store it must belong to.
+pub(super) fn check(
+    disk: &dyn Disk,
+    frame: u64,
+    store: Option<[u8; 16]>,
+) -> Result<Info, SnapshotError> {
+    let info = parse(&*disk.open(&name(frame))?, store, &mut |_, _| Ok(()))?;
+    if info.frame != frame {
+        return Err(SnapshotError::Rotten("its name is another's"));
+    }
+    Ok(info)
+}
+
 /// Verifies a snapshot, then loads it into an empty engine and sets its position.
 pub(super) fn load(
     disk: &dyn Disk,

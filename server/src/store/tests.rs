@@ -5,6 +5,7 @@ mod applying;
 mod backups;
 mod committing;
 mod crashes;
+mod examining;
 mod files;
 mod formats;
 mod model;

@@ -306,6 +306,18 @@ impl Shelf {
         Ok(tail)
     }
 
+    /// The segments that [`Shelf::take_over`] would set aside, whole or from a place on.
+    pub(in crate::store) fn unprovable(&self, tail: &Tail) -> Vec<String> {
+        if !matches!(tail.ending, Ending::Rotten { .. }) {
+            return Vec::new();
+        }
+        let first = tail.place.map_or(0, |(index, _)| index);
+        self.kept[first..]
+            .iter()
+            .map(|kept| segment::name(kept.number))
+            .collect()
+    }
+
     /// Takes the log over for writing, with `next_frame` as the number of the next frame. What is unprovable goes
     /// under `set-aside/` with `stamp` in its name; the names are returned. Everything that was replayed is safe when
     /// this returns.

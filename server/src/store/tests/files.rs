@@ -10,15 +10,15 @@ use super::support::*;
 use crate::ports::Op;
 
 /// A store on real files and what it should hold.
-struct Shop {
-    dir: tempfile::TempDir,
-    engine: EngineKind,
-    script: Script,
-    model: Model,
+pub(super) struct Shop {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) engine: EngineKind,
+    pub(super) script: Script,
+    pub(super) model: Model,
 }
 
 impl Shop {
-    fn new(engine: EngineKind, seed: u64) -> Shop {
+    pub(super) fn new(engine: EngineKind, seed: u64) -> Shop {
         Shop {
             dir: tempfile::tempdir().unwrap(),
             engine,
@@ -27,11 +27,11 @@ impl Shop {
         }
     }
 
-    fn data(&self) -> PathBuf {
+    pub(super) fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }
 
-    fn try_open(&self) -> Result<(House, OpenReport), OpenError> {
+    pub(super) fn try_open(&self) -> Result<(House, OpenReport), OpenError> {
         let settings = StoreSettings {
             segment_bytes: 8 << 10,
             ..settings(&self.data(), self.engine)
@@ -45,11 +45,11 @@ impl Shop {
         )
     }
 
-    fn open(&self) -> (House, OpenReport) {
+    pub(super) fn open(&self) -> (House, OpenReport) {
         self.try_open().unwrap()
     }
 
-    fn work(&mut self, house: &House, batches: usize) {
+    pub(super) fn work(&mut self, house: &House, batches: usize) {
         for _ in 0..batches {
             let batch = self.script.batch(&self.model);
             batch.iter().for_each(|op| self.model.apply(op));
@@ -57,12 +57,12 @@ impl Shop {
         }
     }
 
-    fn check(&self, house: &House) {
+    pub(super) fn check(&self, house: &House) {
         assert_eq!(self.model.difference(house, &self.script), None);
     }
 
     /// Works a while, closes in order, works on: a plain life with several segments.
-    fn lived(engine: EngineKind, seed: u64) -> Shop {
+    pub(super) fn lived(engine: EngineKind, seed: u64) -> Shop {
         let mut shop = Shop::new(engine, seed);
         for _ in 0..2 {
             let (house, _) = shop.open();
@@ -72,15 +72,15 @@ impl Shop {
         shop
     }
 
-    fn segments(&self) -> Vec<PathBuf> {
+    pub(super) fn segments(&self) -> Vec<PathBuf> {
         files(&self.data().join("log"), ".seg")
     }
 
-    fn set_aside(&self) -> usize {
+    pub(super) fn set_aside(&self) -> usize {
         files(&self.data().join("set-aside"), "").len()
     }
 
-    fn without_engine(&self) {
+    pub(super) fn without_engine(&self) {
         let dir = self.engine_dir();
         if dir.exists() {
             fs::remove_dir_all(dir).unwrap();
@@ -88,14 +88,14 @@ impl Shop {
     }
 
     /// The directory of the engine that counts.
-    fn engine_dir(&self) -> PathBuf {
+    pub(super) fn engine_dir(&self) -> PathBuf {
         let disk = RealDisk::new(&self.data());
         let name = home::named(&disk).unwrap_or_else(|| self.engine.as_str().to_owned());
         self.data().join(name)
     }
 }
 
-fn files(dir: &Path, suffix: &str) -> Vec<PathBuf> {
+pub(super) fn files(dir: &Path, suffix: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(dir) else {
         return Vec::new();
     };
@@ -107,13 +107,13 @@ fn files(dir: &Path, suffix: &str) -> Vec<PathBuf> {
     files
 }
 
-fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+pub(super) fn patch(path: &Path, offset: u64, bytes: &[u8]) {
     let file = fs::OpenOptions::new().write(true).open(path).unwrap();
     file.write_all_at(bytes, offset).unwrap();
 }
 
 /// Where the frames of a segment begin and end.
-fn frames(path: &Path) -> Vec<(u64, u64)> {
+pub(super) fn frames(path: &Path) -> Vec<(u64, u64)> {
     let data = fs::read(path).unwrap();
     let header = log::segment::Header::decode(&data).unwrap();
     let start = log::segment::HEADER as usize;
@@ -480,13 +480,13 @@ fn a_directory_is_for_one_process() {
 }
 
 /// Everything that waits in the engine, so that a test may damage it there.
-fn settle(house: &House) {
+pub(super) fn settle(house: &House) {
     while house.stats().lag_bytes > 0 {
         std::thread::yield_now();
     }
 }
 
-fn damage(house: &House, key: &[u8]) {
+pub(super) fn damage(house: &House, key: &[u8]) {
     let mut value = house.engine.get(key).unwrap().unwrap().to_vec();
     let middle = value.len() / 2;
     value[middle] ^= 1;
