@@ -243,7 +243,7 @@ fn a_lost_hash_key_is_never_replaced_silently() {
 }
 
 #[test]
-fn a_data_directory_that_others_can_read_is_told() {
+fn a_data_directory_that_others_can_read_is_closed_to_them() {
     let room = Room::new();
     fs::create_dir(room.data()).unwrap();
     fs::set_permissions(
@@ -251,9 +251,12 @@ fn a_data_directory_that_others_can_read_is_told() {
         std::os::unix::fs::PermissionsExt::from_mode(0o755),
     )
     .unwrap();
-    assert!(room.run(&["check"]).good().out.contains("chmod 700"));
+    let told = room.run(&["check"]).good().out;
+    assert!(told.contains("others on this machine"), "{told}");
+    assert_eq!(mode(&room.data()), 0o755, "a check changes nothing");
     let server = room.serve();
-    assert!(server.log().contains("chmod 700"));
+    assert!(server.log().contains("it is closed to them now"));
+    assert_eq!(mode(&room.data()), 0o700);
     server.stop();
 }
 

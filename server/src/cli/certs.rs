@@ -113,7 +113,7 @@ fn make(names: &[SanName], dir: &Path, days: u32, replace: bool, as_json: bool) 
         ));
     }
     let validity = Validity::days(now(), days).map_err(|error| cert(&error))?;
-    let authority = dev_authority(dir, now()).map_err(|error| cert(&error))?;
+    let authority = dev_authority(dir, now(), write_public).map_err(|error| cert(&error))?;
     let issued = authority
         .server(names, validity)
         .map_err(|error| cert(&error))?;

@@ -3,16 +3,17 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use bellwire_certs::check_server_files;
 use bellwire_server::config::{self, AnyKey, ApiAccess, Checked, Environment, PemPair, keys};
+use bellwire_server::store::place::{self, FileSystem, Trust};
 use clap::Args;
 use serde_json::json;
 
 use super::api::ListenFile;
 use super::console::Paint;
-use super::files::is_open;
 use super::{ConfigArg, Console, Failure, Outcome, now};
 
 /// A certificate that ends within so many days is worth a word.
@@ -94,6 +95,10 @@ pub(crate) fn run(args: &CheckArgs) -> Outcome {
         findings.push(certificate("API's certificate", pair));
     }
     findings.push(data_dir(&checked.data_dir));
+    findings.push(file_system(
+        &checked.data_dir,
+        checked.store.trust_file_system,
+    ));
     ports(&checked, &mut findings);
     tell(&findings, args.json);
     let bad = findings
@@ -172,10 +177,10 @@ fn certificate(about: &'static str, pair: &PemPair) -> Finding {
 
 fn data_dir(path: &Path) -> Finding {
     let (mark, text) = match look_at(path) {
-        Ok(text) if fs::metadata(path).is_ok_and(|found| is_open(&found)) => (
+        Ok(text) if fs::metadata(path).is_ok_and(|found| place::is_open(&found)) => (
             Mark::Warning,
             format!(
-                "{text}, but others on this machine may look into it: chmod 700 keeps them out"
+                "{text}, but others on this machine may look into it: a start closes it to them (mode 0700)"
             ),
         ),
         Ok(text) => (Mark::Good, text),
@@ -194,13 +199,58 @@ fn data_dir(path: &Path) -> Finding {
     }
 }
 
+/// What the data directory lies on, or would lie on.
+fn file_system(path: &Path, trusted: bool) -> Finding {
+    let place = path
+        .ancestors()
+        .find(|place| place.exists())
+        .unwrap_or(Path::new("."));
+    let (mark, text) = match FileSystem::of(place) {
+        Ok(system) => match (system.trust, system.remark()) {
+            (_, None) => (Mark::Good, format!("{system}, on this machine")),
+            (Trust::Layered, Some(remark)) => (Mark::Good, remark),
+            (Trust::Distant, Some(remark)) if !trusted => (
+                Mark::Bad,
+                format!(
+                    "{remark}: a start refuses it; use a disk of this machine, or set store.trust_file_system = true \
+                     (BELLWIRE__STORE__TRUST_FILE_SYSTEM) if you know that it keeps both promises"
+                ),
+            ),
+            (_, Some(remark)) => (Mark::Warning, remark),
+        },
+        Err(error) => (Mark::Warning, format!("its type cannot be seen: {error}")),
+    };
+    Finding {
+        mark,
+        about: "file system",
+        text,
+    }
+}
+
+/// Why a start would not take an existing directory although it can be written.
+fn not_ours(found: &fs::Metadata) -> Option<io::Error> {
+    let us = rustix::process::geteuid().as_raw();
+    (found.uid() != us).then(|| {
+        io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("it belongs to user {}, and this is user {us}", found.uid()),
+        )
+    })
+}
+
 /// Tries to write where the server would write, and leaves nothing behind.
 fn look_at(path: &Path) -> io::Result<String> {
     let (place, text) = match fs::metadata(path) {
         Ok(found) if !found.is_dir() => {
             return Err(io::Error::new(io::ErrorKind::NotADirectory, "it is a file"));
         }
-        Ok(_) => (path, format!("{} can be written", path.display())),
+        Ok(found) => match not_ours(&found) {
+            Some(error) => return Err(error),
+            None => {
+                let real = fs::canonicalize(path)?;
+                (path, format!("{} can be written", real.display()))
+            }
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let parent = path
                 .ancestors()

@@ -1,17 +1,18 @@
 //! The files of a data directory that the command line knows: who holds it, where it listens, its first key and its
 //! development certificates. What the store keeps there is the store's own.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bellwire_certs::{
     AltName, CertError, CertInfo, DevAuthority, IfExists, SanName, Validity, check_server_files,
-    inspect_file, write_private, write_public,
+    inspect_file, write_private,
 };
 use bellwire_server::config::{Listen, PemPair};
+use bellwire_server::store::{OpenError, place};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -48,9 +49,16 @@ pub(crate) struct DataDir {
 }
 
 impl DataDir {
-    /// Makes the directory if it is not there (mode 0700), and takes it for this process.
+    /// Makes the directory if it is not there (mode 0700), sees that it is this user's alone, and takes it for this process.
     pub(crate) fn take(path: &Path) -> Result<DataDir, Failure> {
-        make(path)?;
+        let place = place::prepare(path).map_err(|error| match error {
+            OpenError::Io { path, error, .. } => unusable(&path, &error),
+            other => Failure::new(
+                other.to_string(),
+                "name another directory with data_dir (BELLWIRE__DATA_DIR)",
+            ),
+        })?;
+        let path = place.path.as_path();
         let lock_path = path.join(LOCK);
         let mut lock = OpenOptions::new()
             .read(true)
@@ -117,7 +125,7 @@ impl DataDir {
             "pid": std::process::id(),
         });
         let path = self.path.join(LISTEN_JSON);
-        write_public(&path, format!("{content}\n").as_bytes(), IfExists::Replace)
+        write_private(&path, format!("{content}\n").as_bytes(), IfExists::Replace)
             .map_err(|error| cert(&error))
     }
 
@@ -147,35 +155,6 @@ pub(crate) struct DevCertificate {
     pub(crate) ca: PathBuf,
     /// It was made just now.
     pub(crate) fresh: bool,
-}
-
-fn make(path: &Path) -> Result<(), Failure> {
-    match fs::metadata(path) {
-        Ok(found) if found.is_dir() => {
-            if is_open(&found) {
-                tracing::warn!(
-                    path = %path.display(),
-                    "others on this machine may look into the data directory: chmod 700 keeps them out"
-                );
-            }
-            Ok(())
-        }
-        Ok(_) => Err(Failure::new(
-            format!("the data directory {} is a file", path.display()),
-            "name a directory with data_dir (BELLWIRE__DATA_DIR)",
-        )),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(|error| unusable(path, &error)),
-        Err(error) => Err(unusable(path, &error)),
-    }
-}
-
-/// Whether others than the owner may read or enter it.
-pub(crate) fn is_open(found: &fs::Metadata) -> bool {
-    found.permissions().mode() & 0o077 != 0
 }
 
 fn taken(path: &Path, lock: &mut File) -> Failure {
@@ -269,11 +248,11 @@ fn dev_certificate(
     if still_fits(&pair, &ca, names, now) {
         return Ok(found);
     }
-    let authority = dev_authority(dir, now)?;
+    let authority = dev_authority(dir, now, write_private)?;
     let issued = authority.server(names, Validity::leaf(now)?)?;
     // The key first: a certificate without its key would be reported as a mismatch and made anew; so would this one.
     write_private(&pair.key, issued.key_pem.as_bytes(), IfExists::Replace)?;
-    write_public(&pair.cert, issued.chain_pem.as_bytes(), IfExists::Replace)?;
+    write_private(&pair.cert, issued.chain_pem.as_bytes(), IfExists::Replace)?;
     Ok(DevCertificate {
         fresh: true,
         ..found
@@ -281,7 +260,14 @@ fn dev_certificate(
 }
 
 /// The development authority of a directory, made if there is none or the one there has ended.
-pub(crate) fn dev_authority(dir: &Path, now: OffsetDateTime) -> Result<DevAuthority, CertError> {
+///
+/// `write_cert`: how its certificate is written. In a data directory everything is private; elsewhere it is there to be given
+/// to devices.
+pub(crate) fn dev_authority(
+    dir: &Path,
+    now: OffsetDateTime,
+    write_cert: fn(&Path, &[u8], IfExists) -> Result<(), CertError>,
+) -> Result<DevAuthority, CertError> {
     let (cert, key) = (dir.join(DEV_CA), dir.join(DEV_CA_KEY));
     if let (Ok(cert), Ok(key)) = (fs::read(&cert), fs::read(&key)) {
         let authority = DevAuthority::from_pem(&cert, &key)?;
@@ -295,7 +281,7 @@ pub(crate) fn dev_authority(dir: &Path, now: OffsetDateTime) -> Result<DevAuthor
     }
     let authority = DevAuthority::generate(DEV_CA_NAME, Validity::authority(now)?)?;
     write_private(&key, authority.key_pem().as_bytes(), IfExists::Replace)?;
-    write_public(
+    write_cert(
         &cert,
         authority.certificate_pem().as_bytes(),
         IfExists::Replace,
@@ -331,6 +317,8 @@ fn still_fits(pair: &PemPair, ca: &Path, names: &[SanName], now: OffsetDateTime)
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 

@@ -148,6 +148,11 @@ fn on_one_thread(command: impl Future<Output = Outcome>) -> Outcome {
         .block_on(command)
 }
 
+/// From here on whatever this process makes is for its user alone, also the files of libraries that do not ask for a mode.
+pub(crate) fn keep_to_ourselves() {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+}
+
 /// The system gives no threads or timers.
 pub(crate) fn no_threads(error: &std::io::Error) -> Failure {
     Failure::new(

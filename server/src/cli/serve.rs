@@ -35,7 +35,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::check::cannot_listen;
 use super::files::{DataDir, HASH_KEY, cert};
-use super::{ConfigArg, Console, EXIT_TROUBLE, Failure, Outcome, no_threads, now};
+use super::{
+    ConfigArg, Console, EXIT_TROUBLE, Failure, Outcome, keep_to_ourselves, no_threads, now,
+};
 
 /// How often histogram samples are folded together.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -71,6 +73,7 @@ pub(crate) struct ServeArgs {
 }
 
 pub(crate) fn run(args: &ServeArgs) -> Outcome {
+    keep_to_ourselves();
     let checked = config::load(args.config.config.as_deref(), &Environment::of_process())?;
     let format = match checked.log.format {
         LogFormat::Auto => logging::Format::Auto,
@@ -451,6 +454,7 @@ fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings {
         lag_bytes: store.lag_bytes,
         lag_time: store.lag_time,
         reserve_bytes: store.reserve_bytes,
+        trust_file_system: store.trust_file_system,
         ..StoreSettings::new(data.path())
     }
 }

@@ -99,6 +99,8 @@ pub struct Store {
     pub lag_bytes: u64,
     /// How far the engine may be behind in time.
     pub lag_time: Duration,
+    /// A network file system is good enough.
+    pub trust_file_system: bool,
 }
 
 /// What a full mailbox does with a newcomer.
@@ -219,6 +221,7 @@ impl Checked {
             reserve_bytes: source.get(&keys::STORE_RESERVE),
             lag_bytes: source.get(&keys::STORE_LAG_BYTES),
             lag_time: source.get(&keys::STORE_LAG_TIME),
+            trust_file_system: source.get(&keys::STORE_TRUST),
         };
         let checked = Checked {
             data_dir: source.get(&keys::DATA_DIR),

@@ -93,6 +93,8 @@ keys! {
     STORE_LAG_BYTES: BytesSetting = "store.lag_bytes", bytes(MIB, 4 * GIB), "64MiB";
     /// The same, as a time.
     STORE_LAG_TIME: SpanSetting = "store.lag_time", span(100, MINUTE), "2s";
+    /// The data directory may lie on a network file system or behind FUSE, because you know that a sync there reaches a disk and a lock holds. Said wrongly, promised notifications can be lost and two servers can write into one directory.
+    STORE_TRUST: FlagSetting = "store.trust_file_system", FlagSetting, "false";
 
     /// Content of one notification.
     LIMITS_CONTENT: BytesSetting = "limits.content_bytes", bytes(1, 64 * KIB), "4KiB";

@@ -30,6 +30,7 @@ mod keys;
 mod lock;
 mod log;
 mod overlay;
+pub mod place;
 mod read;
 mod record;
 mod recover;
@@ -56,7 +57,7 @@ use self::home::{EngineHome, FileEngine, FilesHome, MemoryHome, RealFiles};
 use self::identity::{FORMAT, Identity, identity, write_identity};
 use self::keeper::{Inheritance, Keeper, Rules, Tools};
 use self::lock::{DirLock, LockError};
-use self::log::disk::{Disk, RealDisk, make_private_dir};
+use self::log::disk::{Disk, RealDisk};
 use self::log::segment::Maker;
 use self::log::{Ending, Shelf, ShelfError};
 use self::overlay::Overlay;
@@ -109,13 +110,14 @@ fn open_house(
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
 ) -> Result<(House, OpenReport), OpenError> {
-    let dir = settings.dir.as_path();
-    let made = match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => std::fs::create_dir_all(parent),
-        _ => Ok(()),
+    let place = place::prepare(&settings.dir)?;
+    // Every path from here on is the one that links led to.
+    let settings = &StoreSettings {
+        dir: place.path,
+        ..settings.clone()
     };
-    made.and_then(|()| make_private_dir(dir))
-        .map_err(OpenError::io("could not make the data directory", dir))?;
+    let dir = settings.dir.as_path();
+    place::judge(dir, settings.trust_file_system)?;
     let lock = DirLock::take(dir).map_err(|error| match error {
         LockError::Held(holder) => OpenError::InUse {
             dir: dir.to_owned(),

@@ -55,6 +55,9 @@ pub struct StoreSettings {
     /// Tells which hash key the secrets in the store were hashed with, without telling the key. Backups carry it. Default
     /// zeros: not known.
     pub key_mark: [u8; 32],
+    /// Use a data directory on a network file system or behind FUSE, because the operator knows that syncs and locks hold
+    /// there. Default false: such a place is refused.
+    pub trust_file_system: bool,
 }
 
 impl StoreSettings {
@@ -71,6 +74,7 @@ impl StoreSettings {
             lag_bytes: 64 << 20,
             lag_time: Duration::from_secs(2),
             reserve_bytes: 512 << 20,
+            trust_file_system: false,
             key_mark: [0; 32],
         }
     }
@@ -89,6 +93,31 @@ pub enum OpenError {
         dir: PathBuf,
         /// Who has it, if it said so.
         holder: Option<u32>,
+    },
+    /// The data directory belongs to another user.
+    #[error(
+        "the data directory {dir} belongs to user {owner}, and this is user {us}: start the server as that user, or give the \
+         directory to this one (chown -R {us} {dir})"
+    )]
+    NotOurs {
+        /// The data directory.
+        dir: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who this is.
+        us: u32,
+    },
+    /// The data directory lies on a file system whose promises cannot be seen from here.
+    #[error(
+        "the data directory {dir} lies on a file system of type {name}, and from here nobody can tell whether what is synced \
+         there reaches a disk and whether a lock there holds: use a disk of this machine (data_dir), or, if you know that \
+         it keeps both promises, say so with store.trust_file_system = true"
+    )]
+    FileSystem {
+        /// The data directory.
+        dir: PathBuf,
+        /// What it lies on.
+        name: &'static str,
     },
     /// The operating system refused something.
     #[error(
