@@ -9,6 +9,7 @@ mod examining;
 mod files;
 mod formats;
 mod model;
+mod mounted;
 mod support;
 
 use super::*;

@@ -98,6 +98,8 @@ pub struct Fault {
     pub(crate) after: u64,
     pub(crate) times: u64,
     pub(crate) on: Option<String>,
+    /// Instead of failing: the power goes, with this seed.
+    pub(crate) cut: Option<u64>,
 }
 
 impl Fault {
@@ -110,6 +112,16 @@ impl Fault {
             after: 0,
             times: 1,
             on: None,
+            cut: None,
+        }
+    }
+
+    /// Before the next such operation is done, the power goes: see [`FaultFs::power_cut`](crate::FaultFs::power_cut).
+    #[must_use]
+    pub fn power_cut(op: Op, seed: u64) -> Fault {
+        Fault {
+            cut: Some(seed),
+            ..Fault::new(op, Errno::IO)
         }
     }
 
@@ -140,6 +152,13 @@ impl Fault {
         self.on = Some(part.to_owned());
         self
     }
+}
+
+/// What a fault does to an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Struck {
+    Fails(Errno),
+    Cut(u64),
 }
 
 /// The faults that wait, and the delays.
@@ -175,7 +194,7 @@ impl Faults {
     }
 
     /// Counts an operation and says whether it fails.
-    pub(crate) fn strike(&mut self, op: Op, path: impl FnOnce() -> String) -> Result<(), Errno> {
+    pub(crate) fn strike(&mut self, op: Op, path: impl FnOnce() -> String) -> Result<(), Struck> {
         if !self.waiting.iter().any(|fault| fault.op == op) {
             return Ok(());
         }
@@ -190,7 +209,7 @@ impl Faults {
                 fault.after -= 1;
             } else if verdict.is_ok() {
                 fault.times -= 1;
-                verdict = Err(fault.errno);
+                verdict = Err(fault.cut.map_or(Struck::Fails(fault.errno), Struck::Cut));
             }
         }
         self.waiting.retain(|fault| fault.times > 0);
@@ -219,9 +238,9 @@ mod tests {
         let mut write = |path: &str| faults.strike(Op::Write, || path.to_owned());
         assert_eq!(write("sled/db"), Ok(()));
         assert_eq!(write("log/1.seg"), Ok(()));
-        assert_eq!(write("log/1.seg"), Err(Errno::IO));
+        assert_eq!(write("log/1.seg"), Err(Struck::Fails(Errno::IO)));
         assert_eq!(write("sled/db"), Ok(()));
-        assert_eq!(write("log/1.seg"), Err(Errno::IO));
+        assert_eq!(write("log/1.seg"), Err(Struck::Fails(Errno::IO)));
         assert_eq!(write("log/1.seg"), Ok(()));
         assert_eq!(faults.waiting(), 0);
     }

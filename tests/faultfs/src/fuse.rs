@@ -128,7 +128,7 @@ impl Session {
     }
 
     fn ask<T>(&self, ask: impl FnOnce(&mut State) -> Result<T, Errno>) -> Result<T, Errno> {
-        ask(&mut *self.state()?)
+        asked(&self.shared, self.epoch, ask)
     }
 
     /// Does `work` and hands over what comes of it; a delayed one on a thread of its own, so that nobody else waits.
@@ -150,9 +150,7 @@ impl Session {
         let (shared, epoch) = (Arc::clone(&self.shared), self.epoch);
         std::thread::spawn(move || {
             shared.wait(delay, epoch);
-            // The guard goes before the answer.
-            let answer = living(&shared, epoch).and_then(|mut state| work(&mut state));
-            then(answer);
+            then(asked(&shared, epoch, work));
         });
     }
 
@@ -168,6 +166,20 @@ fn living(shared: &Shared, epoch: u64) -> Result<MutexGuard<'_, State>, Errno> {
     } else {
         Err(Errno::IO)
     }
+}
+
+fn asked<T>(
+    shared: &Shared,
+    epoch: u64,
+    ask: impl FnOnce(&mut State) -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    let mut state = living(shared, epoch)?;
+    let answer = ask(&mut state);
+    if state.epoch != epoch {
+        // It was the one before which the power went.
+        shared.wake();
+    }
+    answer
 }
 
 fn time(time: TimeOrNow) -> SystemTime {

@@ -187,6 +187,13 @@ impl FaultFs {
         self.shared.wake();
     }
 
+    /// As the end of every process that uses it: everything fails with `EIO` until [`FaultFs::power_on`], and nothing is lost.
+    /// For what cannot be killed, because it runs in this process.
+    pub fn disconnect(&self) {
+        self.shared.lock().restart();
+        self.shared.wake();
+    }
+
     /// The next system starts on what is there: the old mount is ended, files that are still open there give errors for good,
     /// and the survivors are mounted in the same place. Without a [`FaultFs::power_cut`] before it, everything written is
     /// there, synced or not, as after the end of a process.

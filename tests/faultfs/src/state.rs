@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustix::io::Errno;
 
-use crate::faults::{Fault, Faults, Op};
+use crate::faults::{Fault, Faults, Op, Struck};
 use crate::image::{Image, PAGE, SECTOR};
 
 /// The number of the root directory.
@@ -618,7 +618,14 @@ impl State {
 
     fn strike(&mut self, op: Op, path: String) -> Result<(), Errno> {
         *self.counters.operations.entry(op).or_default() += 1;
-        self.faults.strike(op, || path)
+        match self.faults.strike(op, || path) {
+            Ok(()) => Ok(()),
+            Err(Struck::Fails(errno)) => Err(errno),
+            Err(Struck::Cut(seed)) => {
+                self.cut(seed);
+                Err(Errno::IO)
+            }
+        }
     }
 
     fn next_order(&mut self) -> u64 {
@@ -849,7 +856,11 @@ impl State {
         data: &[u8],
         append: bool,
     ) -> Result<usize, Errno> {
+        let epoch = self.epoch;
         let verdict = self.ask(Op::Write, ino);
+        if self.epoch != epoch {
+            return Err(Errno::IO);
+        }
         let (_, free) = self.room();
         let file = self.file_mut(ino)?;
         let offset = if append { file.current.size() } else { offset };
@@ -954,7 +965,11 @@ impl State {
     }
 
     pub(crate) fn sync(&mut self, ino: u64) -> Result<(), Errno> {
+        let epoch = self.epoch;
         let verdict = self.ask(Op::Sync, ino);
+        if self.epoch != epoch {
+            return Err(Errno::IO);
+        }
         if verdict.is_err() {
             self.failed_syncs += 1;
         }

@@ -242,6 +242,28 @@ fn what_shall_fail_fails_when_and_where_it_was_said() {
 }
 
 #[test]
+fn the_power_can_go_just_before_an_operation() {
+    let disk = mounted();
+    let file = File::create(disk.path().join("file")).unwrap();
+    File::open(disk.path()).unwrap().sync_all().unwrap();
+    disk.fail(Fault::power_cut(Op::Sync, 5).after(1).on("file"));
+    file.write_all_at(b"first", 0).unwrap();
+    file.sync_all().unwrap();
+    file.write_all_at(b"other", 0).unwrap();
+    assert!(file.sync_all().is_err(), "it is not done any more");
+    assert!(file.sync_all().is_err());
+    assert_eq!(disk.counters().cuts, 1);
+    disk.power_on().unwrap();
+    let found = fs::read(disk.path().join("file")).unwrap();
+    assert!(found == b"first" || found == b"other");
+    let file = File::open(disk.path().join("file")).unwrap();
+    disk.disconnect();
+    assert!(file.sync_all().is_err());
+    disk.power_on().unwrap();
+    assert_eq!(fs::read(disk.path().join("file")).unwrap(), found);
+}
+
+#[test]
 fn a_delayed_sync_holds_up_nobody_else_and_ends_with_the_power() {
     let disk = mounted();
     let file = File::create(disk.path().join("slow")).unwrap();
