@@ -8,11 +8,11 @@
 //! - sled's own flush thread is off; [`Engine::flush`] comes from the applier alone, because two at once were seen to hang;
 //! - after each batch crossbeam's garbage is let go: a batch pins the epoch once, and without this a million inserts
 //!   held 9 GB;
-//! - opening is guarded against panics, which is what damaged files lead to in places.
+//! - everything is guarded against panics, which is what damaged files and failing disks lead to in places.
 
 use std::fs::File;
 use std::io;
-use std::ops::{ControlFlow, Range};
+use std::ops::{ControlFlow, Deref, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -37,8 +37,31 @@ fn guarded<T>(what: &str, run: impl FnOnce() -> sled::Result<T>) -> Result<T, En
     }
 }
 
+/// sled's handle. When the last one goes, sled syncs its files once more, and panics when the disk says no.
+struct Handle(Option<sled::Db>);
+
+impl Deref for Handle {
+    type Target = sled::Db;
+
+    fn deref(&self) -> &sled::Db {
+        self.0.as_ref().expect("it is only taken when dropped")
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let db = self.0.take();
+        if let Err(error) = guarded("let go of its files", || {
+            drop(db);
+            Ok(())
+        }) {
+            tracing::warn!(%error, "nothing is lost: the log has what these files may miss");
+        }
+    }
+}
+
 pub(in crate::store) struct SledEngine {
-    db: sled::Db,
+    db: Handle,
     dir: PathBuf,
 }
 
@@ -54,7 +77,7 @@ impl SledEngine {
                 .open()
         })?;
         Ok(SledEngine {
-            db,
+            db: Handle(Some(db)),
             dir: dir.to_owned(),
         })
     }
