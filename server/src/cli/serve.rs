@@ -455,6 +455,7 @@ fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings {
         lag_time: store.lag_time,
         reserve_bytes: store.reserve_bytes,
         trust_file_system: store.trust_file_system,
+        rebuild_factor: store.rebuild_factor,
         ..StoreSettings::new(data.path())
     }
 }

@@ -86,6 +86,16 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
             ),
         ),
         (
+            "sizes",
+            format!(
+                "engine {}, snapshots {}, {} of it lives; built anew {} times in this run",
+                size(number("/store/engine_bytes")),
+                size(number("/store/snapshot_bytes")),
+                size(number("/store/live_bytes")),
+                number("/store/rebuilds"),
+            ),
+        ),
+        (
             "disk",
             format!(
                 "{} free; a sync takes {} us (median), {} us (worst)",

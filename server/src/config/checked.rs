@@ -93,6 +93,8 @@ pub struct Store {
     pub snapshot_bytes: u64,
     /// Time after which a snapshot is due.
     pub snapshot_every: Duration,
+    /// How many times the live data the engine's files may be; 0: any size.
+    pub rebuild_factor: u64,
     /// Free space below which new pings are refused, bytes.
     pub reserve_bytes: u64,
     /// How far the engine may be behind, bytes.
@@ -218,6 +220,7 @@ impl Checked {
             segment_bytes: source.get(&keys::STORE_SEGMENT),
             snapshot_bytes: source.get(&keys::STORE_SNAPSHOT_BYTES),
             snapshot_every: source.get(&keys::STORE_SNAPSHOT_EVERY),
+            rebuild_factor: source.get(&keys::STORE_REBUILD),
             reserve_bytes: source.get(&keys::STORE_RESERVE),
             lag_bytes: source.get(&keys::STORE_LAG_BYTES),
             lag_time: source.get(&keys::STORE_LAG_TIME),

@@ -87,6 +87,8 @@ keys! {
     STORE_SNAPSHOT_BYTES: BytesSetting = "store.snapshot_bytes", bytes(MIB, TIB), "256MiB";
     /// Time after which a snapshot is taken if anything was written.
     STORE_SNAPSHOT_EVERY: SpanSetting = "store.snapshot_every", span(MINUTE, 30 * DAY), "1h";
+    /// How many times the live data the engine's files may be before the server builds another engine beside it, copies what lives, and drops the old one, while serving. `0` never does. Smaller means more copying, larger more disk; files below 256 MiB are left alone.
+    STORE_REBUILD: CountSetting = "store.rebuild_factor", count(0, 100), "4";
     /// New pings are refused (507) while less than this is free on the volume of the data directory; delivery and removal go on.
     STORE_RESERVE: BytesSetting = "store.reserve_bytes", bytes(0, TIB), "512MiB";
     /// How far the engine may be behind the log before new work waits.

@@ -95,6 +95,12 @@ struct StoreReport {
     log_segments: u64,
     /// Size of the engine's files, bytes.
     engine_bytes: u64,
+    /// Keys and values that lived when the newest snapshot was taken, bytes; 0 before the first.
+    live_bytes: u64,
+    /// Size of the snapshots, bytes.
+    snapshot_bytes: u64,
+    /// Times that the engine was built anew while serving, in this run.
+    rebuilds: u64,
     /// Free space on the volume, bytes.
     free_bytes: u64,
     /// Median duration of the last 1,024 syncs, microseconds.
@@ -183,6 +189,9 @@ impl StatusReport {
                 log_bytes: store.log_bytes,
                 log_segments: store.log_segments,
                 engine_bytes: store.engine_bytes,
+                live_bytes: store.live_bytes,
+                snapshot_bytes: store.snapshot_bytes,
+                rebuilds: store.rebuilds,
                 free_bytes: store.free_bytes,
                 sync_median_us: store.sync_us.0,
                 sync_worst_us: store.sync_us.1,

@@ -153,6 +153,12 @@ pub struct StoreStats {
     pub log_segments: u64,
     /// Size of the engine's files.
     pub engine_bytes: u64,
+    /// Keys and values that lived when the newest snapshot was taken, bytes; 0 before the first.
+    pub live_bytes: u64,
+    /// Size of the snapshots.
+    pub snapshot_bytes: u64,
+    /// Times that the engine was built anew while serving, in this run.
+    pub rebuilds: u64,
     /// Free bytes on the volume.
     pub free_bytes: u64,
     /// Microseconds that the last syncs took: median and worst of the last 1,024.

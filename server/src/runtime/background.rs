@@ -136,6 +136,7 @@ fn publish(inner: &Inner, health: &StoreHealth) {
     let stats = inner.shared.store.stats();
     counter!(names::STORE_FRAMES_TOTAL).absolute(stats.frames);
     counter!(names::STORE_SYNCS_TOTAL).absolute(stats.syncs);
+    counter!(names::STORE_REBUILDS_TOTAL).absolute(stats.rebuilds);
     let jump_ms = match inner.shared.clock.state() {
         ClockState::Steady => 0,
         ClockState::Jumped { by_ms } => by_ms,
@@ -156,6 +157,8 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         (names::STORE_LOG_BYTES, stats.log_bytes as f64),
         (names::STORE_LOG_SEGMENTS, stats.log_segments as f64),
         (names::STORE_ENGINE_BYTES, stats.engine_bytes as f64),
+        (names::STORE_LIVE_BYTES, stats.live_bytes as f64),
+        (names::STORE_SNAPSHOT_BYTES, stats.snapshot_bytes as f64),
         (names::STORE_FREE_BYTES, stats.free_bytes as f64),
         (names::STORE_SET_ASIDE, stats.set_aside as f64),
         (names::CLOCK_JUMP_SECONDS, jump_ms as f64 / 1e3),

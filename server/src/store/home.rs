@@ -77,7 +77,6 @@ pub(super) trait EngineHome: Send + Sync {
     /// Puts what was found by [`EngineHome::open`] and does not count any more out of the way; answers where it is now.
     fn move_aside(&self, stamp: &str) -> io::Result<Option<String>>;
     /// Removes what was replaced. Nobody may have it open any more.
-    #[expect(dead_code, reason = "an engine is not replaced while serving yet")]
     fn remove_replaced(&self) -> io::Result<()>;
     /// Notes that the engine is in use.
     fn begin(&self) -> io::Result<()>;

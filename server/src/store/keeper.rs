@@ -1,5 +1,16 @@
-//! The keeper looks after the room on the disk: it watches what is free, takes snapshots, and lets go of log that
-//! no snapshot needs any more.
+//! The keeper looks after the room on the disk: it watches what is free, takes snapshots, lets go of log that
+//! no snapshot needs any more, and has an engine built anew whose files have grown far beyond what lives in them.
+//!
+//! # How large it all gets
+//!
+//! With `L` the bytes of keys and values that live, `S` the setting `snapshot_bytes`, `G` the size of a segment, `F` the factor of
+//! a rebuild and `B` its floor, as long as there is room to work:
+//!
+//! - an interval between two snapshots is `I = max(S, 2 L)` of log, and what is written while one is taken;
+//! - the log is at most `2 I` and 3 segments: back to the older of two snapshots, the segment in use, the one made ready;
+//! - snapshots are at most `3 L`: two that are kept, one being written (plus 8 bytes a MiB and 6 an entry);
+//! - the engine is at most `max(B, F (L + I))`, just after a snapshot at most `max(B, F L)`; while it is built anew there is
+//!   the new one beside it.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -7,7 +18,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::committer::LogFigures;
-use super::engine::Engine;
+use super::current::{Copied, Current};
+use super::engine::{Engine, EngineError};
+use super::home::{Before, EngineHome};
 use super::log::Segments;
 use super::log::disk::Disk;
 use super::set_aside::SetAside;
@@ -35,9 +48,24 @@ const RETRY_AFTER: Duration = Duration::from_secs(60);
 /// reserve, so that the state does not flicker.
 const RELIEF: u64 = 8;
 
-/// When snapshots are taken, and how much room must stay free.
+/// How long the keeper waits after an engine could not be built anew, or there was no room for it.
+const REBUILD_RETRY_AFTER: Duration = Duration::from_secs(600);
+
+/// An engine that was built anew is left alone until it is this many times as large as it was then. An engine of very small
+/// records may need more than the factor for itself, and would be built again and again.
+const REGROWN: u64 = 2;
+
+/// Room for an engine that is built: this many times what lives, and some for its own files.
+const REBUILD_ROOM: u64 = 3;
+const REBUILD_ROOM_LEAST: u64 = 64 << 20;
+
+/// When snapshots are taken, when an engine is built anew, and how much room must stay free.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rules {
+    /// How many times what lives the engine's files may be; 0: any size.
+    pub(super) rebuild_factor: u64,
+    /// Files of this size are never too large.
+    pub(super) rebuild_floor: u64,
     pub(super) snapshot_bytes: u64,
     pub(super) snapshot_every: Duration,
     pub(super) reserve_bytes: u64,
@@ -51,7 +79,8 @@ pub(super) struct Room {
 }
 
 pub(super) struct Keeper {
-    pub(super) engine: Arc<dyn Engine>,
+    pub(super) engine: Arc<Current>,
+    pub(super) home: Arc<dyn EngineHome>,
     pub(super) disk: Arc<dyn Disk>,
     pub(super) store: [u8; 16],
     pub(super) segments: Arc<Segments>,
@@ -62,8 +91,12 @@ pub(super) struct Keeper {
     pub(super) room: Room,
     state: Mutex<State>,
     changed: Condvar,
-    /// Held while a snapshot is taken: two would write into one file.
+    /// Held while a snapshot is taken, as two would write into one file, and while an engine is built.
     taking: Mutex<()>,
+    /// Engines built anew in this run.
+    rebuilds: AtomicU64,
+    /// Engines that were replaced, until nobody walks over them any more.
+    replaced: Mutex<Vec<Arc<dyn Engine>>>,
 }
 
 struct State {
@@ -79,6 +112,35 @@ struct State {
     mark_frame: u64,
     taken_at: Mono,
     not_before: Mono,
+    /// The size of the engine just after it was built anew in this run, or 0.
+    rebuilt_bytes: u64,
+    rebuild_not_before: Mono,
+    /// Size of the snapshot files.
+    snapshot_bytes: u64,
+}
+
+/// Why an engine was not built anew. Nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RebuildError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("the server is going down")]
+    Interrupted,
+    #[error("the disk ran full meanwhile")]
+    NoRoom,
+}
+
+/// Where a rebuild is, for those who want to happen in between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// The fresh engine is there, and empty.
+    Built,
+    /// A page was copied.
+    Copied,
+    /// All was copied and handed to the disk.
+    Settled,
+    /// The fresh engine counts; the one before is still there.
+    TookPlace,
 }
 
 /// What a keeper starts from.
@@ -91,7 +153,8 @@ pub(super) struct Inheritance {
 
 /// What a keeper needs of the house.
 pub(super) struct Tools {
-    pub(super) engine: Arc<dyn Engine>,
+    pub(super) engine: Arc<Current>,
+    pub(super) home: Arc<dyn EngineHome>,
     pub(super) disk: Arc<dyn Disk>,
     pub(super) store: [u8; 16],
     pub(super) segments: Arc<Segments>,
@@ -111,6 +174,7 @@ impl Keeper {
             figures: tools.figures,
             aside: tools.aside,
             clock: tools.clock,
+            home: tools.home,
             rules,
             room: Room::default(),
             state: Mutex::new(State {
@@ -122,10 +186,16 @@ impl Keeper {
                 mark_frame: from.last_frame,
                 taken_at: now,
                 not_before: now,
+                rebuilt_bytes: 0,
+                rebuild_not_before: now,
+                snapshot_bytes: 0,
             }),
             changed: Condvar::new(),
             taking: Mutex::new(()),
+            rebuilds: AtomicU64::new(0),
+            replaced: Mutex::new(Vec::new()),
         };
+        keeper.measure_snapshots();
         keeper.look_at_room();
         keeper
     }
@@ -137,6 +207,32 @@ impl Keeper {
     /// The frame at which the newest snapshot starts; 0 if there is none.
     pub(super) fn snapshot_frame(&self) -> u64 {
         self.lock().snapshots.last().copied().unwrap_or(0)
+    }
+
+    /// Bytes of what lived when the newest snapshot was taken.
+    pub(super) fn live_bytes(&self) -> u64 {
+        self.lock().live
+    }
+
+    /// Size of the snapshot files.
+    pub(super) fn snapshot_bytes(&self) -> u64 {
+        self.lock().snapshot_bytes
+    }
+
+    /// Engines built anew in this run.
+    pub(super) fn rebuilds(&self) -> u64 {
+        self.rebuilds.load(Ordering::Relaxed)
+    }
+
+    fn measure_snapshots(&self) {
+        let frames = self.lock().snapshots.clone();
+        let length = |frame| self.disk.open(&snapshot::name(frame))?.length();
+        let bytes = frames
+            .into_iter()
+            // One that cannot be read is told about when it is needed.
+            .filter_map(|frame| length(frame).ok())
+            .sum();
+        self.lock().snapshot_bytes = bytes;
     }
 
     pub(super) fn close(&self) {
@@ -157,8 +253,12 @@ impl Keeper {
             }
             drop(state);
             self.look_at_room();
+            self.let_go();
             if self.due() {
                 self.try_snapshot();
+            }
+            if self.overgrown() {
+                self.try_rebuild();
             }
         }
     }
@@ -207,6 +307,162 @@ impl Keeper {
             && (written > limit || (traffic && now - state.taken_at >= self.rules.snapshot_every))
     }
 
+    /// Something to be called after each piece of long work: it waits, and says whether the server goes down.
+    fn breath(&self) -> impl Fn() -> ControlFlow<()> + '_ {
+        let began = std::cell::Cell::new(self.clock.now().mono);
+        move || {
+            let took = (self.clock.now().mono - began.get()).min(PAUSE_MAX);
+            // As long a pause as the piece took leaves half of a core to others.
+            let (state, _) = self
+                .changed
+                .wait_timeout_while(self.lock(), took, |state| !state.closing)
+                .unwrap_or_else(PoisonError::into_inner);
+            began.set(self.clock.now().mono);
+            if state.closing {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        }
+    }
+
+    /// Whether the engine's files have grown too large for what can live in them.
+    fn overgrown(&self) -> bool {
+        if self.rules.rebuild_factor == 0 {
+            return false;
+        }
+        let now = self.clock.now().mono;
+        let (limit, not_before) = {
+            let state = self.lock();
+            let written = self.figures.bytes.load(Ordering::Relaxed) - state.mark + state.inherited;
+            let may_live = state.live.saturating_add(written);
+            let limit = may_live
+                .saturating_mul(self.rules.rebuild_factor)
+                .max(self.rules.rebuild_floor)
+                .max(state.rebuilt_bytes.saturating_mul(REGROWN));
+            (limit, state.rebuild_not_before)
+        };
+        now >= not_before && self.engine.size_bytes() > limit
+    }
+
+    fn try_rebuild(&self) {
+        let before = self.engine.size_bytes();
+        let need = {
+            let state = self.lock();
+            let written = self.figures.bytes.load(Ordering::Relaxed) - state.mark + state.inherited;
+            state
+                .live
+                .saturating_add(written)
+                .saturating_mul(REBUILD_ROOM)
+                .min(before)
+                .saturating_add(REBUILD_ROOM_LEAST)
+        };
+        let free = self.room.free.load(Ordering::Relaxed);
+        let room = free.saturating_sub(self.rules.reserve_bytes);
+        let later = || {
+            let now = self.clock.now().mono;
+            self.lock().rebuild_not_before = now + REBUILD_RETRY_AFTER;
+        };
+        if room < need {
+            tracing::warn!(
+                engine_bytes = before,
+                need,
+                room,
+                "the engine has grown far beyond what lives in it, and there is no room to build another"
+            );
+            later();
+            return;
+        }
+        tracing::info!(
+            engine_bytes = before,
+            "the engine has grown far beyond what lives in it: building another beside it"
+        );
+        match self.rebuild() {
+            Ok(copied) => tracing::info!(
+                entries = copied.entries,
+                live_bytes = copied.bytes,
+                engine_bytes = self.engine.size_bytes(),
+                before,
+                "the engine was built anew"
+            ),
+            Err(RebuildError::Interrupted) => {}
+            Err(error) => {
+                tracing::error!(%error, "the engine could not be built anew; the one that counts goes on");
+                later();
+            }
+        }
+    }
+
+    /// Builds the engine anew while the store serves.
+    pub(super) fn rebuild(&self) -> Result<Copied, RebuildError> {
+        let breath = self.breath();
+        let pages = std::cell::Cell::new(0u32);
+        self.rebuild_in_stages(&|stage| {
+            if breath().is_break() {
+                return Err(RebuildError::Interrupted);
+            }
+            pages.set(pages.get() + 1);
+            if stage == Stage::Copied && pages.get().is_multiple_of(64) {
+                self.look_at_room();
+                if self.room.full.load(Ordering::Relaxed) {
+                    return Err(RebuildError::NoRoom);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Builds the engine anew; `between` is asked after each stage.
+    pub(super) fn rebuild_in_stages(
+        &self,
+        between: &dyn Fn(Stage) -> Result<(), RebuildError>,
+    ) -> Result<Copied, RebuildError> {
+        let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        let built = self.home.build()?;
+        let filled = (|| {
+            let mut fill = self.engine.fill(Arc::clone(&built.engine));
+            between(Stage::Built)?;
+            while fill.step()? {
+                between(Stage::Copied)?;
+            }
+            fill.settle()?;
+            between(Stage::Settled)?;
+            let copied = fill.copied();
+            let before = fill.take_place(|| self.home.adopt(&built, Before::Replaced))?;
+            Ok((copied, before))
+        })();
+        let (copied, before) = match filled {
+            Ok(filled) => filled,
+            Err(error) => {
+                self.home.discard(built);
+                return Err(error);
+            }
+        };
+        self.rebuilds.fetch_add(1, Ordering::Relaxed);
+        self.replaced().push(before);
+        self.lock().rebuilt_bytes = self.engine.size_bytes();
+        between(Stage::TookPlace)?;
+        self.let_go();
+        Ok(copied)
+    }
+
+    fn replaced(&self) -> MutexGuard<'_, Vec<Arc<dyn Engine>>> {
+        self.replaced.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes engines that were replaced, once nobody walks over them.
+    pub(super) fn let_go(&self) {
+        let mut replaced = self.replaced();
+        if replaced.is_empty() || replaced.iter().any(|before| Arc::strong_count(before) > 1) {
+            return;
+        }
+        // The last handles.
+        replaced.clear();
+        if let Err(error) = self.home.remove_replaced() {
+            tracing::warn!(%error, "an engine that was replaced could not be removed; the next start does");
+        }
+    }
+
     fn try_snapshot(&self) {
         match self.take_snapshot() {
             Ok(Some(info)) => tracing::info!(
@@ -235,21 +491,7 @@ impl Keeper {
         if self.lock().snapshots.last() == Some(&position) {
             return Ok(None);
         }
-        let began = std::cell::Cell::new(self.clock.now().mono);
-        let breathe = || {
-            let took = (self.clock.now().mono - began.get()).min(PAUSE_MAX);
-            // As long a pause as the block took leaves half of a core to others.
-            let (state, _) = self
-                .changed
-                .wait_timeout_while(self.lock(), took, |state| !state.closing)
-                .unwrap_or_else(PoisonError::into_inner);
-            began.set(self.clock.now().mono);
-            if state.closing {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        };
+        let breathe = self.breath();
         let info = snapshot::take(
             &*self.engine,
             &Surroundings {
@@ -283,6 +525,7 @@ impl Keeper {
         for frame in retired {
             self.disk.remove(&snapshot::name(frame))?;
         }
+        self.measure_snapshots();
         Ok(Some(info))
     }
 }

@@ -12,7 +12,8 @@
 //! - [`mod@write`] and [`keys`]: from the port's operations to puts and deletes of keys; [`record`]: what a value looks like.
 //! - [`overlay`] and [`read`]: everything that is safe, in one consistent look, however far the engine is behind.
 //! - [`apply`]: from the log into the [`engine`].
-//! - [`snapshot`] and [`keeper`]: so that the log does not grow for ever, and an engine can be rebuilt.
+//! - [`snapshot`] and [`keeper`]: so that neither log nor engine grows for ever, and an engine can be rebuilt; [`current`]: how a
+//!   rebuilt one takes the place of the other while everybody goes on.
 //! - [`mod@recover`]: what can be proved at a start; [`home`]: where the engine's files are.
 //!
 //! Nothing outside this folder knows trees or keys. Time and chance come in through the ports.
@@ -20,6 +21,7 @@
 mod apply;
 pub mod backup;
 mod committer;
+mod current;
 mod engine;
 pub mod examine;
 pub mod fuzz;
@@ -52,6 +54,7 @@ use std::thread::JoinHandle;
 use self::apply::{Applier, LagLimit, Queue};
 use self::backup::Copier;
 use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer};
+use self::current::Current;
 use self::engine::Engine;
 use self::home::{EngineHome, FileEngine, FilesHome, MemoryHome, RealFiles};
 use self::identity::{FORMAT, Identity, identity, write_identity};
@@ -150,12 +153,12 @@ fn home(settings: &StoreSettings, disk: &Arc<dyn Disk>, engine: EngineKind) -> A
 
 /// An open store before its threads run.
 struct Parts {
-    engine: Arc<dyn Engine>,
+    engine: Arc<Current>,
     queue: Arc<Queue>,
     reader: Reader,
     writer: Writer,
     applier: Applier,
-    keeper: Keeper,
+    keeper: Arc<Keeper>,
     copier: Arc<Copier>,
     figures: Arc<LogFigures>,
     clock: Arc<dyn Clock>,
@@ -212,10 +215,11 @@ fn assemble(
         next_frame - 1,
     ));
     let figures = Arc::new(LogFigures::default());
+    let engine = Arc::new(Current::new(engine));
     let unnumbered = Arc::new(SetAside::new(Arc::clone(&disk), 0));
     let identity_disk = Arc::clone(&disk);
     let mut reader = Reader {
-        engine: Arc::clone(&engine),
+        engine: Arc::clone(&engine) as Arc<dyn Engine>,
         overlay: Arc::clone(&overlay),
         aside: unnumbered,
     };
@@ -235,7 +239,7 @@ fn assemble(
     let newest = snapshots.last().copied().unwrap_or(0);
     let segments = Arc::clone(log.segments());
     let copier = Arc::new(Copier::new(backup::Tools {
-        engine: Arc::clone(&engine),
+        engine: Arc::clone(&engine) as Arc<dyn Engine>,
         segments: Arc::clone(&segments),
         figures: Arc::clone(&figures),
         aside: Arc::clone(&aside),
@@ -244,9 +248,14 @@ fn assemble(
         key_mark: settings.key_mark,
         run,
     }));
+    let live = match snapshots.last() {
+        Some(frame) if live == 0 => snapshot::live_bytes(&*disk, *frame).unwrap_or(0),
+        Some(_) | None => live,
+    };
     let keeper = Keeper::new(
         Tools {
             engine: Arc::clone(&engine),
+            home: Arc::clone(&home),
             disk,
             store,
             segments: Arc::clone(&segments),
@@ -255,6 +264,8 @@ fn assemble(
             clock: Arc::clone(&clock),
         },
         Rules {
+            rebuild_factor: settings.rebuild_factor,
+            rebuild_floor: settings.rebuild_floor,
             snapshot_bytes: settings.snapshot_bytes,
             snapshot_every: settings.snapshot_every,
             reserve_bytes: settings.reserve_bytes,
@@ -267,7 +278,7 @@ fn assemble(
         },
     );
     let mut applier = Applier::new(
-        Arc::clone(&engine),
+        Arc::clone(&engine) as Arc<dyn Engine>,
         Arc::clone(&overlay),
         Arc::clone(&clock),
     );
@@ -289,7 +300,7 @@ fn assemble(
         reader,
         writer,
         applier,
-        keeper,
+        keeper: Arc::new(keeper),
         copier,
         figures,
         clock,
@@ -352,7 +363,7 @@ struct House {
     keeper: Arc<Keeper>,
     copier: Arc<Copier>,
     reader: Reader,
-    engine: Arc<dyn Engine>,
+    engine: Arc<Current>,
     figures: Arc<LogFigures>,
     clock: Arc<dyn Clock>,
     run: u32,
@@ -385,7 +396,6 @@ impl House {
             report,
         } = parts;
         let desk = Arc::new(Desk::new());
-        let keeper = Arc::new(keeper);
         let trouble = |error| OpenError::Io {
             what: "could not start a thread for",
             path: Path::new("the store").to_owned(),
@@ -481,6 +491,9 @@ fn stats(
         log_bytes,
         log_segments,
         engine_bytes: keeper.engine.size_bytes(),
+        live_bytes: keeper.live_bytes(),
+        snapshot_bytes: keeper.snapshot_bytes(),
+        rebuilds: keeper.rebuilds(),
         free_bytes: keeper.room.free.load(Ordering::Relaxed),
         sync_us: figures.sync_us(),
         snapshot_frame: keeper.snapshot_frame(),
@@ -649,6 +662,7 @@ impl Store for House {
         join("applier", running.applier);
         self.keeper.close();
         join("keeper", running.keeper);
+        self.keeper.let_go();
         let closed = self.engine.close();
         match closed {
             Ok(()) => {

@@ -50,6 +50,12 @@ pub struct StoreSettings {
     pub lag_bytes: u64,
     /// The same as a time. Default 2 seconds.
     pub lag_time: Duration,
+    /// How many times what lives the engine's files may be before another is built beside it while the store serves.
+    /// Default 4; 0 never builds. Smaller means more copying, larger more disk.
+    pub rebuild_factor: u64,
+    /// Files of an engine up to this size are left alone. Default 256 MiB: what an engine takes for its own ends, such as
+    /// journals, is below it.
+    pub rebuild_floor: u64,
     /// Free room on the volume below which new pings are refused, so that removals still can be written. Default 512 MiB.
     pub reserve_bytes: u64,
     /// Tells which hash key the secrets in the store were hashed with, without telling the key. Backups carry it. Default
@@ -73,6 +79,8 @@ impl StoreSettings {
             snapshot_every: Duration::from_secs(3600),
             lag_bytes: 64 << 20,
             lag_time: Duration::from_secs(2),
+            rebuild_factor: 4,
+            rebuild_floor: 256 << 20,
             reserve_bytes: 512 << 20,
             trust_file_system: false,
             key_mark: [0; 32],

@@ -280,6 +280,16 @@ pub(super) fn read(
     parse(&*disk.open(name)?, Some(store), visit)
 }
 
+/// Bytes of keys and values in a snapshot, by its last words alone. For judging sizes; whether it is whole is [`read`]'s to say.
+pub(super) fn live_bytes(disk: &dyn Disk, frame: u64) -> Option<u64> {
+    let file = disk.open(&name(frame)).ok()?;
+    let at = file.length().ok()?.checked_sub(TRAILER as u64)?;
+    let mut trailer = [0; TRAILER];
+    file.read_at(&mut trailer, at).ok()?;
+    (u32_at(&trailer, 0) == TRAILER_MARK && u32_at(&trailer, 4) == crc32c::crc32c(&trailer[8..]))
+        .then(|| u64_at(&trailer, 16))
+}
+
 /// Reads a snapshot from an open file. `store`: which store it must belong to.
 pub(super) fn parse(
     file: &dyn DiskFile,

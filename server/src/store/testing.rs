@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::backup::Copier;
 use super::committer::{Desk, Done, Work};
-use super::home::MemoryHome;
+use super::home::{EngineHome, MemoryHome};
 use super::log::disk::{Disk, DiskFile};
 use super::settings::{OpenError, OpenReport, StoreSettings};
 use super::snapshot::SnapshotError;
@@ -589,12 +589,16 @@ pub struct SyncStore {
     settings: SyncSettings,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
+    home: HomeMaker,
     /// Replaced as a whole by a crash. Callbacks run without it being locked.
     life: Mutex<Arc<Life>>,
 }
 
 /// Bytes of a backup's block: small.
 const BACKUP_BLOCK: usize = 512;
+
+/// Makes the place of the engine, anew for each run.
+pub(super) type HomeMaker = Arc<dyn Fn(&MemoryDisk) -> Arc<dyn EngineHome> + Send + Sync>;
 
 /// One run of a [`SyncStore`].
 struct Life {
@@ -618,12 +622,30 @@ impl SyncStore {
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Result<(SyncStore, OpenReport), OpenError> {
-        let (life, report) = Life::begin(disk, &settings, &clock, &entropy)?;
+        Self::open_in(
+            disk,
+            settings,
+            clock,
+            entropy,
+            Arc::new(|_| Arc::new(MemoryHome)),
+        )
+    }
+
+    /// The same with another place for the engine.
+    pub(super) fn open_in(
+        disk: &MemoryDisk,
+        settings: SyncSettings,
+        clock: Arc<dyn Clock>,
+        entropy: Arc<dyn Entropy>,
+        home: HomeMaker,
+    ) -> Result<(SyncStore, OpenReport), OpenError> {
+        let (life, report) = Life::begin(disk, &settings, &clock, &entropy, &home)?;
         let store = SyncStore {
             disk: disk.clone(),
             settings,
             clock,
             entropy,
+            home,
             life: Mutex::new(Arc::new(life)),
         };
         Ok((store, report))
@@ -655,7 +677,13 @@ impl SyncStore {
     }
 
     fn reopen(&self) -> Result<OpenReport, OpenError> {
-        let (life, report) = Life::begin(&self.disk, &self.settings, &self.clock, &self.entropy)?;
+        let (life, report) = Life::begin(
+            &self.disk,
+            &self.settings,
+            &self.clock,
+            &self.entropy,
+            &self.home,
+        )?;
         *self.life.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(life);
         Ok(report)
     }
@@ -711,6 +739,7 @@ impl SyncStore {
     /// Damages the value of a key in the engine, as rot does.
     #[cfg(test)]
     pub(super) fn rot(&self, key: &[u8]) {
+        use super::engine::Engine as _;
         let life = self.life();
         let parts = life.parts();
         let value = parts.engine.get(key).ok().flatten();
@@ -725,9 +754,16 @@ impl SyncStore {
         assert!(parts.engine.apply(&[write], None).is_ok());
     }
 
+    /// Who looks after the room.
+    #[cfg(test)]
+    pub(super) fn keeper(&self) -> Arc<super::Keeper> {
+        Arc::clone(&self.life().parts().keeper)
+    }
+
     /// How many bodies the engine holds that several rows share.
     #[cfg(test)]
     pub(super) fn shared_bodies(&self) -> usize {
+        use super::engine::Engine as _;
         let life = self.life();
         life.apply(0);
         let mut count = 0;
@@ -764,6 +800,7 @@ impl Life {
         settings: &SyncSettings,
         clock: &Arc<dyn Clock>,
         entropy: &Arc<dyn Entropy>,
+        home: &HomeMaker,
     ) -> Result<(Life, OpenReport), OpenError> {
         let mut parts = assemble(
             &StoreSettings {
@@ -774,7 +811,7 @@ impl Life {
                 ..StoreSettings::new(PathBuf::new())
             },
             Arc::new(disk.clone()),
-            Arc::new(MemoryHome),
+            home(disk),
             Arc::clone(clock),
             Arc::clone(entropy),
         )?;

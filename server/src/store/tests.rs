@@ -10,6 +10,7 @@ mod files;
 mod formats;
 mod model;
 mod mounted;
+mod rebuilding;
 mod support;
 
 use super::*;

@@ -120,6 +120,9 @@ metrics! {
     STORE_LOG_BYTES: Gauge "bellwire_store_log_bytes" [] "Size of the log.";
     STORE_LOG_SEGMENTS: Gauge "bellwire_store_log_segments" [] "Segments of the log.";
     STORE_ENGINE_BYTES: Gauge "bellwire_store_engine_bytes" [] "Size of the engine's files.";
+    STORE_LIVE_BYTES: Gauge "bellwire_store_live_bytes" [] "Keys and values that lived when the newest snapshot was taken.";
+    STORE_SNAPSHOT_BYTES: Gauge "bellwire_store_snapshot_bytes" [] "Size of the snapshots.";
+    STORE_REBUILDS_TOTAL: Counter "bellwire_store_rebuilds_total" [] "Times that the engine was built anew while serving, because its files had grown.";
     STORE_FREE_BYTES: Gauge "bellwire_store_free_bytes" [] "Free space on the store's volume.";
     STORE_SET_ASIDE: Gauge "bellwire_store_set_aside" [] "Records that could not be read and were set aside.";
     COMMIT_FAILURES_TOTAL: Counter "bellwire_commit_failures_total" ["reason"] "Batches of shards that did not reach the disk: `no_room`, `failed`.";
