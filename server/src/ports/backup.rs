@@ -51,6 +51,27 @@ pub struct BackupSummary {
     pub sha256: [u8; 32],
 }
 
+/// Figures of the backups that the server makes by itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BackupStats {
+    /// When the last good one was begun, Unix milliseconds; 0: there is none.
+    pub last_ms: u64,
+    /// How long it took, milliseconds; 0: an earlier run made it.
+    pub took_ms: u64,
+    /// Its size, bytes.
+    pub bytes: u64,
+    /// Backups of this store in the directory.
+    pub kept: u64,
+    /// Tries of this run that failed.
+    pub failures: u64,
+    /// When the next one is due, Unix milliseconds.
+    pub due_ms: u64,
+    /// One is being made now.
+    pub running: bool,
+    /// Why the last try failed, if it did.
+    pub trouble: Option<String>,
+}
+
 /// Why there is no backup.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {

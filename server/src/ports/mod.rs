@@ -6,10 +6,10 @@ mod entropy;
 mod records;
 mod store;
 
-pub use backup::{BackupError, BackupProgress, BackupSummary, BackupWatch};
+pub use backup::{BackupError, BackupProgress, BackupStats, BackupSummary, BackupWatch};
 pub use clock::{Clock, ClockState};
 pub use entropy::Entropy;
-pub use records::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord, Scopes};
+pub use records::{AppRecord, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord, Scopes};
 pub use store::{
     Batch, Committed, DeviceFilter, ExpiredRow, ExpiryCursor, Grant, Op, Page, PairState,
     ReadError, SourceId, Store, StoreHealth, StoreStats,

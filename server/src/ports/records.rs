@@ -102,6 +102,32 @@ pub struct KeyRecord {
     pub secret_hash: [u8; 32],
 }
 
+/// What was erased for good, so that a backup made before does not bring it back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Erased {
+    /// A device was revoked, with everything in its mailbox.
+    Device(DeviceId),
+    /// An API key was revoked.
+    Key([u8; 10]),
+    /// A notification was taken back by its publisher, or with its device.
+    Notification(PingId, DeviceId),
+    /// Everything of a user went: the keyed hash of the name, because the name must not stay for the sake of its erasure.
+    User([u8; 32]),
+}
+
+/// That something was erased. Kept for as long as a backup may be restored that still has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Erasure {
+    /// Whose.
+    pub app: AppId,
+    /// What.
+    pub what: Erased,
+    /// When, Unix milliseconds.
+    pub at_ms: u64,
+    /// Until when it is kept, Unix milliseconds.
+    pub until_ms: u64,
+}
+
 /// That an idempotency key was used, with what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IdempotencyRecord {

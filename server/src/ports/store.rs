@@ -1,7 +1,7 @@
 //! The store: what is promised lives here.
 
-use super::backup::{BackupError, BackupSummary, BackupWatch};
-use super::records::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord};
+use super::backup::{BackupError, BackupStats, BackupSummary, BackupWatch};
+use super::records::{AppRecord, DeviceRecord, Erasure, IdempotencyRecord, KeyRecord};
 use crate::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId, RowKey,
 };
@@ -30,6 +30,9 @@ pub enum Op {
     DropKey(AppId, [u8; 10]),
     /// An idempotency key that was used.
     PutIdempotency(IdempotencyRecord),
+    /// That something is erased, for restores of older backups. Belongs into the batch that erases it. That of a
+    /// notification comes by itself, with its removal as revoked.
+    Erase(Erasure),
 }
 
 /// What one source wants in the next frame; all of it becomes safe together or not at all.
@@ -167,6 +170,8 @@ pub struct StoreStats {
     pub snapshot_frame: u64,
     /// Records that could not be read and were set aside.
     pub set_aside: u64,
+    /// Backups that the server makes by itself; `None`: it makes none.
+    pub backup: Option<BackupStats>,
 }
 
 /// Where accepted notifications are kept.

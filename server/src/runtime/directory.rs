@@ -22,7 +22,9 @@ use super::settings::{KEYS_MAX, NAME_MAX_BYTES, USER_MAX_BYTES};
 use super::shard::Input;
 use super::{locked, reply};
 use crate::delivery::{AppId, CommitFailure, DeviceId};
-use crate::ports::{Batch, DeviceFilter, DeviceRecord, KeyRecord, Op, Page, Scopes};
+use crate::ports::{
+    Batch, DeviceFilter, DeviceRecord, Erased, Erasure, KeyRecord, Op, Page, Scopes,
+};
 use crate::telemetry::metrics as names;
 
 /// Device ids in one generation of the cache of users, an entry counting as one more: 16 MiB at worst.
@@ -213,10 +215,11 @@ impl Inner {
             let wiped = async { wiped.await.map_err(|_| RuntimeError::Draining) };
             let revoked = inner.in_time(wiped).await?;
             tracing::info!(%device, revoked, "device revoked");
+            let erased = inner.erased(app, Erased::Device(device));
             let user = record.user.clone();
             let users = Arc::clone(&inner);
             inner
-                .commit(vec![Op::DropDevice(record)], move || {
+                .commit(vec![Op::DropDevice(record), erased], move || {
                     users.users.changed(app, &user);
                 })
                 .await
@@ -399,7 +402,8 @@ impl Inner {
             return Ok(false);
         }
         let inner = Arc::clone(self);
-        self.commit(vec![Op::DropKey(app, id)], move || {
+        let erased = self.erased(app, Erased::Key(id));
+        self.commit(vec![Op::DropKey(app, id), erased], move || {
             inner.keys.rcu(|keys| {
                 let mut keys = Keys::clone(keys);
                 keys.remove(&id);
@@ -429,6 +433,17 @@ impl Inner {
         let mut bytes = Zeroizing::new([0; SECRET_BYTES]);
         self.entropy.fill(bytes.as_mut());
         format!("{prefix}{}", BASE32.encode(bytes.as_ref()))
+    }
+
+    /// Notes that something is erased, for restores of backups that still have it.
+    fn erased(&self, app: AppId, what: Erased) -> Op {
+        let at_ms = self.shared.clock.now().unix_ms;
+        Op::Erase(Erasure {
+            app,
+            what,
+            at_ms,
+            until_ms: at_ms.saturating_add(self.erasures_keep_ms),
+        })
     }
 
     /// Commits a batch that stands alone; `safe` runs as soon as it is safe, whether or not the caller still waits.

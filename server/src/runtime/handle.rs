@@ -52,6 +52,8 @@ pub(super) struct Inner {
     pub(super) reserve: Arc<Reserve>,
     pub(super) limits: ArcSwap<Limits>,
     pub(super) link: ArcSwap<LinkSettings>,
+    /// How long it is known what was erased, milliseconds.
+    pub(super) erasures_keep_ms: u64,
     pub(super) run: u32,
     pub(super) started: Now,
     pub(super) sessions: AtomicU64,

@@ -41,6 +41,9 @@ pub struct RuntimeSettings {
     pub sweep_every: Duration,
     /// How long outcomes of stored notifications are kept (`receipts.keep`). Default 24 h.
     pub receipts_keep: Duration,
+    /// How long it is known what was erased, so that restoring a backup made before does not bring it back
+    /// (`store.erasures_keep`). Default 400 days.
+    pub erasures_keep: Duration,
     /// How long an idempotency key is remembered. Default 24 h.
     pub idempotency_keep: Duration,
     /// Idempotency keys remembered for each app; the oldest give way. Default 1,000,000.
@@ -61,6 +64,7 @@ impl Default for RuntimeSettings {
             limits: Limits::default(),
             sweep_every: Duration::from_secs(1),
             receipts_keep: Duration::from_secs(24 * 3_600),
+            erasures_keep: Duration::from_secs(400 * 24 * 3_600),
             idempotency_keep: Duration::from_secs(24 * 3_600),
             idempotency_entries: 1_000_000,
             ledger_entries: 500_000,

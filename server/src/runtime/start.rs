@@ -116,6 +116,7 @@ impl Runtime {
             reserve: Arc::new(Reserve::default()),
             limits: ArcSwap::from_pointee(settings.limits),
             link: ArcSwap::from_pointee(settings.link.clone()),
+            erasures_keep_ms: millis(settings.erasures_keep),
             run,
             started,
             sessions: AtomicU64::new(0),

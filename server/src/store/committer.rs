@@ -38,6 +38,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::apply::{Queue, SafeFrame};
+use super::backup::erasures::Fresh;
 use super::log::{AppendError, Log};
 use super::overlay::Overlay;
 use super::write::{Chore, FrameBuilder, Unwritable};
@@ -182,6 +183,7 @@ pub(super) struct Writer {
     queue: Arc<Queue>,
     clock: Arc<dyn Clock>,
     figures: Arc<LogFigures>,
+    erased: Option<Arc<Fresh>>,
 }
 
 impl Writer {
@@ -201,7 +203,13 @@ impl Writer {
             queue,
             clock,
             figures,
+            erased: None,
         }
+    }
+
+    /// From now on what is erased is noted there as well.
+    pub(super) fn note_erased(&mut self, fresh: Arc<Fresh>) {
+        self.erased = Some(fresh);
     }
 
     /// Why nothing is promised any more, if so.
@@ -271,6 +279,9 @@ impl Writer {
         match result {
             Ok((number, bytes, writes, at)) => {
                 self.overlay.publish(number, &writes);
+                if let Some(fresh) = &self.erased {
+                    fresh.note(&writes);
+                }
                 self.queue.push(SafeFrame {
                     number,
                     writes,

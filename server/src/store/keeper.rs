@@ -39,7 +39,7 @@ const SNAPSHOTS_KEPT: usize = 2;
 const LIVE_MULTIPLE: u64 = 2;
 
 /// Longest pause after a block of a walk.
-pub(super) const PAUSE_MAX: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// How long the keeper waits after a snapshot that failed.
 const RETRY_AFTER: Duration = Duration::from_secs(60);

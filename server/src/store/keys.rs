@@ -20,6 +20,7 @@
 //! | `k` key id | an API key |
 //! | `i` app key hash | a used idempotency key |
 //! | `j` time app key hash | nothing: used idempotency keys by age |
+//! | `z` until kind subject | what was erased, by the time until which that is kept |
 //! | `m` name | what the store keeps of itself |
 
 use std::ops::Deref;
@@ -27,6 +28,7 @@ use std::ops::Deref;
 use smallvec::SmallVec;
 
 use crate::delivery::{AppId, CollapseKey, DeviceId, PingId, RowKey, Urgency};
+use crate::ports::Erased;
 
 /// Bytes of a key that need no allocation; longer are only those with a user or a long replacement key.
 const INLINE: usize = 48;
@@ -295,6 +297,66 @@ pub(super) fn parse_idempotency_age(key: &[u8]) -> Option<(u64, AppId, [u8; 32])
         .then_some((u64::from_be_bytes(at), AppId(u32::from_be_bytes(app)), hash))
 }
 
+/// The room of erasures.
+pub(super) const ERASURES: u8 = b'z';
+
+/// Kinds of what was erased, in keys and in files.
+const ERASED_DEVICE: u8 = 1;
+const ERASED_KEY: u8 = 2;
+const ERASED_NOTIFICATION: u8 = 3;
+const ERASED_USER: u8 = 4;
+
+/// What was erased as a number and bytes: the end of its key.
+pub(super) fn erased(what: Erased) -> (u8, SmallVec<[u8; 32]>) {
+    match what {
+        Erased::Device(device) => (ERASED_DEVICE, SmallVec::from_slice(&device.0)),
+        Erased::Key(id) => (ERASED_KEY, SmallVec::from_slice(&id)),
+        Erased::Notification(ping, device) => {
+            let mut both = SmallVec::from_slice(&ping.0);
+            both.extend_from_slice(&device.0);
+            (ERASED_NOTIFICATION, both)
+        }
+        Erased::User(hash) => (ERASED_USER, SmallVec::from_slice(&hash)),
+    }
+}
+
+/// The reverse of [`erased`].
+pub(super) fn parse_erased(kind: u8, subject: &[u8]) -> Option<Erased> {
+    match kind {
+        ERASED_DEVICE => subject
+            .try_into()
+            .ok()
+            .map(|id| Erased::Device(DeviceId(id))),
+        ERASED_KEY => subject.try_into().ok().map(Erased::Key),
+        ERASED_NOTIFICATION => {
+            let (ping, rest) = take::<16>(subject)?;
+            let device = rest.try_into().ok()?;
+            Some(Erased::Notification(PingId(ping), DeviceId(device)))
+        }
+        ERASED_USER => subject.try_into().ok().map(Erased::User),
+        _ => None,
+    }
+}
+
+/// An erasure.
+pub(super) fn erasure(until_ms: u64, what: Erased) -> Key {
+    let (kind, subject) = erased(what);
+    erasures(until_ms).with(&[kind]).with(&subject)
+}
+
+/// Where the erasures begin that are kept until this time or longer.
+pub(super) fn erasures(until_ms: u64) -> Key {
+    Key::new(ERASURES).with(&until_ms.to_be_bytes())
+}
+
+/// What a key of [`erasures`] says: until when, and what.
+pub(super) fn parse_erasure(key: &[u8]) -> Option<(u64, Erased)> {
+    let (_, rest) = take::<1>(key).filter(|([room], _)| *room == ERASURES)?;
+    let (until, rest) = take::<8>(rest)?;
+    let ([kind], subject) = take::<1>(rest)?;
+    Some((u64::from_be_bytes(until), parse_erased(kind, subject)?))
+}
+
 /// The frame that the engine takes next. Written by the engines alone, in the batch that it describes; never in a
 /// frame and never in a snapshot.
 pub(super) const POSITION: &[u8] = b"mposition";
@@ -345,6 +407,14 @@ mod tests {
         let text = CollapseKey::new("score").unwrap();
         assert_eq!(parse_collapse(&collapse(d, &text, 12)), Some(12));
         assert_eq!(parse_device(&user_device(AppId(1), "ada", d)), Some(d));
+        for what in [
+            Erased::Device(d),
+            Erased::Key([5; 10]),
+            Erased::Notification(p, d),
+            Erased::User([6; 32]),
+        ] {
+            assert_eq!(parse_erasure(&erasure(9, what)), Some((9, what)));
+        }
         assert_eq!(
             parse_idempotency_age(&idempotency_age(8, AppId(2), [4; 32])),
             Some((8, AppId(2), [4; 32]))
@@ -382,6 +452,7 @@ mod tests {
             assert_eq!(parse_expiry(bytes), None);
             assert_eq!(parse_pair(bytes), None);
             assert_eq!(parse_ended(bytes), None);
+            assert_eq!(parse_erasure(bytes), None);
             assert_eq!(parse_idempotency_age(bytes), None);
         }
     }

@@ -53,6 +53,8 @@ use std::thread::JoinHandle;
 
 use self::apply::{Applier, LagLimit, Queue};
 use self::backup::Copier;
+use self::backup::erasures::Fresh;
+use self::backup::schedule::{BackupFigures, Bell, Schedule};
 use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer};
 use self::current::Current;
 use self::engine::Engine;
@@ -77,7 +79,7 @@ use crate::ports::{
     PairState, ReadError, SourceId, Store, StoreHealth, StoreStats,
 };
 
-pub use self::settings::{EngineKind, OpenError, OpenReport, Rebuilt, StoreSettings};
+pub use self::settings::{BackupPlan, EngineKind, OpenError, OpenReport, Rebuilt, StoreSettings};
 
 /// An open store and how it was found.
 pub struct Opened {
@@ -160,6 +162,8 @@ struct Parts {
     applier: Applier,
     keeper: Arc<Keeper>,
     copier: Arc<Copier>,
+    /// Backups that the server makes by itself, if any.
+    schedule: Option<Schedule>,
     figures: Arc<LogFigures>,
     clock: Arc<dyn Clock>,
     home: Arc<dyn EngineHome>,
@@ -289,6 +293,21 @@ fn assemble(
         Arc::clone(&clock),
         Arc::clone(&figures),
     );
+    let schedule = settings.backup.clone().map(|plan| {
+        let fresh = Arc::new(Fresh::default());
+        writer.note_erased(Arc::clone(&fresh));
+        Schedule {
+            disk: Arc::new(RealDisk::new(&plan.dir)),
+            plan,
+            copier: Arc::clone(&copier),
+            reader: reader.clone(),
+            clock: Arc::clone(&clock),
+            fresh,
+            reserve_bytes: settings.reserve_bytes,
+            figures: Arc::default(),
+            bell: Arc::default(),
+        }
+    });
     begin_run(&mut writer, &mut applier, &queue, run)?;
     if !begun {
         write_identity(&*identity_disk, store, true)
@@ -302,6 +321,7 @@ fn assemble(
         applier,
         keeper: Arc::new(keeper),
         copier,
+        schedule,
         figures,
         clock,
         home,
@@ -362,6 +382,7 @@ struct House {
     queue: Arc<Queue>,
     keeper: Arc<Keeper>,
     copier: Arc<Copier>,
+    backups: Option<Arc<BackupFigures>>,
     reader: Reader,
     engine: Arc<Current>,
     figures: Arc<LogFigures>,
@@ -377,6 +398,7 @@ struct Running {
     committer: JoinHandle<()>,
     applier: JoinHandle<()>,
     keeper: JoinHandle<()>,
+    backups: Option<(Arc<Bell>, JoinHandle<()>)>,
     home: Arc<dyn EngineHome>,
 }
 
@@ -390,6 +412,7 @@ impl House {
             applier,
             keeper,
             copier,
+            schedule,
             figures,
             clock,
             home,
@@ -423,11 +446,23 @@ impl House {
             let keeper = Arc::clone(&keeper);
             spawn("store-keeper", Box::new(move || keeper.run()))?
         };
+        let backups = schedule
+            .as_ref()
+            .map(|schedule| Arc::clone(&schedule.figures));
+        let backing = match schedule {
+            Some(schedule) => {
+                let bell = Arc::clone(&schedule.bell);
+                let thread = spawn("store-backups", Box::new(move || schedule.run()))?;
+                Some((bell, thread))
+            }
+            None => None,
+        };
         Ok(House {
             desk,
             queue,
             keeper,
             copier,
+            backups,
             reader,
             engine,
             figures,
@@ -437,6 +472,7 @@ impl House {
                 committer,
                 applier,
                 keeper: keeping,
+                backups: backing,
                 home,
             })),
             _lock: lock,
@@ -498,6 +534,7 @@ fn stats(
         sync_us: figures.sync_us(),
         snapshot_frame: keeper.snapshot_frame(),
         set_aside: keeper.aside.count(),
+        backup: None,
     }
 }
 
@@ -553,7 +590,8 @@ impl Store for House {
     }
 
     fn drop_receipts(&self, before_ms: u64, limit: usize) -> Result<usize, ReadError> {
-        let chores = self.reader.receipts(before_ms, limit)?;
+        let now_ms = self.clock.now().unix_ms;
+        let chores = self.reader.receipts(before_ms, now_ms, limit)?;
         if chores.is_empty() {
             return Ok(0);
         }
@@ -627,7 +665,11 @@ impl Store for House {
 
     fn stats(&self) -> StoreStats {
         let now = self.clock.now().mono;
-        stats(&self.figures, &self.keeper, &self.queue, self.run, now)
+        let backup = self.backups.as_ref();
+        StoreStats {
+            backup: backup.map(|figures| figures.stats(self.copier.is_busy())),
+            ..stats(&self.figures, &self.keeper, &self.queue, self.run, now)
+        }
     }
 
     fn backup(
@@ -635,14 +677,7 @@ impl Store for House {
         out: &mut dyn std::io::Write,
         watch: BackupWatch<'_>,
     ) -> Result<BackupSummary, BackupError> {
-        let began = std::cell::Cell::new(self.clock.now().mono);
-        self.copier.copy(out, &|progress| {
-            let took = self.clock.now().mono - began.get();
-            // As long a pause as the block took leaves half of a core to others.
-            std::thread::sleep(took.min(keeper::PAUSE_MAX));
-            began.set(self.clock.now().mono);
-            watch(progress)
-        })
+        self.copier.copy_gently(out, watch)
     }
 
     fn close(&self) {
@@ -660,6 +695,10 @@ impl Store for House {
         join("committer", running.committer);
         self.queue.close();
         join("applier", running.applier);
+        if let Some((bell, thread)) = running.backups {
+            bell.close();
+            join("backups", thread);
+        }
         self.keeper.close();
         join("keeper", running.keeper);
         self.keeper.let_go();

@@ -20,8 +20,8 @@ use crate::delivery::{
     AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta,
 };
 use crate::ports::{
-    AppRecord, DeviceFilter, DeviceRecord, ExpiredRow, ExpiryCursor, IdempotencyRecord, KeyRecord,
-    Page, PairState, ReadError,
+    AppRecord, DeviceFilter, DeviceRecord, Erasure, ExpiredRow, ExpiryCursor, IdempotencyRecord,
+    KeyRecord, Page, PairState, ReadError,
 };
 
 impl From<EngineError> for ReadError {
@@ -31,6 +31,7 @@ impl From<EngineError> for ReadError {
 }
 
 /// Answers reads.
+#[derive(Clone)]
 pub(super) struct Reader {
     pub(super) engine: Arc<dyn Engine>,
     pub(super) overlay: Arc<Overlay>,
@@ -100,8 +101,24 @@ impl Reader {
     }
 
     /// What can be forgotten: outcomes and idempotency keys older than `before_ms`, at most `limit`.
-    pub(super) fn receipts(&self, before_ms: u64, limit: usize) -> Result<Vec<Chore>, ReadError> {
-        self.look().receipts(before_ms, limit)
+    /// Erasures that need not be kept any longer by `now_ms` are among them.
+    pub(super) fn receipts(
+        &self,
+        before_ms: u64,
+        now_ms: u64,
+        limit: usize,
+    ) -> Result<Vec<Chore>, ReadError> {
+        self.look().receipts(before_ms, now_ms, limit)
+    }
+
+    /// What was erased, by the time until which that is kept, a page at a time: pass the key that the last page ended
+    /// with.
+    pub(super) fn erasures(
+        &self,
+        after: Option<&Key>,
+        limit: usize,
+    ) -> Result<Page<Erasure, Key>, ReadError> {
+        self.look().erasures(after, limit)
     }
 
     pub(super) fn device(&self, id: DeviceId) -> Result<Option<DeviceRecord>, ReadError> {
@@ -478,7 +495,33 @@ impl Look<'_> {
         Ok(Page { items, next })
     }
 
-    fn receipts(&self, before_ms: u64, limit: usize) -> Result<Vec<Chore>, ReadError> {
+    fn erasures(&self, after: Option<&Key>, limit: usize) -> Result<Page<Erasure, Key>, ReadError> {
+        let from = match after {
+            Some(key) => key.clone().after(),
+            None => keys::erasures(0),
+        };
+        let mut items = Vec::new();
+        let (mut last, mut next) = (None, None);
+        let end = keys::erasures(u64::MAX).end();
+        self.each(&from, &end, Direction::Up, &mut |key, value| {
+            if items.len() >= limit {
+                next = last.take();
+                return Ok(ControlFlow::Break(()));
+            }
+            last = Some(Key::from_slice(key));
+            if let Some((until_ms, what)) = keys::parse_erasure(key) {
+                items.extend(self.sound(
+                    key,
+                    value,
+                    record::erasure(key, until_ms, what, value),
+                )?);
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(Page { items, next })
+    }
+
+    fn receipts(&self, before_ms: u64, now_ms: u64, limit: usize) -> Result<Vec<Chore>, ReadError> {
         let mut chores = Vec::new();
         let step = |chores: &Vec<Chore>| {
             if chores.len() >= limit {
@@ -524,6 +567,20 @@ impl Look<'_> {
                         key_hash,
                         record: current.is_none_or(|current| current.at_ms == at_ms),
                     });
+                }
+                Ok(ControlFlow::Continue(()))
+            },
+        )?;
+        self.each(
+            &keys::erasures(0),
+            &keys::erasures(now_ms),
+            Direction::Up,
+            &mut |key, _| {
+                if step(&chores).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                if let Some((until_ms, what)) = keys::parse_erasure(key) {
+                    chores.push(Chore::DropErasure { until_ms, what });
                 }
                 Ok(ControlFlow::Continue(()))
             },

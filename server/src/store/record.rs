@@ -19,7 +19,9 @@ use crate::delivery::{
     AppId, CollapseKey, DeviceId, Hold, Notification, Outcome, PingId, RowKey, RowMeta, Summary,
     Urgency, WireSlot,
 };
-use crate::ports::{AppRecord, DeviceRecord, IdempotencyRecord, KeyRecord, PairState, Scopes};
+use crate::ports::{
+    AppRecord, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord, PairState, Scopes,
+};
 
 /// The largest record: 64 KiB of content, the most that can be configured, with 8 KiB for what surrounds it. Larger
 /// ones would make sled put them into files that it never syncs.
@@ -138,6 +140,12 @@ struct IdempotencyV1 {
     ping: [u8; 16],
     devices: u32,
     ttl_s: u64,
+    at_ms: u64,
+}
+
+#[derive(Encode, BorrowDecode)]
+struct ErasureV1 {
+    app: u32,
     at_ms: u64,
 }
 
@@ -549,6 +557,34 @@ pub(super) fn idempotency(
         devices: disk.devices,
         ttl_s: disk.ttl_s,
         at_ms: disk.at_ms,
+    })
+}
+
+/// Writes an erasure; what and until when is in its key.
+pub(super) fn put_erasure(key: &[u8], out: &mut Vec<u8>, erasure: &Erasure) {
+    write(
+        key,
+        out,
+        &ErasureV1 {
+            app: erasure.app.0,
+            at_ms: erasure.at_ms,
+        },
+    );
+}
+
+/// Reads an erasure. `until_ms` and `what` are those of its key.
+pub(super) fn erasure(
+    key: &[u8],
+    until_ms: u64,
+    what: Erased,
+    value: &[u8],
+) -> Result<Erasure, Fault> {
+    let disk: ErasureV1 = read(key, value)?;
+    Ok(Erasure {
+        app: AppId(disk.app),
+        what,
+        at_ms: disk.at_ms,
+        until_ms,
     })
 }
 

@@ -64,6 +64,19 @@ pub struct StoreSettings {
     /// Use a data directory on a network file system or behind FUSE, because the operator knows that syncs and locks hold
     /// there. Default false: such a place is refused.
     pub trust_file_system: bool,
+    /// Backups that the server makes by itself. Default none.
+    pub backup: Option<BackupPlan>,
+}
+
+/// Where and how often the server makes backups by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupPlan {
+    /// The directory; it is never made, so that a volume that is not mounted is noticed.
+    pub dir: PathBuf,
+    /// Time from one to the next.
+    pub every: Duration,
+    /// How many are kept; at least 1.
+    pub keep: u32,
 }
 
 impl StoreSettings {
@@ -84,6 +97,7 @@ impl StoreSettings {
             reserve_bytes: 512 << 20,
             trust_file_system: false,
             key_mark: [0; 32],
+            backup: None,
         }
     }
 }

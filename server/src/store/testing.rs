@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::backup::Copier;
+#[cfg(test)]
+use super::backup::schedule::Turns as BackupTurns;
 use super::committer::{Desk, Done, Work};
 use super::home::{EngineHome, MemoryHome};
 use super::log::disk::{Disk, DiskFile};
@@ -382,7 +384,10 @@ impl Disk for MemoryDisk {
         Ok(platter
             .names
             .keys()
-            .filter_map(|name| name.strip_prefix(dir)?.strip_prefix('/'))
+            .filter_map(|name| match dir {
+                "" => (!name.contains('/')).then_some(name.as_str()),
+                dir => name.strip_prefix(dir)?.strip_prefix('/'),
+            })
             .map(str::to_owned)
             .collect())
     }
@@ -736,6 +741,33 @@ impl SyncStore {
         self.life().parts().keeper.look_at_room();
     }
 
+    /// What makes backups of this run into a directory by itself, for a test that takes its turns. Only frames written from
+    /// now on are noted there.
+    #[cfg(test)]
+    pub(super) fn schedule(
+        &self,
+        disk: &MemoryDisk,
+        plan: super::BackupPlan,
+    ) -> (BackupTurns, Arc<super::BackupFigures>) {
+        let life = self.life();
+        let mut parts = life.parts();
+        let fresh = Arc::new(super::Fresh::default());
+        parts.writer.note_erased(Arc::clone(&fresh));
+        let figures = Arc::new(super::BackupFigures::default());
+        let turns = BackupTurns::new(super::Schedule {
+            disk: Arc::new(disk.clone()),
+            plan,
+            copier: Arc::clone(&life.copier),
+            reader: parts.reader.clone(),
+            clock: Arc::clone(&self.clock),
+            fresh,
+            reserve_bytes: 0,
+            figures: Arc::clone(&figures),
+            bell: Arc::default(),
+        });
+        (turns, figures)
+    }
+
     /// Damages the value of a key in the engine, as rot does.
     #[cfg(test)]
     pub(super) fn rot(&self, key: &[u8]) {
@@ -939,7 +971,8 @@ impl Store for SyncStore {
     /// Takes a frame of its own at once, whatever [`Turns`] says.
     fn drop_receipts(&self, before_ms: u64, limit: usize) -> Result<usize, ReadError> {
         let life = self.life();
-        let chores = life.parts().reader.receipts(before_ms, limit)?;
+        let now_ms = self.clock.now().unix_ms;
+        let chores = life.parts().reader.receipts(before_ms, now_ms, limit)?;
         if chores.is_empty() {
             return Ok(0);
         }

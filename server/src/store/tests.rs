@@ -11,6 +11,8 @@ mod formats;
 mod model;
 mod mounted;
 mod rebuilding;
+mod restores;
+mod schedules;
 mod support;
 
 use super::*;

@@ -25,7 +25,7 @@ use super::record::{self, Pair, PairStored, RECORD_MAX};
 use crate::delivery::{
     AppId, Change, DeviceId, Notification, Outcome, PingId, RowKey, RowMeta, Summary, Urgency,
 };
-use crate::ports::{DeviceRecord, Op};
+use crate::ports::{DeviceRecord, Erased, Erasure, Op};
 
 /// One write of a frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +75,8 @@ pub(super) enum Chore {
         key_hash: [u8; 32],
         record: bool,
     },
+    /// An erasure need not be kept any longer.
+    DropErasure { until_ms: u64, what: Erased },
     /// A row was rotten and has been set aside: its key goes.
     DropRow { device: DeviceId, row: RowKey },
     /// The expiry of a row that is gone: its key goes, and if its notification still counts as waiting, it ends here.
@@ -283,6 +285,7 @@ impl FrameBuilder {
                 })?;
             }
             Op::DropKey(_, id) => self.delete(&keys::api_key(*id)),
+            Op::Erase(erasure) => self.erase(erasure)?,
             Op::PutIdempotency(record) => {
                 self.put(
                     &keys::idempotency(record.app, record.key_hash),
@@ -363,7 +366,23 @@ impl FrameBuilder {
         if row.shared {
             self.collect(row.ping);
         }
+        if outcome == Outcome::Revoked {
+            // A backup that still has the row is of use to nobody once the row would have expired anyway.
+            self.erase(&Erasure {
+                app,
+                what: Erased::Notification(row.ping, device),
+                at_ms,
+                until_ms: row.expires_ms,
+            })?;
+        }
         Ok(())
+    }
+
+    fn erase(&mut self, erasure: &Erasure) -> Result<(), Unwritable> {
+        self.put(
+            &keys::erasure(erasure.until_ms, erasure.what),
+            |key, out| record::put_erasure(key, out, erasure),
+        )
     }
 
     fn put_device(
@@ -416,6 +435,9 @@ impl FrameBuilder {
                 if record {
                     self.delete(&keys::idempotency(app, key_hash));
                 }
+            }
+            Chore::DropErasure { until_ms, what } => {
+                self.delete(&keys::erasure(until_ms, what));
             }
             Chore::DropRow { device, row } => self.delete(&keys::row(device, row)),
             Chore::DropExpiry {

@@ -55,6 +55,8 @@ impl Disk {
                 Op::DropDevice(record) => drop(self.devices.remove(&record.id)),
                 Op::PutKey(key) => drop(self.keys.insert(key.id, key)),
                 Op::DropKey(_, id) => drop(self.keys.remove(&id)),
+                // Only restores look at them.
+                Op::Erase(_) => {}
                 Op::PutIdempotency(record) => {
                     self.idempotency
                         .insert((record.app, record.key_hash), record);

@@ -22,17 +22,23 @@
 //! The walk goes page by page, and nothing of the store is locked while a page is handed to whoever takes it, so somebody slow
 //! slows nobody. Memory: one block, or one frame.
 
-#[allow(dead_code, reason = "used by the restore that follows")]
+pub(in crate::store) mod erasures;
 mod read;
-#[allow(dead_code, reason = "used by the restore that follows")]
+mod restore;
+pub(in crate::store) mod schedule;
 mod unpack;
 mod write;
 
 pub use self::read::{BackupFault, verify};
-#[allow(unused_imports, reason = "used by the restore that follows")]
+pub use self::restore::{
+    Applied, Contents, ErasureSource, Restore, RestoreError, RestoreStep, Restored, UserHash,
+    restore,
+};
+#[cfg(test)]
 pub(in crate::store) use self::unpack::Unpack;
 pub(in crate::store) use self::write::{Copier, Tools};
 
+use self::read::Parser;
 use super::log::frame;
 use super::{keys, record};
 
@@ -62,6 +68,18 @@ fn most(kind: u32) -> Option<usize> {
         END => Some(END_LENGTH),
         _ => None,
     }
+}
+
+/// What the header of a backup says; `None`: it is none that can be read.
+fn head_of(header: &[u8; HEADER]) -> Option<crate::ports::BackupSummary> {
+    let mut found = None;
+    let read = Parser::new().feed(header, &mut |piece| {
+        if let read::Piece::Head(head) = piece {
+            found = Some(head.clone());
+        }
+        Ok(())
+    });
+    read.ok().and(found)
 }
 
 fn header_sum(header: &[u8]) -> u32 {

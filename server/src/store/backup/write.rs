@@ -4,6 +4,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use aws_lc_rs::digest;
 
@@ -18,6 +19,9 @@ use crate::store::keys::{self, Key};
 use crate::store::log::{LiveError, Segments};
 use crate::store::record::{self, Fault};
 use crate::store::set_aside::SetAside;
+
+/// Longest pause after a block.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// Makes backups of an open store. One at a time.
 pub(in crate::store) struct Copier {
@@ -84,6 +88,11 @@ impl Copier {
         self.block = bytes.clamp(1, BLOCK);
     }
 
+    /// Whether one is being made.
+    pub(in crate::store) fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Acquire)
+    }
+
     /// Breaks off what is under way and makes no more.
     pub(in crate::store) fn close(&self) {
         self.closing.store(true, Ordering::Release);
@@ -146,6 +155,22 @@ impl Copier {
         summary.finished_ms = self.clock.now().unix_ms;
         blocks.end(&mut summary)?;
         Ok(summary)
+    }
+
+    /// The same, at a pace that leaves half of a core to others.
+    pub(in crate::store) fn copy_gently(
+        &self,
+        out: &mut dyn Write,
+        watch: BackupWatch<'_>,
+    ) -> Result<BackupSummary, BackupError> {
+        let began = std::cell::Cell::new(self.clock.now().mono);
+        self.copy(out, &|progress| {
+            let took = self.clock.now().mono - began.get();
+            // As long a pause as the block took.
+            std::thread::sleep(took.min(PAUSE_MAX));
+            began.set(self.clock.now().mono);
+            watch(progress)
+        })
     }
 
     /// Every entry of the engine, page by page.

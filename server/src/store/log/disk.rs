@@ -76,6 +76,13 @@ impl RealDisk {
     }
 }
 
+impl RealDisk {
+    /// Opens a file that this process need not be able to write.
+    pub(in crate::store) fn open_to_read(&self, name: &str) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(RealFile(File::open(self.path(name))?)))
+    }
+}
+
 /// Makes a directory of mode 0700, and syncs its name into its parent.
 pub(in crate::store) fn make_private_dir(path: &Path) -> io::Result<()> {
     match fs::DirBuilder::new().mode(DIR_MODE).create(path) {

@@ -14,7 +14,7 @@ use super::super::write::{FrameBuilder, Write};
 use super::super::*;
 use super::support::*;
 use crate::delivery::{Outcome, RowMeta, Summary, Urgency};
-use crate::ports::{KeyRecord, Scopes};
+use crate::ports::{Erased, Erasure, KeyRecord, Scopes};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/store")
@@ -147,6 +147,20 @@ fn small_records_read_as_they_were_written_by_version_1() {
         let bytes = check(name, &written(|out| record::put_pair(&key, out, pair)));
         assert_eq!(record::pair(&key, &bytes), Ok(pair));
     }
+
+    let erasure = Erasure {
+        app: AppId(3),
+        what: Erased::Notification(note.ping, device_id(1)),
+        at_ms: 70_000,
+        until_ms: 80_000,
+    };
+    let key = keys::erasure(erasure.until_ms, erasure.what);
+    let bytes = check(
+        "erasure-v1",
+        &written(|out| record::put_erasure(&key, out, &erasure)),
+    );
+    let read = record::erasure(&key, erasure.until_ms, erasure.what, &bytes);
+    assert_eq!(read, Ok(erasure));
 
     let bytes = check(
         "number-v1",

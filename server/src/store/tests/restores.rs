@@ -1,0 +1,330 @@
+//! Restores: into any engine, beside or in place of an old store, and without what was erased since.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::super::backup::{
+    Applied, Contents, Restore, RestoreError, Restored, UserHash, restore, verify,
+};
+use super::super::testing::{ManualClock, SeededEntropy};
+use super::super::*;
+use super::support::*;
+use crate::delivery::Outcome;
+use crate::ports::{Erased, Erasure, Scopes};
+
+const NOW: u64 = 1_700_000_000_000;
+const DAY: u64 = 86_400_000;
+
+fn clock() -> Arc<ManualClock> {
+    Arc::new(ManualClock::new(NOW))
+}
+
+fn api_key(n: u8) -> KeyRecord {
+    KeyRecord {
+        id: [n; 10],
+        app: AppId::DEFAULT,
+        scopes: Scopes::ALL,
+        name: "job".to_owned(),
+        created_ms: 5,
+        secret_hash: [6; 32],
+    }
+}
+
+fn erase(what: Erased) -> Op {
+    Op::Erase(Erasure {
+        app: AppId::DEFAULT,
+        what,
+        at_ms: NOW,
+        until_ms: NOW + 400 * DAY,
+    })
+}
+
+fn note(n: u64) -> Arc<Notification> {
+    notification(ping_id(n), |note| note.expires_ms = NOW + 7 * DAY)
+}
+
+/// Three devices of two users with a notification of the same ping each, two keys.
+fn fill(store: &dyn Store) {
+    for n in 1..=3 {
+        commit(
+            store,
+            vec![
+                register(device_id(n), if n == 3 { "bob" } else { "ada" }),
+                insert(device_id(n), 1, &note(7)),
+                summary(device_id(n), 1, 5, 2),
+            ],
+        )
+        .unwrap();
+    }
+    let keys = [1, 2].map(|n| Op::PutKey(api_key(n)));
+    commit(store, keys.to_vec()).unwrap();
+}
+
+fn back_up(store: &dyn Store, path: &Path) {
+    let mut file = File::create(path).unwrap();
+    store
+        .backup(&mut file, &|_| std::ops::ControlFlow::Continue(()))
+        .unwrap();
+    verify(&mut File::open(path).unwrap(), &mut |_| {}).unwrap();
+}
+
+/// As the runtime does it: the mailbox first, then the device with its erasure.
+fn revoke_device(store: &dyn Store, n: u64) {
+    let wipe = vec![
+        remove(device_id(n), 1, &note(7), Outcome::Revoked, NOW),
+        Op::Mailbox(crate::delivery::Change::Forget {
+            device: device_id(n),
+        }),
+    ];
+    commit(store, wipe).unwrap();
+    let record = store.device(device_id(n)).unwrap().unwrap();
+    commit(
+        store,
+        vec![Op::DropDevice(record), erase(Erased::Device(device_id(n)))],
+    )
+    .unwrap();
+}
+
+/// Device 1, key 1 and the notification of device 2.
+fn erase_some(store: &dyn Store) {
+    revoke_device(store, 1);
+    let key = api_key(1).id;
+    commit(
+        store,
+        vec![Op::DropKey(AppId::DEFAULT, key), erase(Erased::Key(key))],
+    )
+    .unwrap();
+    commit(
+        store,
+        vec![
+            remove(device_id(2), 1, &note(7), Outcome::Revoked, NOW),
+            summary(device_id(2), 0, 0, 2),
+        ],
+    )
+    .unwrap();
+}
+
+fn restored(
+    from: &Path,
+    dir: &Path,
+    engine: EngineKind,
+    change: impl FnOnce(&mut Restore<'_>),
+) -> Result<Restored, RestoreError> {
+    let mut progress = |_, _, _| {};
+    let mut request = Restore {
+        from,
+        settings: settings(dir, engine),
+        replace: false,
+        erasures: Vec::new(),
+        user_hash: None,
+        clock: clock(),
+        entropy: Arc::new(SeededEntropy::new(77)),
+        progress: &mut progress,
+    };
+    change(&mut request);
+    restore(request)
+}
+
+fn check_erased(dir: &Path, engine: EngineKind) {
+    let opened = open_at(dir, engine);
+    assert_eq!(opened.report.rebuilt, None);
+    assert!(opened.report.set_aside.is_empty());
+    let store = opened.store;
+    assert!(store.device(device_id(1)).unwrap().is_none());
+    assert!(
+        store
+            .read_mailbox(&everything(device_id(1)))
+            .unwrap()
+            .summary
+            .is_none()
+    );
+    assert!(store.key(api_key(1).id).unwrap().is_none());
+    assert!(store.key(api_key(2).id).unwrap().is_some());
+    let second = store.read_mailbox(&everything(device_id(2))).unwrap();
+    assert_eq!((second.rows.len(), second.summary.unwrap().count), (0, 0));
+    let third = store.read_mailbox(&everything(device_id(3))).unwrap();
+    assert_eq!((third.rows.len(), third.summary.unwrap().count), (1, 1));
+    assert!(third.rows[0].run < opened.report.run);
+}
+
+const ERASED: Applied = Applied {
+    devices: 1,
+    keys: 1,
+    notifications: 1,
+};
+
+#[test]
+fn a_restore_in_place_keeps_what_was_erased_since_and_the_old_store() {
+    for engine in [EngineKind::Memory, EngineKind::Sled, EngineKind::Fjall] {
+        let place = tempfile::tempdir().unwrap();
+        let (dir, file) = (place.path().join("data"), place.path().join("b.backup"));
+        let opened = open_at(&dir, EngineKind::Sled);
+        fill(&*opened.store);
+        back_up(&*opened.store, &file);
+        erase_some(&*opened.store);
+        commit(&*opened.store, vec![register(device_id(9), "eve")]).unwrap();
+        let run = opened.report.run;
+        drop(opened);
+        fs::write(dir.join("hash.key"), "kept").unwrap();
+        let refused = restored(&file, &dir, engine, |_| {}).unwrap_err();
+        assert!(matches!(refused, RestoreError::Occupied(_)), "{refused}");
+        let done = restored(&file, &dir, engine, |request| request.replace = true).unwrap();
+        assert_eq!(done.applied, ERASED);
+        let left = Contents {
+            apps: 0,
+            devices: 2,
+            keys: 1,
+            waiting: 1,
+        };
+        assert_eq!(done.contents, left);
+        assert_ne!(done.store, done.backup.store);
+        assert_eq!(fs::read_to_string(dir.join("hash.key")).unwrap(), "kept");
+        check_erased(&dir, engine);
+        let again = open_at(&dir, engine);
+        assert!(again.report.run > run + 900);
+        assert!(again.store.device(device_id(9)).unwrap().is_none());
+        drop(again);
+        // The old store is whole, and can be started on.
+        let old = open_at(&done.replaced.unwrap(), EngineKind::Sled);
+        assert!(old.store.device(device_id(9)).unwrap().is_some());
+    }
+}
+
+#[test]
+fn erasures_are_taken_from_newer_backups_and_damaged_stores() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| -> PathBuf { place.path().join(name) };
+    let opened = open_at(&at("data"), EngineKind::Sled);
+    fill(&*opened.store);
+    back_up(&*opened.store, &at("old"));
+    erase_some(&*opened.store);
+    back_up(&*opened.store, &at("new"));
+    drop(opened);
+    let done = restored(&at("old"), &at("plain"), EngineKind::Memory, |_| {}).unwrap();
+    assert_eq!(done.applied, Applied::default());
+    assert!(done.sources.is_empty());
+    let done = restored(
+        &at("old"),
+        &at("by-backup"),
+        EngineKind::Memory,
+        |request| {
+            request.erasures = vec![at("new")];
+        },
+    )
+    .unwrap();
+    assert_eq!((done.applied, done.sources[0].found), (ERASED, 4));
+    check_erased(&at("by-backup"), EngineKind::Memory);
+    // The first frames rot, the format is lost, and so is the engine.
+    let mut log = fs::read(at("data/log/0000000001.seg")).unwrap();
+    log[64 + 20] ^= 1;
+    fs::write(at("data/log/0000000001.seg"), log).unwrap();
+    fs::remove_file(at("data/format")).unwrap();
+    let done = restored(&at("old"), &at("by-wreck"), EngineKind::Memory, |request| {
+        request.erasures = vec![at("data")];
+    })
+    .unwrap();
+    assert_eq!(done.applied, ERASED);
+    assert!(done.sources[0].trouble.is_some());
+    check_erased(&at("by-wreck"), EngineKind::Memory);
+    // What is erased stays known, so that a further restore keeps it as well.
+    let done = restored(&at("old"), &at("further"), EngineKind::Memory, |request| {
+        request.erasures = vec![at("by-wreck")];
+    })
+    .unwrap();
+    assert_eq!(done.applied, ERASED);
+    let nothing = restored(&at("old"), &at("nothing"), EngineKind::Memory, |request| {
+        request.erasures = vec![at("data/lock")];
+    });
+    assert!(matches!(nothing, Err(RestoreError::Erasures { .. })));
+}
+
+#[test]
+fn an_erased_user_stays_erased_without_being_named() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| -> PathBuf { place.path().join(name) };
+    let hash: UserHash<'_> = &|_, user| {
+        let mut hash = [0; 32];
+        hash[..user.len()].copy_from_slice(user.as_bytes());
+        hash.reverse();
+        hash
+    };
+    let opened = open_at(&at("data"), EngineKind::Memory);
+    fill(&*opened.store);
+    back_up(&*opened.store, &at("old"));
+    let gone = Erased::User(hash(AppId::DEFAULT, "ada"));
+    commit(&*opened.store, vec![erase(gone)]).unwrap();
+    back_up(&*opened.store, &at("new"));
+    let done = restored(&at("old"), &at("next"), EngineKind::Memory, |request| {
+        request.erasures = vec![at("new")];
+        request.user_hash = Some(hash);
+    })
+    .unwrap();
+    assert_eq!(done.applied.devices, 2);
+    assert_eq!((done.contents.devices, done.contents.waiting), (1, 1));
+}
+
+#[test]
+fn a_damaged_backup_or_a_foreign_directory_changes_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| -> PathBuf { place.path().join(name) };
+    let opened = open_at(&at("data"), EngineKind::Memory);
+    fill(&*opened.store);
+    back_up(&*opened.store, &at("old"));
+    drop(opened);
+    let mut bytes = fs::read(at("old")).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(at("bad"), bytes).unwrap();
+    let before = fs::read_dir(at("data")).unwrap().count();
+    let refused = restored(&at("bad"), &at("data"), EngineKind::Memory, |request| {
+        request.replace = true;
+    });
+    assert!(matches!(refused, Err(RestoreError::Backup { .. })));
+    assert_eq!(fs::read_dir(at("data")).unwrap().count(), before);
+    assert!(
+        open_at(&at("data"), EngineKind::Memory)
+            .store
+            .device(device_id(1))
+            .unwrap()
+            .is_some()
+    );
+    fs::create_dir(at("mine")).unwrap();
+    fs::write(at("mine/letter.txt"), "x").unwrap();
+    let refused = restored(&at("old"), &at("mine"), EngineKind::Memory, |request| {
+        request.replace = true;
+    });
+    assert!(matches!(refused, Err(RestoreError::Strange { .. })));
+}
+
+#[test]
+fn a_restore_that_was_cut_off_refuses_a_start_and_is_done_again() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| -> PathBuf { place.path().join(name) };
+    let opened = open_at(&at("data"), EngineKind::Memory);
+    fill(&*opened.store);
+    back_up(&*opened.store, &at("old"));
+    erase_some(&*opened.store);
+    drop(opened);
+    let done = restored(&at("old"), &at("data"), EngineKind::Memory, |request| {
+        request.replace = true;
+    })
+    .unwrap();
+    // As if the machine had gone down before the last rename: the new `format` is not in its place yet.
+    let aside = done.replaced.unwrap();
+    fs::write(at("data/format"), "bellwire-restore under way\n").unwrap();
+    fs::create_dir(at("data/restoring")).unwrap();
+    fs::write(at("data/restoring/half"), "x").unwrap();
+    let refused = open(
+        &settings(&at("data"), EngineKind::Memory),
+        clock(),
+        Arc::new(SeededEntropy::new(9)),
+    );
+    assert!(matches!(refused.err(), Some(OpenError::NotAStore { .. })));
+    let done = restored(&at("old"), &at("data"), EngineKind::Memory, |request| {
+        request.replace = true;
+    })
+    .unwrap();
+    assert_eq!(done.applied, ERASED);
+    assert!(done.sources.iter().any(|source| source.path == aside));
+    check_erased(&at("data"), EngineKind::Memory);
+}

@@ -1,0 +1,259 @@
+//! Backups that the server makes by itself: when, how many, and what happens when the disk does not do what it should.
+
+use std::time::Duration;
+
+use super::super::backup::erasures;
+use super::super::backup::schedule::Turns;
+use super::super::testing::{ManualClock, MemoryDisk, SeededEntropy, SyncSettings, SyncStore};
+use super::super::*;
+use super::crashes::commit_now;
+use super::support::*;
+use crate::ports::{BackupStats, Erased, Erasure};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+struct Scene {
+    store: SyncStore,
+    clock: Arc<ManualClock>,
+    disk: MemoryDisk,
+    turns: Turns,
+    figures: Arc<BackupFigures>,
+}
+
+fn plan() -> BackupPlan {
+    BackupPlan {
+        dir: "backups".into(),
+        every: HOUR,
+        keep: 3,
+    }
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let clock = Arc::new(ManualClock::new(1_700_000_000_000));
+        let (store, _) = SyncStore::open(
+            &MemoryDisk::new(),
+            SyncSettings::default(),
+            clock.clone(),
+            Arc::new(SeededEntropy::new(3)),
+        )
+        .unwrap();
+        commit_now(&store, vec![register(device_id(1), "ada")])
+            .unwrap()
+            .unwrap();
+        let disk = MemoryDisk::new();
+        let (turns, figures) = store.schedule(&disk, plan());
+        Scene {
+            store,
+            clock,
+            disk,
+            turns,
+            figures,
+        }
+    }
+
+    /// The server starts anew: what it knew in memory is gone.
+    fn restart(&mut self) {
+        (self.turns, self.figures) = self.store.schedule(&self.disk, plan());
+    }
+
+    fn after(&mut self, time: Duration) {
+        self.clock.advance(time);
+        self.turns.turn();
+    }
+
+    fn backups(&self) -> Vec<String> {
+        let names = self.disk.names().into_iter();
+        names.filter(|name| name != "erasures").collect()
+    }
+
+    fn stats(&self) -> BackupStats {
+        self.figures.stats(false)
+    }
+
+    fn revoke(&self, n: u64) {
+        let erasure = Erasure {
+            app: AppId::DEFAULT,
+            what: Erased::Device(device_id(n)),
+            at_ms: 5,
+            until_ms: 1_800_000_000_000,
+        };
+        commit_now(&self.store, vec![Op::Erase(erasure)])
+            .unwrap()
+            .unwrap();
+    }
+
+    fn erased(&self) -> (Vec<Erased>, u64) {
+        let mut found = Vec::new();
+        let file = self.disk.open(erasures::FILE).unwrap();
+        let held = erasures::read(&*file, &mut |erasure| found.push(erasure.what)).unwrap();
+        found.sort_unstable();
+        (found, held.damaged)
+    }
+}
+
+#[test]
+fn backups_are_made_in_time_and_the_oldest_go() {
+    let mut scene = Scene::new();
+    scene.turns.turn();
+    let first = scene.backups();
+    assert_eq!(first.len(), 1);
+    scene.after(HOUR / 2);
+    assert_eq!(scene.backups(), first);
+    for made in 2..=5 {
+        scene.after(HOUR);
+        assert_eq!(scene.backups().len(), made.min(3));
+        assert_eq!(scene.stats().kept, made.min(3) as u64);
+    }
+    assert!(!scene.backups().contains(&first[0]));
+    let stats = scene.stats();
+    assert_eq!((stats.failures, stats.trouble), (0, None));
+    assert!(stats.last_ms > 1_700_000_000_000 && stats.due_ms > stats.last_ms);
+}
+
+#[test]
+fn a_start_waits_for_the_rest_of_the_time_and_catches_up_when_it_has_passed() {
+    let mut scene = Scene::new();
+    scene.turns.turn();
+    scene.after(HOUR / 4);
+    scene.restart();
+    scene.turns.turn();
+    assert_eq!(scene.backups().len(), 1, "not due yet");
+    assert!(scene.stats().last_ms > 0, "the last one is known");
+    scene.after(HOUR / 2);
+    assert_eq!(scene.backups().len(), 1, "not due yet");
+    scene.after(HOUR / 4);
+    assert_eq!(scene.backups().len(), 2);
+    scene.clock.advance(10 * HOUR);
+    scene.restart();
+    scene.turns.turn();
+    assert_eq!(scene.backups().len(), 3, "missed while it was down");
+}
+
+#[test]
+fn only_proved_backups_of_this_store_are_counted_and_removed() {
+    let mut scene = Scene::new();
+    let put = |name: &str, bytes: &[u8]| {
+        let file = scene.disk.create(name).unwrap();
+        file.write_at(bytes, 0).unwrap();
+    };
+    // Of another store, no backup at all, and what a killed run of ours left.
+    put("bellwire-other.backup", &super::backups::a_backup());
+    put("letter.backup", b"dear operator");
+    scene.turns.turn();
+    let ours = scene.backups().into_iter().find(|name| {
+        name.starts_with("bellwire-") && name.ends_with("Z.backup") && !name.contains("other")
+    });
+    let prefix = ours.unwrap()[..18].to_owned();
+    let file = scene.disk.create(&format!("{prefix}x.backup.partial"));
+    file.unwrap().write_at(b"half", 0).unwrap();
+    for _ in 0..6 {
+        scene.after(HOUR);
+    }
+    let names = scene.backups();
+    assert_eq!(names.len(), 2 + 3, "{names:?}");
+    assert!(names.contains(&"bellwire-other.backup".to_owned()));
+    assert!(names.contains(&"letter.backup".to_owned()));
+    assert!(!names.iter().any(|name| name.ends_with(".partial")));
+}
+
+#[test]
+fn a_backup_that_fails_is_told_tried_again_and_costs_no_older_one() {
+    let mut scene = Scene::new();
+    for _ in 0..3 {
+        scene.after(HOUR);
+    }
+    let good = scene.backups();
+    assert_eq!(good.len(), 3);
+    // Less is free than the last one took.
+    scene.disk.set_capacity(Some(scene.disk.used() + 100));
+    scene.after(HOUR);
+    assert_eq!(scene.backups(), good, "nothing half, nothing gone");
+    assert_eq!(scene.stats().failures, 1);
+    assert!(scene.stats().trouble.unwrap().contains("free"));
+    scene.after(Duration::from_secs(61));
+    assert_eq!(scene.stats().failures, 2, "after a minute");
+    scene.after(Duration::from_secs(61));
+    assert_eq!(scene.stats().failures, 2, "then after two");
+    scene.disk.set_capacity(None);
+    scene.disk.fail_sync_in(0);
+    scene.after(Duration::from_secs(61));
+    assert_eq!(scene.stats().failures, 3);
+    assert_eq!(scene.backups(), good);
+    scene.after(HOUR);
+    assert_eq!(scene.backups().len(), 3);
+    assert_ne!(scene.backups(), good);
+    assert_eq!(scene.stats().trouble, None);
+}
+
+#[test]
+fn what_is_erased_is_noted_beside_the_backups() {
+    let mut scene = Scene::new();
+    scene.revoke(1);
+    scene.turns.turn();
+    scene.revoke(2);
+    scene.turns.turn();
+    let devices = |range: std::ops::RangeInclusive<u64>| -> Vec<Erased> {
+        range.map(|n| Erased::Device(device_id(n))).collect()
+    };
+    assert_eq!(scene.erased(), (devices(1..=2), 0));
+    // Erased while the file could not be written.
+    scene.disk.set_capacity(Some(scene.disk.used()));
+    scene.revoke(3);
+    scene.turns.turn();
+    assert_eq!(scene.erased(), (devices(1..=2), 0));
+    scene.disk.set_capacity(None);
+    scene.turns.turn();
+    assert_eq!(scene.erased(), (devices(1..=3), 0));
+    // A rotten record costs itself only, and is made good from the store.
+    assert!(scene.disk.flip(erasures::FILE, 64 + 30, 1));
+    assert_eq!(scene.erased(), (devices(2..=3), 1));
+    scene.restart();
+    scene.turns.turn();
+    assert_eq!(scene.erased(), (devices(1..=3), 1));
+    // A torn record at the end is passed over.
+    let file = scene.disk.open(erasures::FILE).unwrap();
+    file.write_at(&[7; 20], file.length().unwrap()).unwrap();
+    scene.restart();
+    scene.revoke(4);
+    scene.turns.turn();
+    assert_eq!(scene.erased(), (devices(1..=4), 2));
+}
+
+#[test]
+fn a_file_of_erasures_that_has_grown_old_is_written_anew() {
+    let mut scene = Scene::new();
+    for n in 0..2_000 {
+        let until_ms = if n % 4 == 0 {
+            u64::MAX
+        } else {
+            1_700_000_000_001
+        };
+        let erasure = Erasure {
+            app: AppId::DEFAULT,
+            what: Erased::Device(device_id(n)),
+            at_ms: 5,
+            until_ms,
+        };
+        commit_now(&scene.store, vec![Op::Erase(erasure)])
+            .unwrap()
+            .unwrap();
+    }
+    scene.turns.turn();
+    assert_eq!(scene.erased().0.len(), 2_000);
+    scene.clock.advance(HOUR);
+    let dropped = scene.store.drop_receipts(0, 10_000).unwrap();
+    assert_eq!(dropped, 1_500, "the store forgets them as well");
+    scene.restart();
+    scene.turns.turn();
+    assert_eq!(
+        scene.erased(),
+        (
+            (0..2_000)
+                .step_by(4)
+                .map(|n| Erased::Device(device_id(n)))
+                .collect(),
+            0
+        )
+    );
+}
