@@ -14,7 +14,7 @@
 //! - [`apply`]: from the log into the [`engine`].
 //! - [`snapshot`] and [`keeper`]: so that neither log nor engine grows for ever, and an engine can be rebuilt; [`current`]: how a
 //!   rebuilt one takes the place of the other while everybody goes on.
-//! - [`mod@recover`]: what can be proved at a start; [`home`]: where the engine's files are.
+//! - [`mod@recover`]: what can be proved at a start; [`mod@home`]: where the engine's files are.
 //!
 //! Nothing outside this folder knows trees or keys. Time and chance come in through the ports.
 
