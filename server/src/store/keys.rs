@@ -218,6 +218,50 @@ pub(super) fn parse_ended(key: &[u8]) -> Option<(u64, PingId, DeviceId)> {
         .then_some((u64::from_be_bytes(at), PingId(ping), DeviceId(device)))
 }
 
+/// The id that a key of a summary, a shared body or a device consists of.
+pub(super) fn parse_id(key: &[u8]) -> Option<[u8; 16]> {
+    let (id, rest) = take::<16>(key.get(1..)?)?;
+    rest.is_empty().then_some(id)
+}
+
+/// What a key of [`collapses`] says: the device, the replacement key, the order.
+pub(super) fn parse_collapse_key(key: &[u8]) -> Option<(DeviceId, CollapseKey, u64)> {
+    let (device, rest) = take::<16>(key.strip_prefix(b"c")?)?;
+    let (length, rest) = take::<1>(rest)?;
+    let (text, rest) = rest.split_at_checked(usize::from(length[0]))?;
+    let (order, rest) = take::<8>(rest)?;
+    let text = CollapseKey::new(str::from_utf8(text).ok()?)?;
+    rest.is_empty()
+        .then_some((DeviceId(device), text, u64::from_be_bytes(order)))
+}
+
+/// What a key of [`app_devices`] says.
+pub(super) fn parse_app_device(key: &[u8]) -> Option<(AppId, DeviceId)> {
+    let (app, rest) = take::<4>(key.strip_prefix(b"e")?)?;
+    let (device, rest) = take::<16>(rest)?;
+    rest.is_empty()
+        .then_some((AppId(u32::from_be_bytes(app)), DeviceId(device)))
+}
+
+/// What a key of [`user_devices`] says.
+pub(super) fn parse_user_device(key: &[u8]) -> Option<(AppId, &str, DeviceId)> {
+    let (app, rest) = take::<4>(key.strip_prefix(b"u")?)?;
+    let (length, rest) = take::<1>(rest)?;
+    let (user, rest) = rest.split_at_checked(usize::from(length[0]))?;
+    let (device, rest) = take::<16>(rest)?;
+    let user = str::from_utf8(user).ok()?;
+    rest.is_empty()
+        .then_some((AppId(u32::from_be_bytes(app)), user, DeviceId(device)))
+}
+
+/// What a key of a used idempotency key says.
+pub(super) fn parse_idempotency(key: &[u8]) -> Option<(AppId, [u8; 32])> {
+    let (app, rest) = take::<4>(key.strip_prefix(b"i")?)?;
+    let (hash, rest) = take::<32>(rest)?;
+    rest.is_empty()
+        .then_some((AppId(u32::from_be_bytes(app)), hash))
+}
+
 /// A device record.
 pub(super) fn device(device: DeviceId) -> Key {
     Key::new(b'd').with(&device.0)
@@ -415,6 +459,22 @@ mod tests {
         ] {
             assert_eq!(parse_erasure(&erasure(9, what)), Some((9, what)));
         }
+        let collapsed = parse_collapse_key(&collapse(d, &text, 12))
+            .map(|(d, key, n)| (d, key.as_str().to_owned(), n));
+        assert_eq!(collapsed, Some((d, "score".to_owned(), 12)));
+        assert_eq!(
+            parse_user_device(&user_device(AppId(1), "ada", d)),
+            Some((AppId(1), "ada", d))
+        );
+        assert_eq!(
+            parse_app_device(&app_device(AppId(1), d)),
+            Some((AppId(1), d))
+        );
+        assert_eq!(
+            parse_idempotency(&idempotency(AppId(1), [4; 32])),
+            Some((AppId(1), [4; 32]))
+        );
+        assert_eq!(parse_id(&summary(d)), Some(d.0));
         assert_eq!(
             parse_idempotency_age(&idempotency_age(8, AppId(2), [4; 32])),
             Some((8, AppId(2), [4; 32]))

@@ -64,7 +64,7 @@ use self::keeper::{Inheritance, Keeper, Rules, Tools};
 use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk};
 use self::log::segment::Maker;
-use self::log::{Ending, Shelf, ShelfError};
+use self::log::{Ending, Shelf, ShelfError, Tail};
 use self::overlay::Overlay;
 use self::read::Reader;
 use self::recover::{Recovered, recover};
@@ -188,7 +188,8 @@ fn assemble(
         },
         ShelfError::Foreign(_) => OpenError::Mixed(error.to_string()),
     })?;
-    let stamp = stamp(clock.now().unix_ms);
+    let stamp = set_aside::free_stamp(&*disk, &stamp(clock.now().unix_ms))
+        .map_err(io("could not look at what was set aside in"))?;
     let mut report = OpenReport::default();
     let Recovered {
         engine,
@@ -199,6 +200,10 @@ fn assemble(
     report.torn = tail.ending == Ending::Torn;
     report.gaps = tail.gaps;
     report.last_frame = next_frame - 1;
+    leave_note(&*disk, &shelf, &tail, next_frame, &stamp, &report)
+        .map_err(io("could not write down what is set aside in"))?;
+    let mut put_out = put_out_snapshots(&*disk, next_frame, &stamp)
+        .map_err(io("could not set a snapshot aside in"))?;
     let maker = Maker::new(Arc::clone(&disk), entropy, store, settings.segment_bytes);
     let (log, set_aside) = shelf
         .take_over(&tail, next_frame, maker, &stamp)
@@ -210,6 +215,7 @@ fn assemble(
             }
         })?;
     report.set_aside = set_aside;
+    report.set_aside.append(&mut put_out);
     let overlay = Arc::new(Overlay::new());
     let queue = Arc::new(Queue::new(
         LagLimit {
@@ -228,6 +234,11 @@ fn assemble(
         aside: unnumbered,
     };
     let run = match reader.run() {
+        // It was there and cannot be read: rows must not look as if this run had accepted them. There were fewer runs
+        // than seconds.
+        Ok(_) if reader.aside.count() > 0 => {
+            u32::try_from(clock.now().unix_ms / 1000).unwrap_or(u32::MAX)
+        }
         Ok(run) => run.saturating_add(1),
         Err(ReadError::Newer(version)) => {
             return Err(OpenError::Newer {
@@ -327,6 +338,68 @@ fn assemble(
         home,
         report,
     })
+}
+
+/// Writes down what this start cannot use, before the first of it is moved: from which frame on the log goes on without it.
+fn leave_note(
+    disk: &dyn Disk,
+    shelf: &Shelf,
+    tail: &Tail,
+    next_frame: u64,
+    stamp: &str,
+    report: &OpenReport,
+) -> std::io::Result<()> {
+    let mut words = Vec::new();
+    if let Some(rebuilt) = &report.rebuilt {
+        words.push(format!(
+            "The engine was made anew ({}); the old one: {}.",
+            rebuilt.why,
+            rebuilt.moved_to.as_deref().unwrap_or("there was none")
+        ));
+    }
+    if let Ending::Rotten { segment, offset } = tail.ending {
+        words.push(format!(
+            "The log cannot be proved from byte {offset} of segment {segment} on. Set aside: {}.",
+            shelf.unprovable(tail).join(", ")
+        ));
+    }
+    for frame in snapshot::list(disk)? {
+        if frame > next_frame {
+            words.push(format!(
+                "Snapshot {frame} is of a time that the log does not reach. Set aside."
+            ));
+        }
+    }
+    if words.is_empty() {
+        return Ok(());
+    }
+    words.push(format!(
+        "The log goes on with frame {next_frame}. `bellwire store salvage` knows how to use what was set aside."
+    ));
+    set_aside::write_note(disk, stamp, next_frame, &words)
+}
+
+/// Sets snapshots aside that begin behind the end of the log and were not used: the frames that lead up to them are written a
+/// second time now, with something else in them.
+fn put_out_snapshots(
+    disk: &dyn Disk,
+    next_frame: u64,
+    stamp: &str,
+) -> std::io::Result<Vec<String>> {
+    let mut put_out = Vec::new();
+    for frame in snapshot::list(disk)? {
+        if frame > next_frame {
+            let to = format!("{}/{stamp}-{frame:020}.snap", log::SET_ASIDE);
+            disk.make_dir(log::SET_ASIDE)?;
+            disk.rename(&snapshot::name(frame), &to)?;
+            put_out.push(to);
+        }
+    }
+    if !put_out.is_empty() {
+        disk.sync_dir(log::SET_ASIDE)?;
+        disk.sync_dir(snapshot::DIR)?;
+    }
+    Ok(put_out)
 }
 
 /// The first frame of a run says its number. Until it is safe nobody is served: a row of an earlier run may have been

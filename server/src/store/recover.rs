@@ -62,15 +62,21 @@ pub(super) fn recover(
     let why = match found {
         Ok(None) => None,
         Ok(Some(engine)) => match try_engine(&engine, shelf)? {
-            Ok(replayed) => {
-                report.replayed_frames = replayed.frames;
-                return Ok(Recovered {
-                    engine,
-                    next_frame: replayed.tail.next_frame,
-                    tail: replayed.tail,
-                    live: 0,
-                });
-            }
+            Ok(replayed) => match snapshot_beyond(disk, store, replayed.tail.next_frame)? {
+                Some(frame) => Some(format!(
+                    "it ends with the log before frame {}, and snapshot {frame} proves that there was more",
+                    replayed.tail.next_frame
+                )),
+                None => {
+                    report.replayed_frames = replayed.frames;
+                    return Ok(Recovered {
+                        engine,
+                        next_frame: replayed.tail.next_frame,
+                        tail: replayed.tail,
+                        live: 0,
+                    });
+                }
+            },
             Err(why) => Some(why),
         },
         Err(Unusable::Broken(why)) => Some(why),
@@ -145,6 +151,20 @@ pub(super) fn recover(
         tail: replayed.tail,
         live: 0,
     })
+}
+
+/// A snapshot that verifies and begins behind the end of the log: the log has lost its end, and the snapshot knows more.
+fn snapshot_beyond(
+    disk: &dyn Disk,
+    store: [u8; 16],
+    next_frame: u64,
+) -> Result<Option<u64>, OpenError> {
+    let snapshots = snapshot::list(disk).map_err(OpenError::io("could not list", snapshot::DIR))?;
+    Ok(snapshots
+        .into_iter()
+        .rev()
+        .take_while(|frame| *frame > next_frame)
+        .find(|frame| snapshot::check(disk, *frame, Some(store)).is_ok()))
 }
 
 type Attempt<T> = Result<Result<T, String>, OpenError>;

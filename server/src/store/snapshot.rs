@@ -400,6 +400,45 @@ pub(super) fn check(
     Ok(info)
 }
 
+/// Which store a snapshot belongs to, by its head.
+pub(super) fn store_of(disk: &dyn Disk, frame: u64) -> Result<[u8; 16], SnapshotError> {
+    let file = disk.open(&name(frame))?;
+    let mut header = [0; HEADER];
+    if file.length()? < HEADER as u64 {
+        return Err(SnapshotError::Rotten("it is cut short"));
+    }
+    file.read_at(&mut header, 0)?;
+    if header[0..8] != MAGIC || u32_at(&header, 12) != crc32c::crc32c(&header[16..]) {
+        return Err(SnapshotError::Rotten("its header is not one"));
+    }
+    let mut store = [0; 16];
+    store.copy_from_slice(&header[32..48]);
+    Ok(store)
+}
+
+/// Loads a snapshot that was verified into an empty engine and sets its position.
+pub(super) fn pour(
+    disk: &dyn Disk,
+    frame: u64,
+    store: Option<[u8; 16]>,
+    engine: &dyn Engine,
+) -> Result<(), SnapshotError> {
+    let mut batch = Vec::with_capacity(BATCH_OPERATIONS);
+    parse(&*disk.open(&name(frame))?, store, &mut |key, value| {
+        batch.push(EngineWrite {
+            key: Bytes::copy_from_slice(key),
+            value: Some(Bytes::copy_from_slice(value)),
+        });
+        if batch.len() + 1 >= BATCH_OPERATIONS {
+            engine.apply(&batch, None)?;
+            batch.clear();
+        }
+        Ok(())
+    })?;
+    engine.apply(&batch, Some(frame))?;
+    Ok(())
+}
+
 /// Verifies a snapshot, then loads it into an empty engine and sets its position.
 pub(super) fn load(
     disk: &dyn Disk,
@@ -412,18 +451,6 @@ pub(super) fn load(
     if info.frame != frame {
         return Err(SnapshotError::Rotten("its name is another's"));
     }
-    let mut batch = Vec::with_capacity(BATCH_OPERATIONS);
-    read(disk, &name, store, &mut |key, value| {
-        batch.push(EngineWrite {
-            key: Bytes::copy_from_slice(key),
-            value: Some(Bytes::copy_from_slice(value)),
-        });
-        if batch.len() + 1 >= BATCH_OPERATIONS {
-            engine.apply(&batch, None)?;
-            batch.clear();
-        }
-        Ok(())
-    })?;
-    engine.apply(&batch, Some(frame))?;
+    pour(disk, frame, Some(store), &**engine)?;
     Ok(info)
 }

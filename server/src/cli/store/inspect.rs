@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::super::console::Paint;
 use super::super::{Console, Failure, Outcome, moment, plain};
-use super::{DirArg, size};
+use super::{DirArg, json, size};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -51,14 +51,7 @@ pub(crate) fn run(args: &InspectArgs) -> Outcome {
     })?;
     let out = Console::out();
     if args.json {
-        let text = serde_json::to_string(&found).map_err(|error| {
-            Failure::new(
-                format!("the answer cannot be written as JSON: {error}"),
-                "this is a fault of the program: please report it",
-            )
-        })?;
-        out.line(&text);
-        return Ok(());
+        return json(&found);
     }
     print(out, &found);
     Ok(())
@@ -151,7 +144,7 @@ pub(super) fn print(out: Console, found: &Inspection) {
                             }
                             EngineState::NotOpened { why } => format!("not opened: {}", plain(why)),
                             EngineState::Fails { why } => format!("does not open: {}", plain(why)),
-                            EngineState::Unproven { why } => plain(why),
+                            EngineState::Unproven { why, .. } => plain(why),
                         },
                     ]
                 })

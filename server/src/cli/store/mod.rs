@@ -1,18 +1,23 @@
 //! `bellwire store`: what is kept in a data directory, seen without a server.
 
 mod inspect;
+mod salvage;
+mod verify;
 
 use std::path::PathBuf;
 
 use bellwire_server::config::{self, Environment};
 use clap::{Args, Subcommand};
 
-use super::{ConfigArg, Outcome};
+use super::console::Paint;
+use super::{ConfigArg, Console, Failure, Outcome, keep_to_ourselves};
 
 const AFTER_HELP: &str = "\
 Examples:
   bellwire store inspect
   bellwire store inspect --data-dir /var/lib/bellwire --json
+  bellwire store verify --data-dir /var/lib/bellwire
+  bellwire store salvage --data-dir /var/lib/bellwire --into /var/lib/bellwire-new
 
 docs/store.md says what the files are and what happens when one is damaged.";
 
@@ -27,19 +32,29 @@ pub(crate) struct StoreArgs {
 enum Command {
     /// What is in a data directory and what a start would do; changes nothing
     Inspect(inspect::InspectArgs),
+    /// Read and check every record; changes nothing
+    Verify(verify::VerifyArgs),
+    /// Make a store that starts of what can be read of one that does not
+    Salvage(salvage::SalvageArgs),
 }
 
 impl StoreArgs {
     pub(crate) fn json(&self) -> bool {
         match &self.command {
             Command::Inspect(args) => args.json,
+            Command::Verify(args) => args.json,
+            Command::Salvage(args) => args.json,
         }
     }
 }
 
 pub(crate) fn run(args: &StoreArgs) -> Outcome {
+    // Copies hold other people's messages.
+    keep_to_ourselves();
     match &args.command {
         Command::Inspect(args) => inspect::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Salvage(args) => salvage::run(args),
     }
 }
 
@@ -56,7 +71,7 @@ pub(crate) struct DirArg {
 impl DirArg {
     /// The directory. Settings are read only if no directory was named, so a broken settings file is not in the way of looking
     /// at a broken store.
-    pub(crate) fn find(&self) -> Result<PathBuf, super::Failure> {
+    pub(crate) fn find(&self) -> Result<PathBuf, Failure> {
         match &self.data_dir {
             Some(dir) => Ok(dir.clone()),
             None => Ok(
@@ -64,6 +79,24 @@ impl DirArg {
             ),
         }
     }
+}
+
+/// Says what is being done, on standard error: answers are for standard output.
+pub(crate) fn progress(step: &str) {
+    let err = Console::err();
+    err.line(&err.paint(Paint::Dim, step));
+}
+
+/// The answer as one line of JSON.
+pub(crate) fn json(answer: &impl serde::Serialize) -> Outcome {
+    let text = serde_json::to_string(answer).map_err(|error| {
+        Failure::new(
+            format!("the answer cannot be written as JSON: {error}"),
+            "this is a fault of the program: please report it",
+        )
+    })?;
+    Console::out().line(&text);
+    Ok(())
 }
 
 /// A size as people read it.

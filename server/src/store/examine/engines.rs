@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use super::lock::Probe;
 use super::{Inspect, InspectError, cache_bytes, names, size};
 use crate::store::engine::Engine;
 use crate::store::home::{self, FileEngine, Role, Unusable};
-use crate::store::log::disk::{Disk, make_private_dir};
+use crate::store::log::disk::{Disk, FILE_MODE, make_private_dir};
 
 /// The directory of an engine.
 #[derive(Debug, Clone, Serialize)]
@@ -53,6 +54,8 @@ pub enum EngineState {
     Unproven {
         /// Why.
         why: String,
+        /// The frame that it takes next, if a copy of it opens all the same.
+        position: Option<u64>,
     },
 }
 
@@ -81,6 +84,16 @@ pub(super) fn engines(
             EngineState::Unproven {
                 why: "the machine went down while it was in use, and its files are never synced"
                     .to_owned(),
+                position: if ask.open_engines {
+                    match open_copy(found.kind, &path, ask)? {
+                        EngineState::Opens { position } => Some(position),
+                        EngineState::NotOpened { .. }
+                        | EngineState::Fails { .. }
+                        | EngineState::Unproven { .. } => None,
+                    }
+                } else {
+                    None
+                },
             }
         } else if ask.open_engines && found.role != Role::Copy {
             open_copy(found.kind, &path, ask)?
@@ -175,7 +188,7 @@ impl Drop for TempCopy {
 }
 
 /// Copies the files and directories below a directory. Anything else is none of an engine's.
-fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
+pub(super) fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let target = to.join(entry.file_name());
@@ -184,8 +197,20 @@ fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
             make_private_dir(&target)?;
             copy_dir(&entry.path(), &target)?;
         } else if kind.is_file() {
-            fs::copy(entry.path(), &target)?;
+            copy_file(&entry.path(), &target)?;
         }
     }
     Ok(())
+}
+
+/// Copies a file, for its owner alone, and makes the copy safe.
+pub(super) fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
+    let mut source = fs::File::open(from)?;
+    let mut target = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(FILE_MODE)
+        .open(to)?;
+    io::copy(&mut source, &mut target)?;
+    target.sync_all()
 }

@@ -262,6 +262,11 @@ impl Numbers {
         Numbers { runs: merged }
     }
 
+    /// The runs of frames that are there, by number.
+    pub(super) fn runs(&self) -> &[Range] {
+        &self.runs
+    }
+
     /// The first frame that is there.
     pub(super) fn first(&self) -> Option<u64> {
         self.runs.first().map(|run| run.from)

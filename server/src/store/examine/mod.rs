@@ -6,9 +6,13 @@
 //!
 //! The answers are plain data with names that are stable: they are what `--json` prints.
 
+mod audit;
 mod engines;
 mod frames;
 mod lock;
+mod salvage;
+mod sources;
+mod verify;
 mod view;
 
 use std::collections::BTreeMap;
@@ -21,11 +25,14 @@ use bytes::Bytes;
 use data_encoding::HEXLOWER;
 use serde::Serialize;
 
+pub use self::audit::Audit;
 pub use self::engines::{EngineSeen, EngineState};
 use self::frames::Numbers;
 pub use self::frames::{Bad, SegmentSeen, SegmentState};
 pub use self::lock::Holder;
 use self::lock::Probe;
+pub use self::salvage::{Salvage, SalvageError, Salvaged, SideLine, salvage};
+pub use self::verify::{SnapshotRecords, Verified, verify};
 use self::view::ViewDisk;
 use super::home::{self, POINTER};
 use super::identity::read_identity;
@@ -238,7 +245,17 @@ pub enum InspectError {
     },
 }
 
+/// Is told what is being done, for whoever waits.
+pub type Progress<'a> = &'a dyn Fn(&str);
+
 impl InspectError {
+    fn engine(why: impl Into<String>) -> InspectError {
+        InspectError::Io {
+            what: "a copy to work on cannot be used".to_owned(),
+            error: io::Error::other(why.into()),
+        }
+    }
+
     fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> InspectError {
         let what = what.into();
         move |error| InspectError::Io { what, error }
@@ -524,8 +541,9 @@ fn start(disk: &Arc<dyn Disk>, dir: &Path, engine: Option<&EngineState>) -> Star
             ),
             Err(why) => (false, vec![why]),
         },
-        Some(EngineState::Fails { why }) => (false, vec![why.clone()]),
-        Some(EngineState::Unproven { why }) => (false, vec![why.clone()]),
+        Some(EngineState::Fails { why } | EngineState::Unproven { why, .. }) => {
+            (false, vec![why.clone()])
+        }
         Some(EngineState::NotOpened { .. }) => (true, vec!["the engine was not opened".to_owned()]),
     };
     let lead = if unseen {
@@ -705,6 +723,13 @@ fn lost(
     lost
 }
 
+/// The number of the frame behind the last one that is there, or `from` if that is more.
+fn end_of(inspection: &Inspection, from: u64) -> u64 {
+    Numbers::of(&inspection.log)
+        .last()
+        .map_or(from, |last| from.max(last + 1))
+}
+
 /// What is not as it should be.
 fn told(
     format: &FormatSeen,
@@ -741,7 +766,7 @@ fn told(
         }
     }
     for engine in engines {
-        if let EngineState::Fails { why } | EngineState::Unproven { why } = &engine.state {
+        if let EngineState::Fails { why } | EngineState::Unproven { why, .. } = &engine.state {
             findings.push(format!("{}: {why}", engine.dir));
         }
         if engine.aside && engine.dir.contains(".aside-") {
