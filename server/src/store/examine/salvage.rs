@@ -40,7 +40,7 @@ use super::{
     inspect,
 };
 use crate::delivery::{AppId, DeviceId, Notification, RowKey, Summary, Urgency};
-use crate::ports::{Clock, Entropy};
+use crate::ports::{Clock, Entropy, Erased};
 use crate::store::engine::{Direction, Engine, EngineWrite};
 use crate::store::identity::{FORMAT, read_identity, write_identity};
 use crate::store::log::disk::{Disk, RealDisk, make_private_dir};
@@ -205,6 +205,7 @@ pub fn salvage(
     let lost = missing(&numbers, base.frame, end);
     let frames = work.bring_up(&*main.engine, base.frame, end, progress)?;
     let side_lines = work.side_lines(&*main.engine, &groups, &ahead, end, progress)?;
+    erase(&*main.engine)?;
     progress("looking for records that cannot be read");
     let mut audit = Audit::default();
     let rotten = read_all(&*main.engine, &mut audit).map_err(engine_error)?;
@@ -727,6 +728,17 @@ impl Work<'_> {
             main,
             later: &*later.engine,
         };
+        // An erasure stays one, whichever line it is from.
+        each_of(
+            &*delta.engine,
+            keys::ERASURES,
+            &mut |key, value| match value.split_first() {
+                Some((&WRITTEN, value)) if merge.get(key)?.is_none() => {
+                    merge.write(&[put(key, value.to_vec())])
+                }
+                Some(_) | None => Ok(()),
+            },
+        )?;
         for room in REGISTRATIONS {
             each_of(&*delta.engine, room, &mut |key, value| {
                 merge.registration(key, value, line)
@@ -909,6 +921,53 @@ fn each_of(engine: &dyn Engine, room: u8, visit: Each<'_>) -> Result<(), Salvage
         })
         .map_err(engine_error)?;
     Ok(outcome?)
+}
+
+/// Takes out again what was erased for good: a side line may be of a time before that.
+fn erase(main: &dyn Engine) -> Result<(), SalvageError> {
+    let mut gone: Vec<EngineWrite> = Vec::new();
+    let delete = |key: &[u8]| EngineWrite {
+        key: Bytes::copy_from_slice(key),
+        value: None,
+    };
+    each_of(main, keys::ERASURES, &mut |key, value| {
+        let Some((until_ms, what)) = keys::parse_erasure(key) else {
+            return Ok(());
+        };
+        let Ok(erasure) = record::erasure(key, until_ms, what, value) else {
+            return Ok(());
+        };
+        match what {
+            // Its rows end with it: a repair ends what has lost its device.
+            Erased::Device(device) => gone.push(delete(&keys::device(device))),
+            Erased::Key(id) => gone.push(delete(&keys::api_key(id))),
+            Erased::Notification(ping, device) => {
+                let pair = keys::pair(ping, device);
+                let stored = main.get(&pair).map_err(engine_error)?;
+                let stored = stored.and_then(|value| record::pair(&pair, &value).ok());
+                if let Some(PairStored::Waiting { row, .. }) = stored.map(|pair| pair.state) {
+                    let row_key = keys::row(device, row);
+                    let value = main.get(&row_key).map_err(engine_error)?;
+                    let accepted = value.and_then(|value| {
+                        let row = record::row(&row_key, row, &value).ok()?;
+                        Some(row.notification(None).accepted_ms)
+                    });
+                    if accepted.is_some_and(|accepted| accepted <= erasure.at_ms) {
+                        gone.push(delete(&row_key));
+                    }
+                }
+            }
+            // The devices of the user have erasures of their own.
+            Erased::User(_) => {}
+        }
+        if gone.len() + 1 >= crate::store::engine::BATCH_OPERATIONS {
+            main.apply(&gone, None).map_err(engine_error)?;
+            gone.clear();
+        }
+        Ok(())
+    })?;
+    main.apply(&gone, None).map_err(engine_error)?;
+    Ok(())
 }
 
 struct Merge<'a> {
