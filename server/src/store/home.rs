@@ -333,18 +333,17 @@ pub(super) fn open_files(
 ) -> Result<Arc<dyn Engine>, Unusable> {
     let mut tries = 0;
     loop {
-        let (opened, busy): (
-            Result<Arc<dyn Engine>, EngineError>,
-            fn(&EngineError) -> bool,
-        ) = match kind {
-            FileEngine::Sled => (
-                SledEngine::open(&dir, cache_bytes).map(|engine| Arc::new(engine) as _),
-                SledEngine::is_busy,
-            ),
-            FileEngine::Fjall => (
-                FjallEngine::open(&dir, cache_bytes).map(|engine| Arc::new(engine) as _),
-                FjallEngine::is_busy,
-            ),
+        let opened: Result<Arc<dyn Engine>, EngineError> = match kind {
+            FileEngine::Sled => {
+                SledEngine::open(dir, cache_bytes).map(|engine| Arc::new(engine) as _)
+            }
+            FileEngine::Fjall => {
+                FjallEngine::open(dir, cache_bytes).map(|engine| Arc::new(engine) as _)
+            }
+        };
+        let busy = |error: &EngineError| match kind {
+            FileEngine::Sled => SledEngine::is_busy(error),
+            FileEngine::Fjall => FjallEngine::is_busy(error),
         };
         match opened {
             Ok(engine) => return Ok(engine),

@@ -96,7 +96,6 @@ fn a_backup_made_while_writes_go_on_is_the_state_after_its_last_frame() {
                 ControlFlow::Continue(())
             })
             .unwrap();
-        drop(state);
         frames_seen += made.frames;
         assert_eq!(verify(&mut &*file, &mut |_| {}).unwrap(), made);
         let disk = unpacked(&file).unwrap();

@@ -118,7 +118,9 @@ impl Trial {
         if safe < batches {
             match self.house().health() {
                 StoreHealth::Failed(_) => {}
-                other => return Err(format!("a write failed and health says {other:?}")),
+                other @ (StoreHealth::Open | StoreHealth::Full { .. } | StoreHealth::Behind) => {
+                    return Err(format!("a write failed and health says {other:?}"));
+                }
             }
         }
         if !failed_before {
