@@ -51,12 +51,14 @@ pub(crate) struct DataDir {
 impl DataDir {
     /// Makes the directory if it is not there (mode 0700), sees that it is this user's alone, and takes it for this process.
     pub(crate) fn take(path: &Path) -> Result<DataDir, Failure> {
-        let place = place::prepare(path).map_err(|error| match error {
-            OpenError::Io { path, error, .. } => unusable(&path, &error),
-            other => Failure::new(
-                other.to_string(),
+        let place = place::prepare(path).map_err(|error| {
+            if let OpenError::Io { path, error, .. } = &error {
+                return unusable(path, error);
+            }
+            Failure::new(
+                error.to_string(),
                 "name another directory with data_dir (BELLWIRE__DATA_DIR)",
-            ),
+            )
         })?;
         let path = place.path.as_path();
         let lock_path = path.join(LOCK);
