@@ -226,6 +226,9 @@ codes! {
     IdempotencyConflict = "idempotency_conflict", Publisher, 409, -, Never;
         "The `Idempotency-Key` was used before with another body.";
         "Use one key for one ping, for ever; make a new key for a new ping.";
+    BackupUnderWay = "backup_under_way", Operator, 409, -, Later;
+        "A backup is being made already, by somebody else or by the server's own schedule; one is made at a time.";
+        "Wait until that one is done; `bellwire status` shows it.";
     ContentTooLarge = "content_too_large", Publisher, 413, -, Never;
         "The content of the notification is larger than the limit (4,096 bytes unless set otherwise).";
         "Send less, or send a reference that the app fetches; the operator may raise the limit to 65,536.";

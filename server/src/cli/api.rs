@@ -28,6 +28,8 @@ use crate::cli::files::{BOOTSTRAP_KEY, LISTEN_JSON};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest time for an answer, on top of the time that the server was asked to wait.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest silence of the server while something large comes.
+const DOWNLOAD_STALL: Duration = Duration::from_secs(60);
 /// Most bytes of an answer; a page of a list has less than one of these.
 const ANSWER_MAX: usize = 16 << 20;
 /// Most bytes of `listen.json` or a key file.
@@ -73,6 +75,18 @@ pub(crate) struct ApiArgs {
     /// Answer in JSON, for scripts
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+impl ApiArgs {
+    /// The settings file that was named.
+    pub(crate) fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
+    /// The data directory that was named.
+    pub(crate) fn data_dir(&self) -> Option<&PathBuf> {
+        self.data_dir.as_ref()
+    }
 }
 
 /// What `listen.json` says: the addresses really bound.
@@ -266,6 +280,77 @@ impl Api {
         }
     }
 
+    /// Asks for something large and hands it on as it comes. Without the end of it this is an error.
+    pub(crate) async fn download(
+        &self,
+        path: &str,
+        take: &mut dyn FnMut(&[u8]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let request = Request::builder()
+            .method(Method::GET)
+            .uri(format!("{}{path}", self.base))
+            .header(header::AUTHORIZATION, format!("Bearer {}", self.key))
+            .header(
+                header::USER_AGENT,
+                concat!("bellwire/", env!("CARGO_PKG_VERSION")),
+            )
+            .body(Full::new(Bytes::new()))
+            .map_err(|error| {
+                Failure::usage(
+                    format!("the request cannot be made: {error}"),
+                    "look at the values given: they must be plain text",
+                )
+            })?;
+        let silent = || {
+            Failure::new(
+                format!(
+                    "{} sent nothing for {} s",
+                    self.base,
+                    DOWNLOAD_STALL.as_secs()
+                ),
+                "look at the server's log; `bellwire status` tells how it is",
+            )
+        };
+        let response = tokio::time::timeout(DOWNLOAD_STALL, self.client.request(request))
+            .await
+            .map_err(|_| silent())?
+            .map_err(|error| self.unreachable(&error))?;
+        let status = response.status();
+        let mut body = response.into_body();
+        if !status.is_success() {
+            let text =
+                tokio::time::timeout(DOWNLOAD_STALL, Limited::new(body, ANSWER_MAX).collect())
+                    .await
+                    .map_err(|_| silent())?
+                    .map_or_else(|_| Bytes::new(), http_body_util::Collected::to_bytes);
+            let problem = serde_json::from_slice(&text).unwrap_or(Value::Null);
+            return Err(refused(status, &problem, &self.base));
+        }
+        loop {
+            let frame = tokio::time::timeout(DOWNLOAD_STALL, body.frame())
+                .await
+                .map_err(|_| silent())?;
+            match frame {
+                None => return Ok(()),
+                Some(Ok(frame)) => {
+                    if let Some(bytes) = frame.data_ref() {
+                        take(bytes)?;
+                    }
+                }
+                Some(Err(error)) => {
+                    return Err(Failure::new(
+                        format!(
+                            "{} broke off before the end: {}",
+                            self.base,
+                            root_cause(&error)
+                        ),
+                        "look at the server's log for the reason, then try again",
+                    ));
+                }
+            }
+        }
+    }
+
     /// Pings as a RhoConnect backend does: a form, the key in it, an empty 200.
     #[cfg(feature = "demo")]
     pub(crate) async fn rhoconnect_ping(&self, fields: &[(&str, &str)]) -> Result<(), Failure> {
@@ -363,7 +448,7 @@ fn refused(status: StatusCode, body: &Value, base: &str) -> Failure {
         404 if body.is_null() => {
             Some("is this the API of a bellwire server? Its default port is 8480")
         }
-        409 => {
+        409 if code != "backup_under_way" => {
             Some("the idempotency key was used with another body: take a new key for a new ping")
         }
         429 | 503 => Some(

@@ -99,6 +99,9 @@ pub(crate) fn run(args: &CheckArgs) -> Outcome {
         &checked.data_dir,
         checked.store.trust_file_system,
     ));
+    if let Some(backup) = &checked.backup {
+        findings.push(backup_dir(&backup.dir, &checked.data_dir));
+    }
     ports(&checked, &mut findings);
     tell(&findings, args.json);
     let bad = findings
@@ -236,6 +239,49 @@ fn not_ours(found: &fs::Metadata) -> Option<io::Error> {
             format!("it belongs to user {}, and this is user {us}", found.uid()),
         )
     })
+}
+
+/// Where backups go: there, writable, and not within what they are to save.
+fn backup_dir(path: &Path, data_dir: &Path) -> Finding {
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let help = "name a directory that is there and that this user can write with backup.dir (BELLWIRE__BACKUP__DIR)";
+    let (mark, text) = match fs::metadata(path) {
+        Ok(found) if !found.is_dir() => (
+            Mark::Bad,
+            format!("{} is no directory; {help}", path.display()),
+        ),
+        Ok(_) if real(path).starts_with(real(data_dir)) => (
+            Mark::Bad,
+            format!(
+                "{} lies in the data directory, and would be lost with it; {help}",
+                path.display()
+            ),
+        ),
+        Ok(found) => match try_to_write(path) {
+            Ok(()) if fs::metadata(data_dir).is_ok_and(|data| data.dev() == found.dev()) => (
+                Mark::Warning,
+                format!(
+                    "{} can be written, but lies on the same volume as the data: both may be lost at once",
+                    path.display()
+                ),
+            ),
+            Ok(()) => (Mark::Good, format!("{} can be written", path.display())),
+            Err(error) => (Mark::Bad, format!("{}: {error}; {help}", path.display())),
+        },
+        Err(error) => (Mark::Bad, format!("{}: {error}; {help}", path.display())),
+    };
+    Finding {
+        mark,
+        about: "backups",
+        text,
+    }
+}
+
+/// Makes a file and removes it.
+fn try_to_write(dir: &Path) -> io::Result<()> {
+    let probe = dir.join(format!(".bellwire-check-{}", std::process::id()));
+    fs::write(&probe, b"")?;
+    fs::remove_file(&probe)
 }
 
 /// Tries to write where the server would write, and leaves nothing behind.

@@ -1,6 +1,7 @@
 //! The command line: each command in a file of its own, and what they share.
 
 mod api;
+mod backup;
 mod certs;
 mod check;
 mod console;
@@ -9,6 +10,8 @@ mod failure;
 mod files;
 mod key;
 mod ping;
+mod progress;
+mod restore;
 mod serve;
 mod status;
 mod store;
@@ -63,6 +66,10 @@ enum Command {
     Ping(Box<ping::PingArgs>),
     /// How the server is
     Status(status::StatusArgs),
+    /// Take a backup while the server serves, look into one
+    Backup(Box<backup::BackupArgs>),
+    /// Make a data directory out of a backup
+    Restore(restore::RestoreArgs),
     /// Look at what is kept in a data directory, check it, save what can be saved
     Store(store::StoreArgs),
     /// See everything work: a server, two devices, a crash, a restart
@@ -111,6 +118,8 @@ impl Command {
             Command::Ping(args) => args.api.json,
             Command::Status(args) => args.api.json,
             Command::Store(args) => args.json(),
+            Command::Backup(args) => args.json(),
+            Command::Restore(args) => args.json,
             #[cfg(feature = "demo")]
             Command::Demo(_) => false,
             Command::Serve(_) | Command::Completions { .. } => false,
@@ -129,6 +138,8 @@ impl Command {
             Command::Ping(args) => on_one_thread(ping::run(&args)),
             Command::Status(args) => on_one_thread(status::run(&args)),
             Command::Store(args) => store::run(&args),
+            Command::Backup(args) => backup::run(&args),
+            Command::Restore(args) => restore::run(&args),
             Command::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Cli::command(), "bellwire", &mut script);

@@ -19,7 +19,7 @@ use bellwire_server::runtime::{
     Handle, Limits, LinkSettings, Runtime, RuntimeSettings, SystemClock, SystemEntropy,
     load_or_create_hash_key,
 };
-use bellwire_server::store::{self, EngineKind, StoreSettings};
+use bellwire_server::store::{self, BackupPlan, EngineKind, StoreSettings};
 use bellwire_server::telemetry::{logging, metrics};
 use bellwire_server::transport::{
     PemSource, TlsSettings, Transport, TransportError, TransportSettings,
@@ -123,7 +123,10 @@ async fn serve(
         },
     )?;
     let clock = Arc::new(SystemClock::new());
-    let settings = store_settings(&checked, data);
+    let settings = StoreSettings {
+        key_mark: hash_key.mark(),
+        ..store_settings(&checked, data)
+    };
     let (store_clock, store_entropy) = (clock.clone(), entropy.clone());
     let opened = tokio::task::spawn_blocking(move || store::open(&settings, store_clock, store_entropy))
         .await
@@ -315,6 +318,7 @@ impl House {
             ("listen", next.listen != current.listen),
             ("data_dir", next.data_dir != current.data_dir),
             ("store", next.store != current.store),
+            ("backup", next.backup != current.backup),
             ("runtime.shards", next.shards != current.shards),
             ("log", next.log != current.log),
             (
@@ -336,6 +340,7 @@ impl House {
             listen: current.listen,
             data_dir: current.data_dir,
             store: current.store,
+            backup: current.backup,
             shards: current.shards,
             log: current.log,
             ..next
@@ -439,7 +444,7 @@ async fn bootstrap(handle: &Handle, data: &DataDir, new_key: bool) -> Outcome {
 
 // ---- Settings to parts ---------------------------------------------------------------------------------------------
 
-fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings {
+pub(super) fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings {
     let store = &checked.store;
     StoreSettings {
         engine: match store.engine {
@@ -456,12 +461,17 @@ fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings {
         reserve_bytes: store.reserve_bytes,
         trust_file_system: store.trust_file_system,
         rebuild_factor: store.rebuild_factor,
+        backup: checked.backup.as_ref().map(|backup| BackupPlan {
+            dir: backup.dir.clone(),
+            every: backup.every,
+            keep: backup.keep,
+        }),
         ..StoreSettings::new(data.path())
     }
 }
 
 fn runtime_settings(checked: &Checked) -> RuntimeSettings {
-    let limits = &checked.limits;
+    let (limits, store) = (&checked.limits, &checked.store);
     RuntimeSettings {
         shards: checked.shards.unwrap_or(0),
         policy: Policy {
@@ -498,6 +508,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             ..Limits::default()
         },
         receipts_keep: checked.receipts_keep,
+        erasures_keep: store.erasures_keep,
         ..RuntimeSettings::default()
     }
 }

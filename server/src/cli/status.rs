@@ -5,7 +5,7 @@ use http::Method;
 use serde_json::Value;
 
 use super::api::{Api, ApiArgs};
-use super::{Console, Outcome, plain};
+use super::{Console, Outcome, moment, plain};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -103,6 +103,27 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
                 number("/store/sync_median_us"),
                 number("/store/sync_worst_us"),
             ),
+        ),
+        (
+            "backups",
+            match at("/backup") {
+                None => "none by itself: backup.dir is not set".to_owned(),
+                Some(_) => {
+                    let last = match number("/backup/last_ms") {
+                        0 => "none yet".to_owned(),
+                        at => format!("{}, {}", moment(at), size(number("/backup/bytes"))),
+                    };
+                    let trouble = at("/backup/trouble").and_then(Value::as_str);
+                    let trouble = trouble.map_or(String::new(), |why| {
+                        format!("; the last try failed: {}", plain(why))
+                    });
+                    format!(
+                        "last {last}; {} kept, next {}{trouble}",
+                        number("/backup/kept"),
+                        moment(number("/backup/due_ms")),
+                    )
+                }
+            },
         ),
         ("clock", text("/clock/state")),
     ]

@@ -22,6 +22,8 @@ pub struct Checked {
     pub api: ApiAccess,
     /// The store.
     pub store: Store,
+    /// Backups that the server makes by itself; `None`: it makes none.
+    pub backup: Option<Backup>,
     /// Limits.
     pub limits: Limits,
     /// How long outcomes can be asked for.
@@ -101,8 +103,21 @@ pub struct Store {
     pub lag_bytes: u64,
     /// How far the engine may be behind in time.
     pub lag_time: Duration,
+    /// How long it is known what was erased.
+    pub erasures_keep: Duration,
     /// A network file system is good enough.
     pub trust_file_system: bool,
+}
+
+/// Backups that the server makes by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backup {
+    /// Where.
+    pub dir: PathBuf,
+    /// Time from one to the next.
+    pub every: Duration,
+    /// How many are kept.
+    pub keep: u32,
 }
 
 /// What a full mailbox does with a newcomer.
@@ -224,6 +239,7 @@ impl Checked {
             reserve_bytes: source.get(&keys::STORE_RESERVE),
             lag_bytes: source.get(&keys::STORE_LAG_BYTES),
             lag_time: source.get(&keys::STORE_LAG_TIME),
+            erasures_keep: source.get(&keys::STORE_ERASURES_KEEP),
             trust_file_system: source.get(&keys::STORE_TRUST),
         };
         let checked = Checked {
@@ -232,6 +248,7 @@ impl Checked {
             tls,
             api,
             store,
+            backup: backup(source),
             limits: limits(source),
             receipts_keep: source.get(&keys::RECEIPTS_KEEP),
             shards: usize::try_from(source.get(&keys::RUNTIME_SHARDS))
@@ -247,6 +264,23 @@ impl Checked {
         source.verdict()?;
         Ok(checked)
     }
+}
+
+/// Backups that the server makes by itself.
+fn backup(source: &Source) -> Option<Backup> {
+    let dir = source.find(&keys::BACKUP_DIR)?;
+    if dir.starts_with(source.get(&keys::DATA_DIR)) {
+        source.note(
+            &keys::BACKUP_DIR,
+            "backups would lie in the data directory, and be lost with it",
+            "name a directory outside of it, best on another volume",
+        );
+    }
+    Some(Backup {
+        dir,
+        every: source.get(&keys::BACKUP_EVERY),
+        keep: u32::try_from(source.get(&keys::BACKUP_KEEP)).unwrap_or(u32::MAX),
+    })
 }
 
 /// Two TCP listeners cannot share an address and a port.

@@ -16,8 +16,8 @@ mod suggest;
 mod table;
 
 pub use checked::{
-    ApiAccess, Checked, Engine, KeepAlive, Limits, Listen, LogFormat, LogSettings, MailboxFull,
-    PemPair, Store,
+    ApiAccess, Backup, Checked, Engine, KeepAlive, Limits, Listen, LogFormat, LogSettings,
+    MailboxFull, PemPair, Store,
 };
 pub use problem::{Problem, Problems};
 pub use setting::{AnyKey, Key, Setting};

@@ -42,6 +42,8 @@ scopes! {
     Devices = DEVICES "devices";
     /// Make and revoke keys.
     Keys = KEYS "keys";
+    /// Everything that concerns the whole server.
+    Admin = ADMIN "admin";
 }
 
 /// Proof that the caller's key is good and carries the scope `S`.

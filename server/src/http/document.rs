@@ -17,7 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ProblemBody, retry_after_s};
-use super::{Backend, devices, keys, operations, pings};
+use super::{Backend, backup, devices, keys, operations, pings};
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
 macro_rules! refusals {
@@ -120,6 +120,7 @@ pub(super) fn api_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(devices::look, devices::revoke))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::revoke))
+        .routes(routes!(backup::take))
         .routes(routes!(operations::status))
         .routes(routes!(operations::openapi))
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::delivery::Rejection;
-use crate::runtime::{NotReady, PingError, RuntimeError, WhoError};
+use crate::runtime::{NoBackup, NotReady, PingError, RuntimeError, WhoError};
 
 /// The media type of every refusal of the native API.
 pub(crate) const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
@@ -272,6 +272,16 @@ impl From<NotReady> for Problem {
             NotReady::Draining => Problem::plain(Code::Draining),
             NotReady::StoreFailed => Problem::plain(Code::StoreUnavailable),
             NotReady::StoreBehind => Problem::plain(Code::StoreBusy),
+        }
+    }
+}
+
+impl From<NoBackup> for Problem {
+    fn from(why: NoBackup) -> Problem {
+        match why {
+            NoBackup::Busy => Problem::plain(Code::BackupUnderWay),
+            NoBackup::Draining => Problem::plain(Code::Draining),
+            NoBackup::Store => Problem::plain(Code::StoreUnavailable),
         }
     }
 }

@@ -9,6 +9,7 @@
 //! it to the runtime's [`Handle`]. Whatever goes wrong is an [`error::Problem`]; nothing here decides about deliveries.
 
 mod auth;
+mod backup;
 mod body;
 mod devices;
 mod document;

@@ -34,6 +34,10 @@ pub(super) struct StatusReport {
     devices: DevicesReport,
     memory: MemoryReport,
     store: StoreReport,
+    /// Backups that the server makes by itself; missing if it makes none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    backup: Option<BackupReport>,
     clock: ClockReport,
     limits: LimitsReport,
 }
@@ -111,6 +115,29 @@ struct StoreReport {
     snapshot_frame: u64,
     /// Records that could not be read and were set aside.
     set_aside: u64,
+}
+
+/// Backups that the server makes by itself.
+#[derive(Serialize, ToSchema)]
+struct BackupReport {
+    /// When the last good one was begun, Unix milliseconds; 0 if there is none.
+    last_ms: u64,
+    /// How long it took, milliseconds; 0 if an earlier run made it.
+    took_ms: u64,
+    /// Its size, bytes.
+    bytes: u64,
+    /// Backups of this store in the directory.
+    kept: u64,
+    /// Tries of this run that failed.
+    failures: u64,
+    /// When the next one is due, Unix milliseconds.
+    due_ms: u64,
+    /// One is being made now.
+    running: bool,
+    /// Why the last try failed, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    trouble: Option<String>,
 }
 
 /// Our clock against the system's.
@@ -198,6 +225,16 @@ impl StatusReport {
                 snapshot_frame: store.snapshot_frame,
                 set_aside: store.set_aside,
             },
+            backup: store.backup.as_ref().map(|backup| BackupReport {
+                last_ms: backup.last_ms,
+                took_ms: backup.took_ms,
+                bytes: backup.bytes,
+                kept: backup.kept,
+                failures: backup.failures,
+                due_ms: backup.due_ms,
+                running: backup.running,
+                trouble: backup.trouble.clone(),
+            }),
             clock: ClockReport {
                 state: clock,
                 jumped_by_ms,

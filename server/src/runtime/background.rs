@@ -137,6 +137,14 @@ fn publish(inner: &Inner, health: &StoreHealth) {
     counter!(names::STORE_FRAMES_TOTAL).absolute(stats.frames);
     counter!(names::STORE_SYNCS_TOTAL).absolute(stats.syncs);
     counter!(names::STORE_REBUILDS_TOTAL).absolute(stats.rebuilds);
+    if let Some(backup) = &stats.backup {
+        gauge!(names::BACKUP_LAST_SUCCESS_SECONDS).set(backup.last_ms as f64 / 1e3);
+        gauge!(names::BACKUP_SECONDS).set(backup.took_ms as f64 / 1e3);
+        gauge!(names::BACKUP_BYTES).set(backup.bytes as f64);
+        gauge!(names::BACKUPS_KEPT).set(backup.kept as f64);
+        gauge!(names::BACKUP_RUNNING).set(f64::from(u8::from(backup.running)));
+        counter!(names::BACKUP_FAILURES_TOTAL).absolute(backup.failures);
+    }
     let jump_ms = match inner.shared.clock.state() {
         ClockState::Steady => 0,
         ClockState::Jumped { by_ms } => by_ms,

@@ -16,6 +16,7 @@ use super::api::{
     AttachRequest, Authenticated, DeviceView, Identity, KeyView, LinkSettings, Outlet, PingAnswer,
     PingError, PingRequest, PingView, Principal, Requested, RevokeCounts, RuntimeError, WhoError,
 };
+use super::backup::{BackupStream, NoBackup};
 use super::directory::{Keys, Users};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
@@ -207,6 +208,11 @@ impl Handle {
             .drained
             .get_or_init(|| self.inner.drain(window))
             .await
+    }
+
+    /// Begins a backup of everything that is stored, while serving.
+    pub async fn backup(&self) -> Result<BackupStream, NoBackup> {
+        self.inner.backup().await
     }
 
     // ---- Links ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use aws_lc_rs::{constant_time, digest, hmac};
 
+use crate::delivery::AppId;
 use crate::ports::Entropy;
 
 /// Bytes of the server's hash key.
@@ -31,6 +32,21 @@ impl HashKey {
         }
         context.update(secret);
         into_32(context.sign().as_ref())
+    }
+}
+
+impl HashKey {
+    /// Tells this key from others, and nothing else about it: backups carry it, because without the right key
+    /// nobody in them is let in.
+    #[must_use]
+    pub fn mark(&self) -> [u8; 32] {
+        self.hash(b"mark", b"", b"")
+    }
+
+    /// Under what a user is known as erased: the name itself must not stay for the sake of its erasure.
+    #[must_use]
+    pub fn erased_user(&self, app: AppId, user: &str) -> [u8; 32] {
+        self.hash(b"erased user", &app.0.to_be_bytes(), user.as_bytes())
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod api;
 mod background;
+mod backup;
 mod cache;
 mod clock;
 mod directory;
@@ -27,6 +28,7 @@ pub use api::{
     Outlet, PairView, PingAnswer, PingError, PingRequest, PingView, Principal, Requested,
     RevokeCounts, RuntimeError, Target, WhoError,
 };
+pub use backup::{BackupStream, NoBackup};
 pub use clock::SystemClock;
 pub use entropy::SystemEntropy;
 pub use handle::Handle;

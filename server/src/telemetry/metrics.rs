@@ -117,6 +117,12 @@ metrics! {
     STORE_SYNC_WORST_SECONDS: Gauge "bellwire_store_sync_worst_seconds" [] "Worst duration of the last 1,024 syncs.";
     STORE_LAG_BYTES: Gauge "bellwire_store_lag_bytes" [] "How far the engine is behind the log, bytes.";
     STORE_LAG_SECONDS: Gauge "bellwire_store_lag_seconds" [] "Age of the oldest frame that the engine does not have.";
+    BACKUP_LAST_SUCCESS_SECONDS: Gauge "bellwire_backup_last_success_seconds" [] "When the last good backup of the server's own schedule was begun, Unix seconds; 0 if there is none.";
+    BACKUP_SECONDS: Gauge "bellwire_backup_seconds" [] "How long that one took; 0 if an earlier run made it.";
+    BACKUP_BYTES: Gauge "bellwire_backup_bytes" [] "Its size.";
+    BACKUPS_KEPT: Gauge "bellwire_backups_kept" [] "Backups of this store in the directory.";
+    BACKUP_RUNNING: Gauge "bellwire_backup_running" [] "1 while a backup is made.";
+    BACKUP_FAILURES_TOTAL: Counter "bellwire_backup_failures_total" [] "Backups of the server's own schedule that could not be made.";
     STORE_LOG_BYTES: Gauge "bellwire_store_log_bytes" [] "Size of the log.";
     STORE_LOG_SEGMENTS: Gauge "bellwire_store_log_segments" [] "Segments of the log.";
     STORE_ENGINE_BYTES: Gauge "bellwire_store_engine_bytes" [] "Size of the engine's files.";

@@ -112,6 +112,11 @@ impl Phone {
         self
     }
 
+    /// From now on it trusts the authority of this server, as after a move to another data directory.
+    pub fn trust(&mut self, server: &Server) {
+        self.ca = server.ca();
+    }
+
     /// Its id.
     #[must_use]
     pub fn id(&self) -> String {

@@ -22,6 +22,7 @@
 //! The walk goes page by page, and nothing of the store is locked while a page is handed to whoever takes it, so somebody slow
 //! slows nobody. Memory: one block, or one frame.
 
+mod check;
 pub(in crate::store) mod erasures;
 mod read;
 mod restore;
@@ -29,6 +30,7 @@ pub(in crate::store) mod schedule;
 mod unpack;
 mod write;
 
+pub use self::check::Checker;
 pub use self::read::{BackupFault, verify};
 pub use self::restore::{
     Applied, Contents, ErasureSource, Restore, RestoreError, RestoreStep, Restored, UserHash,

@@ -92,6 +92,8 @@ pub struct Restore<'a> {
     pub replace: bool,
     /// Where else to look for what was erased: files of erasures, newer backups, data directories.
     pub erasures: Vec<PathBuf>,
+    /// Whether the backup fits whatever the caller knows; asked before anything is touched.
+    pub check: &'a dyn Fn(&BackupSummary) -> Result<(), String>,
     /// Needed for erased users.
     pub user_hash: Option<UserHash<'a>>,
     /// The clock.
@@ -165,6 +167,9 @@ pub enum RestoreError {
         /// Why.
         fault: BackupFault,
     },
+    /// The backup does not fit what the caller knows.
+    #[error("{0}")]
+    Unfit(String),
     /// There is a store already.
     #[error("{0} holds a store already")]
     Occupied(PathBuf),
@@ -223,6 +228,7 @@ pub fn restore(restore: Restore<'_>) -> Result<Restored, RestoreError> {
         settings,
         replace,
         erasures,
+        check,
         user_hash,
         clock,
         entropy,
@@ -240,6 +246,7 @@ pub fn restore(restore: Restore<'_>) -> Result<Restored, RestoreError> {
         progress(RestoreStep::Verify, done, length);
     })
     .map_err(unusable)?;
+    check(&backup).map_err(RestoreError::Unfit)?;
     let occupied = look_at_target(&dir, replace)?;
 
     let mut gathered = Gathered::default();
@@ -303,7 +310,7 @@ pub fn restore(restore: Restore<'_>) -> Result<Restored, RestoreError> {
         applied: Applied::default(),
     }
     .run(&gathered.erasures, user_hash, &mut |done| {
-        progress(RestoreStep::Erase, done, total);
+        progress(RestoreStep::Erase, done.min(total), total);
     })?;
     let contents = house.contents()?;
     // The erasures are in it, and it was read again.

@@ -2,8 +2,8 @@
 //!
 //! A thread of its own looks once a second whether a backup is due, and copies what was erased to the file beside them. A backup is
 //! written under another name, synced, read again in full, and only then gets its name; only after that the oldest ones go.
-//! What goes is counted by what stands in the files, not by their names: only whole-looking backups of this very store. So a
-//! directory that several servers share, or that holds backups of before a restore, loses nothing of theirs.
+//! What goes has the name that the schedule gives, and says inside that it is of this very store. So a directory that several
+//! servers share, that holds backups of before a restore, or those that somebody made by hand, loses nothing of theirs.
 
 use std::io::{self, Read};
 use std::ops::ControlFlow;
@@ -151,11 +151,12 @@ impl Schedule {
         turns.mirror();
     }
 
-    /// The backups of this store, oldest first. What cannot be read, or is another's, is not among them.
+    /// The backups that the schedule made of this store, oldest first. What cannot be read, or is another's, is not among them.
     fn made(&self) -> io::Result<Vec<Made>> {
         let mut made = Vec::new();
+        let prefix = self.prefix();
         for name in self.disk.list("")? {
-            if !name.ends_with(ENDING) {
+            if !name.starts_with(&prefix) || !name.ends_with(ENDING) {
                 continue;
             }
             let Ok(file) = self.disk.open(&name) else {

@@ -116,6 +116,7 @@ fn restored(
         settings: settings(dir, engine),
         replace: false,
         erasures: Vec::new(),
+        check: &|_| Ok(()),
         user_hash: None,
         clock: clock(),
         entropy: Arc::new(SeededEntropy::new(77)),

@@ -140,6 +140,10 @@ fn only_proved_backups_of_this_store_are_counted_and_removed() {
     // Of another store, no backup at all, and what a killed run of ours left.
     put("bellwire-other.backup", &super::backups::a_backup());
     put("letter.backup", b"dear operator");
+    let mut by_hand = Vec::new();
+    let go_on = |_: &crate::ports::BackupProgress| std::ops::ControlFlow::Continue(());
+    scene.store.backup(&mut by_hand, &go_on).unwrap();
+    put("by-hand.backup", &by_hand);
     scene.turns.turn();
     let ours = scene.backups().into_iter().find(|name| {
         name.starts_with("bellwire-") && name.ends_with("Z.backup") && !name.contains("other")
@@ -151,9 +155,10 @@ fn only_proved_backups_of_this_store_are_counted_and_removed() {
         scene.after(HOUR);
     }
     let names = scene.backups();
-    assert_eq!(names.len(), 2 + 3, "{names:?}");
+    assert_eq!(names.len(), 3 + 3, "{names:?}");
     assert!(names.contains(&"bellwire-other.backup".to_owned()));
     assert!(names.contains(&"letter.backup".to_owned()));
+    assert!(names.contains(&"by-hand.backup".to_owned()));
     assert!(!names.iter().any(|name| name.ends_with(".partial")));
 }
 
