@@ -91,7 +91,7 @@ async fn the_drill_of_the_document_restores_what_was_promised_into_every_engine(
             async move {
                 while !stop.load(Ordering::Relaxed) {
                     let ping = json!({"to": {"device": busy}, "body": "x"});
-                    api.post("/v1/pings", ping).await.expect(202);
+                    let _ = api.post("/v1/pings", ping).await.expect(202);
                 }
             }
         });
@@ -117,11 +117,12 @@ async fn the_drill_of_the_document_restores_what_was_promised_into_every_engine(
         stop.store(true, Ordering::Relaxed);
         load.await.unwrap();
         // Revoked after the backup.
-        api.delete(&format!("/v1/devices/{revoked}"))
+        let _ = api
+            .delete(&format!("/v1/devices/{revoked}"))
             .await
             .expect(204);
         let id = made["id"].as_str().unwrap();
-        api.delete(&format!("/v1/keys/{id}")).await.expect(204);
+        let _ = api.delete(&format!("/v1/keys/{id}")).await.expect(204);
 
         let variables = [("BELLWIRE__STORE__ENGINE", engine)];
         let restored =
@@ -160,7 +161,8 @@ async fn a_damaged_backup_is_refused_with_the_reason_and_admin_is_needed() {
     let api = server.api();
     let (device, _) = api.device("ana").await;
     for _ in 0..20 {
-        api.post("/v1/pings", json!({"to": {"device": device}, "body": "x"}))
+        let _ = api
+            .post("/v1/pings", json!({"to": {"device": device}, "body": "x"}))
             .await
             .expect(202);
     }
@@ -221,7 +223,8 @@ async fn the_server_makes_backups_by_itself_and_notes_what_is_erased() {
     let size = || fs::metadata(&erasures).map_or(0, |found| found.len());
     let before = size();
     let (device, _) = api.device("ana").await;
-    api.delete(&format!("/v1/devices/{device}"))
+    let _ = api
+        .delete(&format!("/v1/devices/{device}"))
         .await
         .expect(204);
     eventually("the erasure is noted", async || {
