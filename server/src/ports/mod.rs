@@ -3,12 +3,16 @@
 mod backup;
 mod clock;
 mod entropy;
+mod outcomes;
 mod records;
 mod store;
 
 pub use backup::{BackupError, BackupProgress, BackupStats, BackupSummary, BackupWatch};
 pub use clock::{Clock, ClockState};
 pub use entropy::Entropy;
+pub use outcomes::{
+    OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, OutcomeStats,
+};
 pub use records::{AppRecord, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord, Scopes};
 pub use store::{
     Batch, Committed, DeviceFilter, ExpiredRow, ExpiryCursor, Grant, Op, Page, PairState,

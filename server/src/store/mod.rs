@@ -31,6 +31,7 @@ mod keeper;
 mod keys;
 mod lock;
 mod log;
+mod outcomes;
 mod overlay;
 pub mod place;
 mod read;

@@ -264,7 +264,8 @@ fn urgency(rank: u8) -> Result<Urgency, Fault> {
     Urgency::from_rank(rank).ok_or(Fault::Rotten("no such urgency"))
 }
 
-fn outcome_number(outcome: Outcome) -> u8 {
+/// The number of an outcome on disk.
+pub(super) fn outcome_number(outcome: Outcome) -> u8 {
     // The place in the list is the number on disk; the list has eight entries.
     Outcome::ALL
         .iter()
@@ -273,7 +274,8 @@ fn outcome_number(outcome: Outcome) -> u8 {
         .unwrap_or(u8::MAX)
 }
 
-fn outcome(number: u8) -> Result<Outcome, Fault> {
+/// The outcome of a number on disk.
+pub(super) fn outcome(number: u8) -> Result<Outcome, Fault> {
     Outcome::ALL
         .get(usize::from(number))
         .copied()

@@ -1,0 +1,758 @@
+//! How notifications ended, for a day: append-only segments, written lazily, dropped whole.
+//!
+//! ```text
+//!   shards ── record ──▸ queue ── once a second, or when it is half full ──▸ the open segment
+//!                          │ full: counted, left out                              │ full, or an eighth of the keeping time old
+//!                          ▾                                                      ▾
+//!                      overflowed                                        sealed: synced, indexed
+//!                                                                                 │ too old, or too much in all
+//!                                                                                 ▾
+//!                                                                              dropped
+//! ```
+//!
+//! # What it promises
+//!
+//! Nothing. It answers who asks what became of a ping, of a device's notifications or of a time. The promise is the
+//! log's: the outcome of a stored notification is in the frame that removes its row, and with `receipts.durable`
+//! that of every other one is in a frame as well. What was in the queue when the process was killed, and what was
+//! not synced when the machine went down, is missing here; what the engine knows of it is
+//! [written again](History::backfill) at the next start. What is here is true: each record has a sum over what it says and
+//! where it stands, and one that does not check is left out, counted and told.
+//!
+//! # What keeps it from doing harm
+//!
+//! - Recording takes a short lock and never waits for a disk. Beyond [`QUEUE_MAX`] records are counted and left out.
+//! - Below the reserve of free room nothing is written; the queue waits, then overflows.
+//! - A write that fails costs the records in it. The store goes on: nothing here is needed for delivery.
+//! - Memory: the queue (4 MiB, twice while it is written), 16 bytes a record of the open segment (4 MiB), the fences of indexes
+//!   that were asked (about 0.7 MiB for each GiB of segments).
+//! - What a call looks at is limited (`query.rs`).
+//!
+//! # Files
+//!
+//! `format.rs` has their layout. Each run begins a segment of its own with its first record, so no position is ever used
+//! twice. Records are never written over; an index is written under another name and renamed. A file that nobody
+//! can read is kept until the segment after it is dropped by age; one of another store is never touched.
+
+mod format;
+mod query;
+mod segment;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use self::format::{DIR, SLOT, Slots, Summary, Unusable, index_name, segment_name};
+use self::segment::{Bare, Kind, Segment};
+use super::log::disk::Disk;
+use crate::delivery::{AppId, DeviceId, Mono, PingId};
+use crate::ports::{Clock, ClockState, OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats};
+
+/// Records that wait to be written: more than a server ends in a second.
+pub(super) const QUEUE_MAX: usize = 65_536;
+/// The writer does not wait for its second once so many wait.
+const QUEUE_WAKES: usize = QUEUE_MAX / 2;
+/// Room of the queue that is kept when a burst is over.
+const QUEUE_KEEPS: usize = 4_096;
+/// How often the writer writes.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// Largest segment, bytes of records. Smaller ones if less is kept in all, so that it is always dropped in small parts.
+const SEGMENT_BYTES: u64 = 16 << 20;
+const SEGMENT_BYTES_MIN: u64 = 64 << 10;
+/// In how many parts all that is kept is dropped at least, by size and by age.
+const PARTS_BY_SIZE: u64 = 16;
+const PARTS_BY_AGE: u64 = 8;
+/// Most segments: a server that is started every few seconds makes many small ones.
+const SEGMENTS_MAX: usize = 16_384;
+/// How long the writer waits after trouble with a file before it tries that again.
+const RETRY_AFTER: Duration = Duration::from_secs(60);
+/// Records of the engine that one step of a backfill looks at.
+pub(super) const BACKFILL_PAGE: usize = 1_000;
+/// Most records that a start writes again.
+const BACKFILL_MAX: usize = 1_000_000;
+/// How much earlier than the last record a backfill begins: an outcome is recorded once its frame is safe.
+const BACKFILL_SLACK_MS: u64 = 60_000;
+
+/// What is kept.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rules {
+    /// For how long, milliseconds.
+    pub(super) keep_ms: u64,
+    /// How many bytes.
+    pub(super) max_bytes: u64,
+}
+
+impl Rules {
+    /// Places of a segment.
+    fn segment_places(self) -> u32 {
+        let bytes = (self.max_bytes / PARTS_BY_SIZE).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES);
+        // At most 262,144.
+        (bytes / SLOT as u64) as u32
+    }
+}
+
+/// Asks whether free room is below the reserve.
+pub(super) type NoRoom = Box<dyn Fn() -> bool + Send + Sync>;
+
+/// A page of what the engine knows: records, and where the next page starts.
+pub(super) type EnginePage<C> = (Vec<OutcomeRecord>, Option<C>);
+
+/// The history of outcomes.
+pub(super) struct History {
+    disk: Arc<dyn Disk>,
+    store: [u8; 16],
+    clock: Arc<dyn Clock>,
+    rules: Rules,
+    no_room: NoRoom,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    /// By number. Whoever looks takes a copy of the list, so that nobody waits for anybody's disk.
+    segments: RwLock<BTreeMap<u32, Arc<Segment>>>,
+    writing: Mutex<Writing>,
+    /// When this run began, Unix milliseconds: what ended before is an earlier run's.
+    begun_ms: u64,
+    written: AtomicU64,
+    overflowed: AtomicU64,
+    failed: AtomicU64,
+    dropped: AtomicU64,
+    overflow_told: AtomicBool,
+}
+
+#[derive(Default)]
+struct Queue {
+    records: Vec<OutcomeRecord>,
+    closing: bool,
+}
+
+/// What only the writer uses.
+struct Writing {
+    open: Option<Arc<Segment>>,
+    /// The number of the next segment; `None`: there are no more numbers.
+    next: Option<u32>,
+    buffer: Vec<u8>,
+    /// Trouble is told, and tried again, once a minute.
+    write_told: Option<Mono>,
+    index_not_before: Mono,
+    remove_not_before: Mono,
+}
+
+impl History {
+    /// Looks at what is there. Reads the headers of the files and nothing else.
+    pub(super) fn open(
+        disk: Arc<dyn Disk>,
+        store: [u8; 16],
+        clock: Arc<dyn Clock>,
+        rules: Rules,
+        no_room: NoRoom,
+    ) -> io::Result<History> {
+        disk.make_dir(DIR)?;
+        let mut segments = BTreeMap::new();
+        let mut last = 0;
+        let files = disk.list(DIR)?;
+        for file in &files {
+            let Some(number) = format::parse_name(file, ".out") else {
+                continue;
+            };
+            last = last.max(number);
+            let segment = Segment::found(&*disk, store, number);
+            if let Kind::Unusable(unused) = &segment.kind {
+                tracing::error!(
+                    file = segment_name(number),
+                    why = %unused.why,
+                    "a file of outcomes cannot be used and is kept as it is"
+                );
+            }
+            segments.insert(number, Arc::new(segment));
+        }
+        for file in &files {
+            let index = format::parse_name(file, ".idx");
+            let unfinished = format::parse_name(file, ".idx.tmp");
+            let stray = index.is_some_and(|number| !segments.contains_key(&number));
+            if stray || unfinished.is_some() {
+                last = last.max(index.or(unfinished).unwrap_or(0));
+                // An index can be made again from its records, and without them it leads nowhere.
+                if let Err(error) = disk.remove(&format!("{DIR}/{file}")) {
+                    tracing::warn!(%error, file, "a superfluous index of outcomes could not be removed");
+                }
+            }
+        }
+        let now = clock.now();
+        Ok(History {
+            disk,
+            store,
+            clock,
+            rules,
+            no_room,
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+            segments: RwLock::new(segments),
+            writing: Mutex::new(Writing {
+                open: None,
+                next: last.checked_add(1),
+                buffer: Vec::new(),
+                write_told: None,
+                index_not_before: now.mono,
+                remove_not_before: now.mono,
+            }),
+            begun_ms: now.unix_ms,
+            written: AtomicU64::new(0),
+            overflowed: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            overflow_told: AtomicBool::new(false),
+        })
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes records, to be written within about a second. Never waits for a disk.
+    pub(super) fn record(&self, records: &mut Vec<OutcomeRecord>) {
+        let mut queue = self.queue();
+        let room = QUEUE_MAX.saturating_sub(queue.records.len());
+        let fit = if queue.closing {
+            0
+        } else {
+            records.len().min(room)
+        };
+        let before = queue.records.len();
+        queue.records.extend(records.drain(..fit));
+        let wakes = before < QUEUE_WAKES && queue.records.len() >= QUEUE_WAKES;
+        drop(queue);
+        if wakes {
+            self.wake.notify_all();
+        }
+        if !records.is_empty() {
+            self.overflowed
+                .fetch_add(records.len() as u64, Ordering::Relaxed);
+            records.clear();
+            if !self.overflow_told.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    "more notifications end than their history can take: some outcomes are left out of it"
+                );
+            }
+        }
+    }
+
+    /// The writer's thread; ends after [`History::close`] with everything written.
+    pub(super) fn run(&self) {
+        loop {
+            let queue = self.queue();
+            let (queue, _) = self
+                .wake
+                .wait_timeout_while(queue, WRITE_EVERY, |queue| {
+                    !queue.closing && queue.records.len() < QUEUE_WAKES
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            let closing = queue.closing;
+            drop(queue);
+            self.turn();
+            if closing {
+                self.seal();
+                return;
+            }
+        }
+    }
+
+    /// Nothing more is taken; the writer ends.
+    pub(super) fn close(&self) {
+        self.queue().closing = true;
+        self.wake.notify_all();
+    }
+
+    /// One turn of the writer: writes what waits, makes an index, drops what is too old or too much.
+    pub(super) fn turn(&self) {
+        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !(self.no_room)() {
+            let records = {
+                let mut queue = self.queue();
+                let spare = Vec::with_capacity(queue.records.len().min(QUEUE_KEEPS));
+                std::mem::replace(&mut queue.records, spare)
+            };
+            if records.len() < QUEUE_WAKES {
+                self.overflow_told.store(false, Ordering::Relaxed);
+            }
+            self.write(&mut writing, &records);
+        }
+        if self.is_long_open(&writing) {
+            self.seal_open(&mut writing);
+        }
+        self.mend(&mut writing);
+        self.drop_old(&mut writing);
+    }
+
+    /// Seals the open segment, so that the next start finds everything in order.
+    fn seal(&self) {
+        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.seal_open(&mut writing);
+        self.mend(&mut writing);
+    }
+
+    // ---- Writing -------------------------------------------------------------------------------------------------
+
+    fn write(&self, writing: &mut Writing, mut records: &[OutcomeRecord]) {
+        let most = self.rules.segment_places();
+        while !records.is_empty() {
+            match self.write_some(writing, records, most) {
+                Ok(written) => {
+                    self.written.fetch_add(written as u64, Ordering::Relaxed);
+                    records = &records[written..];
+                }
+                Err(error) => {
+                    self.failed
+                        .fetch_add(records.len() as u64, Ordering::Relaxed);
+                    let now = self.clock.now().mono;
+                    if writing
+                        .write_told
+                        .is_none_or(|told| now - told >= RETRY_AFTER)
+                    {
+                        writing.write_told = Some(now);
+                        tracing::error!(
+                            %error,
+                            "outcomes could not be written to their history and are left out of it; delivery goes on"
+                        );
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Writes as many as fit into the open segment.
+    fn write_some(
+        &self,
+        writing: &mut Writing,
+        records: &[OutcomeRecord],
+        most: u32,
+    ) -> io::Result<usize> {
+        let segment = match &writing.open {
+            Some(segment) => Arc::clone(segment),
+            None => self.begin(writing)?,
+        };
+        let Kind::Open(open) = &segment.kind else {
+            writing.open = None;
+            return Ok(0);
+        };
+        let first = open.length();
+        let count = records.len().min(most.saturating_sub(first) as usize);
+        let some = &records[..count];
+        let mut buffer = std::mem::take(&mut writing.buffer);
+        buffer.clear();
+        for (place, record) in (first..).zip(some) {
+            segment.slots.put(&mut buffer, place, record);
+        }
+        let result = open.file.write_at(&buffer, format::slot_offset(first));
+        if buffer.capacity() <= QUEUE_KEEPS * SLOT {
+            writing.buffer = buffer;
+        }
+        result?;
+        open.show(some);
+        if open.length() >= most {
+            self.seal_open(writing);
+        }
+        Ok(count)
+    }
+
+    /// Begins a segment. Its name is safe when this returns, so that its number is never used again.
+    fn begin(&self, writing: &mut Writing) -> io::Result<Arc<Segment>> {
+        let number = writing
+            .next
+            .ok_or_else(|| io::Error::other("there are no more numbers for segments"))?;
+        let name = segment_name(number);
+        let made_ms = self.clock.now().unix_ms;
+        let file = self.disk.create(&name)?;
+        // Even if what follows fails, the file is there.
+        writing.next = number.checked_add(1);
+        file.write_at(&format::header(self.store, number, made_ms), 0)?;
+        file.sync()?;
+        self.disk.sync_dir(DIR)?;
+        let segment = Arc::new(Segment::open(self.store, number, file, made_ms));
+        self.insert(Arc::clone(&segment));
+        writing.open = Some(Arc::clone(&segment));
+        Ok(segment)
+    }
+
+    fn insert(&self, segment: Arc<Segment>) {
+        self.segments
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(segment.number, segment);
+    }
+
+    /// Whether the open segment has been open for so long that dropping it whole would be late.
+    fn is_long_open(&self, writing: &Writing) -> bool {
+        let Some(Kind::Open(open)) = writing.open.as_deref().map(|segment| &segment.kind) else {
+            return false;
+        };
+        let open_for = self.clock.now().unix_ms.saturating_sub(open.made_ms);
+        open_for >= self.rules.keep_ms / PARTS_BY_AGE
+    }
+
+    fn seal_open(&self, writing: &mut Writing) {
+        let Some(segment) = writing.open.take() else {
+            return;
+        };
+        let Kind::Open(open) = &segment.kind else {
+            return;
+        };
+        if let Err(error) = open.file.sync() {
+            tracing::error!(
+                %error,
+                file = segment_name(segment.number),
+                "a file of outcomes could not be synced; some may be missing after a crash of the machine"
+            );
+        }
+        let keys = open.keys();
+        let (earliest_ms, latest_ms) = segment.span().unwrap_or((0, 0));
+        let slots = open.length();
+        let summary = Summary {
+            slots,
+            entries: slots,
+            rotten: 0,
+            earliest_ms,
+            latest_ms,
+        };
+        let kind = match self.write_index(writing, segment.number, keys, &summary) {
+            true => return,
+            false => Kind::Bare(Bare {
+                slots,
+                span: segment.span(),
+                torn: false,
+            }),
+        };
+        self.insert(Arc::new(Segment::new(self.store, segment.number, kind)));
+    }
+
+    /// Writes an index and shows the segment as sealed; `false`: it could not be written.
+    fn write_index(
+        &self,
+        writing: &mut Writing,
+        number: u32,
+        keys: Vec<segment::Keys>,
+        summary: &Summary,
+    ) -> bool {
+        let written = segment::write_index(&*self.disk, self.store, number, keys, summary)
+            .and_then(|()| self.disk.sync_dir(DIR));
+        match written {
+            Ok(()) => {
+                self.insert(Arc::new(Segment::sealed(self.store, number, *summary)));
+                true
+            }
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    file = index_name(number),
+                    "an index of outcomes could not be written; it is tried again, and until then every record is read"
+                );
+                writing.index_not_before = self.clock.now().mono + RETRY_AFTER;
+                false
+            }
+        }
+    }
+
+    /// Makes one index that is missing or damaged.
+    fn mend(&self, writing: &mut Writing) {
+        if self.clock.now().mono < writing.index_not_before || (self.no_room)() {
+            return;
+        }
+        let wanting = |segment: &&Arc<Segment>| match &segment.kind {
+            Kind::Bare(_) => true,
+            Kind::Sealed(_) => segment.is_doubted(),
+            Kind::Open(_) | Kind::Unusable(_) => false,
+        };
+        // The latest first: it is asked for most.
+        let Some(segment) = self.list().iter().rev().find(wanting).map(Arc::clone) else {
+            return;
+        };
+        let torn = matches!(&segment.kind, Kind::Bare(bare) if bare.torn);
+        match segment::read_all(&*self.disk, &segment, torn) {
+            Ok(Some((keys, summary))) => {
+                self.write_index(writing, segment.number, keys, &summary);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    file = segment_name(segment.number),
+                    "a file of outcomes could not be read; it is tried again"
+                );
+                writing.index_not_before = self.clock.now().mono + RETRY_AFTER;
+            }
+        }
+    }
+
+    // ---- Dropping ------------------------------------------------------------------------------------------------
+
+    fn drop_old(&self, writing: &mut Writing) {
+        let now = self.clock.now();
+        if now.mono < writing.remove_not_before {
+            return;
+        }
+        let segments = self.list();
+        // Nothing grows old because somebody set the clock.
+        if self.clock.state() == ClockState::Steady {
+            let before_ms = now.unix_ms.saturating_sub(self.rules.keep_ms);
+            // When the latest record at or after this place in the list ended.
+            let mut latest_ms = None;
+            let mut old = Vec::new();
+            for segment in segments.iter().rev() {
+                match &segment.kind {
+                    Kind::Open(_) => latest_ms = Some(u64::MAX),
+                    Kind::Unusable(unused) => {
+                        // Its records are at most as old as those of the segment after it.
+                        if latest_ms.is_some_and(|latest| latest < before_ms)
+                            && unused.why != Unusable::Foreign
+                        {
+                            old.push(Arc::clone(segment));
+                        }
+                    }
+                    Kind::Sealed(_) | Kind::Bare(_) => {
+                        latest_ms = match (&segment.kind, segment.span()) {
+                            (_, Some((_, latest))) => Some(latest),
+                            // Nothing in it can be read any more, or nothing ever was.
+                            (Kind::Sealed(_), None) => latest_ms.or(Some(0)),
+                            (Kind::Open(_) | Kind::Bare(_) | Kind::Unusable(_), None) => latest_ms,
+                        };
+                        if latest_ms.is_some_and(|latest| latest < before_ms) {
+                            old.push(Arc::clone(segment));
+                        }
+                    }
+                }
+            }
+            for segment in old.iter().rev() {
+                self.remove(writing, segment, "age");
+            }
+        }
+        let segments = self.list();
+        let mut bytes: u64 = segments.iter().map(|segment| segment.bytes()).sum();
+        let mut count = segments.len();
+        for segment in &segments {
+            if bytes <= self.rules.max_bytes && count <= SEGMENTS_MAX {
+                break;
+            }
+            match &segment.kind {
+                Kind::Sealed(_) | Kind::Bare(_) => {
+                    self.remove(writing, segment, "size");
+                    bytes -= segment.bytes();
+                    count -= 1;
+                }
+                // Nothing unreadable is dropped before its age says so.
+                Kind::Open(_) | Kind::Unusable(_) => {}
+            }
+        }
+    }
+
+    /// Drops a segment. What is reading it reads on or finds nothing.
+    fn remove(&self, writing: &mut Writing, segment: &Arc<Segment>, why: &str) {
+        let number = segment.number;
+        let gone = |name: &str| match self.disk.remove(name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        };
+        match gone(&segment_name(number)).and_then(|()| gone(&index_name(number))) {
+            Ok(()) => {
+                self.segments
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .remove(&number);
+                self.dropped.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(number, why, "dropped a segment of outcomes");
+            }
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    file = segment_name(number),
+                    "old outcomes could not be dropped; it is tried again"
+                );
+                writing.remove_not_before = self.clock.now().mono + RETRY_AFTER;
+            }
+        }
+    }
+
+    // ---- Asking --------------------------------------------------------------------------------------------------
+
+    /// The segments by rising number.
+    fn list(&self) -> Vec<Arc<Segment>> {
+        self.segments
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .map(Arc::clone)
+            .collect()
+    }
+
+    /// The earliest end that is still told.
+    fn from_ms(&self) -> u64 {
+        self.clock.now().unix_ms.saturating_sub(self.rules.keep_ms)
+    }
+
+    /// The records that fit a query, a page of them. None that is older than what is kept.
+    pub(super) fn query(&self, query: &OutcomeQuery) -> io::Result<OutcomePage> {
+        let from_ms = query.from_ms.max(self.from_ms());
+        let query = OutcomeQuery {
+            from_ms,
+            ..query.clone()
+        };
+        query::list(&*self.disk, &self.list(), &query)
+    }
+
+    /// The records of a ping by device, those after `after`, at most `limit`.
+    pub(super) fn of_ping(
+        &self,
+        app: AppId,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> io::Result<Vec<OutcomeRecord>> {
+        let segments = self.list();
+        query::of_ping(
+            &*self.disk,
+            &segments,
+            app,
+            ping,
+            self.from_ms(),
+            after,
+            limit,
+        )
+    }
+
+    pub(super) fn stats(&self) -> OutcomeStats {
+        let segments = self.list();
+        let mut stats = OutcomeStats {
+            segments: segments.len() as u64,
+            written: self.written.load(Ordering::Relaxed),
+            overflowed: self.overflowed.load(Ordering::Relaxed),
+            failed: self.failed.load(Ordering::Relaxed),
+            segments_dropped: self.dropped.load(Ordering::Relaxed),
+            ..OutcomeStats::default()
+        };
+        for segment in &segments {
+            stats.bytes += segment.bytes();
+            stats.records += segment.records();
+            stats.unreadable += segment.unreadable();
+        }
+        let oldest = segments.iter().filter_map(|segment| segment.span());
+        stats.oldest_ms = oldest
+            .map(|(earliest, _)| earliest)
+            .min()
+            .map_or(0, |oldest| oldest.max(self.from_ms()));
+        stats
+    }
+
+    // ---- After a crash -------------------------------------------------------------------------------------------
+
+    /// Writes again what the engine knows and the history lost: the outcomes of stored notifications of earlier runs that
+    /// ended since shortly before the last record. `page` reads what ended at a time or later, from a cursor on.
+    /// Between pages the writer takes its turn.
+    pub(super) fn backfill<C>(
+        &self,
+        mut page: impl FnMut(u64, Option<C>) -> Result<EnginePage<C>, String>,
+    ) {
+        // With an index a look is cheap.
+        loop {
+            let before = self.unindexed();
+            if before == 0 {
+                break;
+            }
+            self.turn();
+            if self.unindexed() >= before {
+                break;
+            }
+        }
+        let segments = self.list();
+        let last_ms = segments
+            .iter()
+            .rev()
+            .filter_map(|segment| segment.span())
+            .map(|(_, latest)| latest)
+            .filter(|latest| *latest < self.begun_ms)
+            .max();
+        let from_ms = last_ms
+            .map_or(0, |last| last.saturating_sub(BACKFILL_SLACK_MS))
+            .max(self.from_ms());
+        let segments: Vec<_> = segments
+            .into_iter()
+            .filter(|segment| segment.may_hold(from_ms, u64::MAX))
+            .collect();
+        let (mut looked, mut added, mut cursor) = (0, 0u64, None);
+        loop {
+            let (records, next) = match page(from_ms, cursor.take()) {
+                Ok(page) => page,
+                Err(error) => {
+                    tracing::warn!(error, "outcomes that the history lost could not be read");
+                    break;
+                }
+            };
+            looked += records.len();
+            let earlier = records
+                .iter()
+                .take_while(|record| record.at_ms < self.begun_ms)
+                .count();
+            let mut missing = Vec::new();
+            for record in &records[..earlier] {
+                match self.has(&segments, record) {
+                    Ok(true) => {}
+                    Ok(false) => missing.push(*record),
+                    Err(error) => {
+                        tracing::warn!(%error, "outcomes could not be compared with their history");
+                        return;
+                    }
+                }
+            }
+            added += missing.len() as u64;
+            self.record(&mut missing);
+            let over = earlier < records.len() || next.is_none();
+            if over || self.queue().closing {
+                break;
+            }
+            if looked >= BACKFILL_MAX {
+                tracing::warn!(
+                    looked,
+                    "the history of outcomes lost more than is written again at a start"
+                );
+                break;
+            }
+            self.turn();
+            cursor = next;
+        }
+        if added > 0 {
+            tracing::info!(
+                added,
+                "outcomes of an earlier run were written again to the history"
+            );
+        }
+    }
+
+    fn unindexed(&self) -> usize {
+        let bare = |segment: &&Arc<Segment>| matches!(segment.kind, Kind::Bare(_));
+        self.list().iter().filter(bare).count()
+    }
+
+    fn has(&self, segments: &[Arc<Segment>], record: &OutcomeRecord) -> io::Result<bool> {
+        // From right before the device on, the first one is it or it is not there.
+        let before = u128::from_be_bytes(record.device.0).checked_sub(1);
+        let after = before.map(|before| DeviceId(before.to_be_bytes()));
+        let (app, ping) = (record.app, record.ping);
+        let first = query::of_ping(&*self.disk, segments, app, ping, 0, after, 1)?;
+        Ok(first
+            .first()
+            .is_some_and(|first| first.device == record.device))
+    }
+}
+
+/// For a fuzzer and the corpus: reads bytes as each of the things that a file holds.
+pub(super) fn read_anything(data: &[u8]) {
+    let slots = Slots::new([7; 16], 1);
+    let _ = slots.read(0, data);
+    let _ = format::page(slots, 0, data);
+    let _ = format::fences(slots, data);
+    if let Some(header) = data.first_chunk() {
+        let _ = format::check_header(header, [7; 16], 1);
+        let _ = format::check_index_header(header, [7; 16], 1);
+    }
+}
