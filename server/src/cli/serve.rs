@@ -466,6 +466,8 @@ pub(super) fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings
             every: backup.every,
             keep: backup.keep,
         }),
+        outcomes_keep: checked.receipts_keep,
+        outcomes_max_bytes: checked.receipts_max_bytes,
         ..StoreSettings::new(data.path())
     }
 }
@@ -509,6 +511,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
         },
         receipts_keep: checked.receipts_keep,
         erasures_keep: store.erasures_keep,
+        receipts_durable: checked.receipts_durable,
         ..RuntimeSettings::default()
     }
 }

@@ -28,6 +28,10 @@ pub struct Checked {
     pub limits: Limits,
     /// How long outcomes can be asked for.
     pub receipts_keep: Duration,
+    /// Size of the history of outcomes, bytes.
+    pub receipts_max_bytes: u64,
+    /// Whether every outcome is safe before it is announced.
+    pub receipts_durable: bool,
     /// Shards; `None`: one for each processor.
     pub shards: Option<usize>,
     /// Over how long devices are sent away at a stop.
@@ -251,6 +255,8 @@ impl Checked {
             backup: backup(source),
             limits: limits(source),
             receipts_keep: source.get(&keys::RECEIPTS_KEEP),
+            receipts_max_bytes: source.get(&keys::RECEIPTS_MAX_BYTES),
+            receipts_durable: source.get(&keys::RECEIPTS_DURABLE),
             shards: usize::try_from(source.get(&keys::RUNTIME_SHARDS))
                 .ok()
                 .filter(|shards| *shards > 0),

@@ -152,8 +152,13 @@ keys! {
     /// Connections that the API serves at once; more wait. Changing it needs a restart.
     LIMITS_API_CONNECTIONS: CountSetting = "limits.api_connections", count(1, 1_000_000), "4096";
 
-    /// How long the outcome of a ping can be asked for.
+    /// How long the outcome of a ping can be asked for; then it answers 404 `ping_not_retained`.
     RECEIPTS_KEEP: SpanSetting = "receipts.keep", span(MINUTE, 90 * DAY), "24h";
+    /// Size of the history of outcomes; above it the oldest are dropped before their time.
+    RECEIPTS_MAX_BYTES: BytesSetting = "receipts.max_bytes", bytes(MIB, 256 * GIB), "4GiB";
+    /// `true`: no outcome is announced before it is safe, as those of stored notifications always are. Costs a write and
+    /// a share of a sync for each notification that reaches its device at once.
+    RECEIPTS_DURABLE: FlagSetting = "receipts.durable", FlagSetting, "false";
 
     /// Shards that own the mailboxes; each is one task. 0: one for each processor.
     RUNTIME_SHARDS: CountSetting = "runtime.shards", count(0, 256), "0";

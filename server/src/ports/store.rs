@@ -1,6 +1,7 @@
 //! The store: what is promised lives here.
 
 use super::backup::{BackupError, BackupStats, BackupSummary, BackupWatch};
+use super::outcomes::{OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats};
 use super::records::{AppRecord, DeviceRecord, Erasure, IdempotencyRecord, KeyRecord};
 use crate::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId, RowKey,
@@ -33,6 +34,8 @@ pub enum Op {
     /// That something is erased, for restores of older backups. Belongs into the batch that erases it. That of a
     /// notification comes by itself, with its removal as revoked.
     Erase(Erasure),
+    /// The outcome of a notification that was never stored, so that it is known as surely as that of a stored one.
+    PutOutcome(OutcomeRecord),
 }
 
 /// What one source wants in the next frame; all of it becomes safe together or not at all.
@@ -172,6 +175,8 @@ pub struct StoreStats {
     pub set_aside: u64,
     /// Backups that the server makes by itself; `None`: it makes none.
     pub backup: Option<BackupStats>,
+    /// The history of outcomes.
+    pub outcomes: OutcomeStats,
 }
 
 /// Where accepted notifications are kept.
@@ -210,6 +215,22 @@ pub trait Store: Send + Sync + 'static {
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError>;
+
+    /// Adds outcomes to the history, and empties `records`. Never waits: they are written a little later, and a crash
+    /// or a full queue may lose them.
+    fn record_outcomes(&self, records: &mut Vec<OutcomeRecord>);
+
+    /// The history, a page of it: outcomes of stored and of other notifications alike, as far as they are kept.
+    fn outcomes(&self, query: &OutcomeQuery) -> Result<OutcomePage, ReadError>;
+
+    /// What the history knows of a ping: its outcomes by device, those after `after`, at most `limit`.
+    fn outcomes_of_ping(
+        &self,
+        app: AppId,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Vec<OutcomeRecord>, ReadError>;
 
     /// Rows that expired up to `until_ms`, oldest first, from where the last call stopped.
     fn expired(

@@ -145,6 +145,11 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         gauge!(names::BACKUP_RUNNING).set(f64::from(u8::from(backup.running)));
         counter!(names::BACKUP_FAILURES_TOTAL).absolute(backup.failures);
     }
+    let history = &stats.outcomes;
+    counter!(names::HISTORY_WRITTEN_TOTAL).absolute(history.written);
+    counter!(names::HISTORY_LOST_TOTAL, "reason" => "overflow").absolute(history.overflowed);
+    counter!(names::HISTORY_LOST_TOTAL, "reason" => "failed").absolute(history.failed);
+    counter!(names::HISTORY_SEGMENTS_DROPPED_TOTAL).absolute(history.segments_dropped);
     let jump_ms = match inner.shared.clock.state() {
         ClockState::Steady => 0,
         ClockState::Jumped { by_ms } => by_ms,
@@ -169,6 +174,14 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         (names::STORE_SNAPSHOT_BYTES, stats.snapshot_bytes as f64),
         (names::STORE_FREE_BYTES, stats.free_bytes as f64),
         (names::STORE_SET_ASIDE, stats.set_aside as f64),
+        (names::HISTORY_BYTES, history.bytes as f64),
+        (names::HISTORY_SEGMENTS, history.segments as f64),
+        (names::HISTORY_RECORDS, history.records as f64),
+        (
+            names::HISTORY_OLDEST_SECONDS,
+            history.oldest_ms as f64 / 1e3,
+        ),
+        (names::HISTORY_UNREADABLE, history.unreadable as f64),
         (names::CLOCK_JUMP_SECONDS, jump_ms as f64 / 1e3),
         (names::SWEEP_PAUSED, f64::from(u8::from(jump_ms != 0))),
         (names::MAILBOXES_AWAKE, awake as f64),

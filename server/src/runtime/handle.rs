@@ -20,12 +20,13 @@ use super::backup::{BackupStream, NoBackup};
 use super::directory::{Keys, Users};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
+use super::pings::Depth;
 use super::reserve::Reserve;
 use super::settings::{Limits, RuntimeSettings};
 use super::shard::{Carrier, Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
 use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
-use crate::ports::{Entropy, Page, Scopes, StoreHealth};
+use crate::ports::{Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth};
 use crate::telemetry::metrics as names;
 
 /// A cheap, cloneable handle to everything that runs.
@@ -56,6 +57,8 @@ pub(super) struct Inner {
     /// How long it is known what was erased, milliseconds.
     pub(super) erasures_keep_ms: u64,
     pub(super) run: u32,
+    /// How long outcomes are told, milliseconds.
+    pub(super) receipts_keep_ms: u64,
     pub(super) started: Now,
     pub(super) sessions: AtomicU64,
     /// Going down: not ready, no new sessions.
@@ -284,7 +287,19 @@ impl Handle {
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Option<PingView>, RuntimeError> {
-        self.inner.ping_view(app, ping, after, limit).await
+        self.inner
+            .ping_view(app, ping, after, limit, Depth::History)
+            .await
+    }
+
+    /// How notifications of an app ended, a page at a time. `user`: only those of the devices that this user has now.
+    /// `Invalid`: the user has more devices than one query may name.
+    pub async fn outcomes(
+        &self,
+        user: Option<&str>,
+        query: OutcomeQuery,
+    ) -> Result<OutcomePage, RuntimeError> {
+        self.inner.outcomes_page(user, query).await
     }
 
     /// Takes a ping back where it has not ended; `None`: not known, or no longer.

@@ -1,7 +1,7 @@
 //! What became of recent pings, in bounded memory.
 //!
-//! Outcomes of stored notifications are in the store as well; those of notifications that never needed the disk are
-//! here alone, so a restart forgets them. The oldest pings give way first. The ledger is cut into stripes by ping, each
+//! It answers for the last moments at once and without the disk; for everything before, and after a restart, there are
+//! the store and its history of outcomes. The oldest pings give way first. The ledger is cut into stripes by ping, each
 //! with its own lock, held for one look-up.
 
 use std::collections::{HashMap, VecDeque};
@@ -234,10 +234,22 @@ impl Ledger {
         noted
     }
 
-    /// What is known of a ping, its devices after `after`, at most `limit`.
+    /// Whether a notification is known to have ended.
+    pub(super) fn has_ended(&self, ping: PingId, device: DeviceId) -> bool {
+        let mut stripe = locked(self.stripe(ping));
+        let pair = stripe
+            .pings
+            .get_mut(&ping)
+            .and_then(|entry| entry.pairs.find(device));
+        pair.is_some_and(|pair| matches!(pair.state, PairState::Ended { .. }))
+    }
+
+    /// What is known of a ping, its devices after `after`, at most `limit`. What ended before `from_ms` is left out, and
+    /// a ping of which nothing else is known is not known.
     pub(super) fn known(
         &self,
         ping: PingId,
+        from_ms: u64,
         after: Option<DeviceId>,
         limit: usize,
     ) -> Option<Known> {
@@ -247,10 +259,24 @@ impl Ledger {
         let start = after.map_or(0, |after| {
             pairs.partition_point(|pair| pair.device <= after)
         });
+        let kept = |pair: &&PairView| match pair.state {
+            PairState::Waiting { .. } => true,
+            PairState::Ended { at_ms, .. } => at_ms >= from_ms,
+        };
+        let empty = pairs.is_empty() && entry.accepted_ms >= from_ms;
+        if !empty && !pairs.iter().any(|pair| kept(&pair)) {
+            return None;
+        }
         Some(Known {
             app: entry.app,
             open: entry.open,
-            pairs: pairs.iter().skip(start).take(limit).copied().collect(),
+            pairs: pairs
+                .iter()
+                .skip(start)
+                .filter(kept)
+                .take(limit)
+                .copied()
+                .collect(),
         })
     }
 
@@ -365,7 +391,7 @@ mod tests {
                 .ended(APP, ping(1), device(1), Outcome::Expired, 9, false, None)
                 .repeated
         );
-        let known = ledger.known(ping(1), None, 10).unwrap();
+        let known = ledger.known(ping(1), 0, None, 10).unwrap();
         assert_eq!(known.open, 0);
         assert_eq!(
             known.pairs[0].state,
@@ -389,12 +415,12 @@ mod tests {
                 .map(|pair| pair.device.0[0])
                 .collect::<Vec<_>>()
         };
-        assert_eq!(ids(ledger.known(ping(1), None, 3).unwrap()), [1, 2, 3]);
+        assert_eq!(ids(ledger.known(ping(1), 0, None, 3).unwrap()), [1, 2, 3]);
         assert_eq!(
-            ids(ledger.known(ping(1), Some(device(3)), 3).unwrap()),
+            ids(ledger.known(ping(1), 0, Some(device(3)), 3).unwrap()),
             [4, 5]
         );
-        assert_eq!(ledger.known(ping(1), None, 1).unwrap().open, 5);
+        assert_eq!(ledger.known(ping(1), 0, None, 1).unwrap().open, 5);
     }
 
     #[test]
@@ -403,8 +429,8 @@ mod tests {
         for n in 0..10 {
             ledger.accepted(APP, ping(n), device(1), 1, 100);
         }
-        assert!(ledger.known(ping(6), None, 1).is_none());
-        assert!(ledger.known(ping(7), None, 1).is_some());
+        assert!(ledger.known(ping(6), 0, None, 1).is_none());
+        assert!(ledger.known(ping(7), 0, None, 1).is_some());
         assert_eq!(ledger.entries(), 3);
         assert_eq!(ledger.bytes(), 3 * (PING_BYTES + PAIR_BYTES));
         assert_eq!(ledger.dropped(), 7);
@@ -427,8 +453,8 @@ mod tests {
         for n in 0..10 {
             ledger.open(APP, ping(n), 1);
         }
-        assert!(ledger.known(ping(9), None, 1).is_some());
-        assert!(ledger.known(ping(0), None, 1).is_none());
+        assert!(ledger.known(ping(9), 0, None, 1).is_some());
+        assert!(ledger.known(ping(0), 0, None, 1).is_none());
         assert_eq!(ledger.dropped(), 8);
     }
 
@@ -444,7 +470,7 @@ mod tests {
             true,
             None,
         );
-        assert!(ledger.known(ping(1), None, 1).is_none());
+        assert!(ledger.known(ping(1), 0, None, 1).is_none());
         ledger.ended(
             APP,
             ping(1),
@@ -454,7 +480,7 @@ mod tests {
             false,
             None,
         );
-        assert!(ledger.known(ping(1), None, 1).is_some());
+        assert!(ledger.known(ping(1), 0, None, 1).is_some());
     }
 
     #[tokio::test]

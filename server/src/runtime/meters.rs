@@ -73,6 +73,7 @@ pub(super) struct Meters {
     pub(super) commit_failed: Counter,
     pub(super) drained: Counter,
     pub(super) revocations: Counter,
+    pub(super) not_durable: Counter,
     /// Every deferred notification counts here, so they are made once; the position is the discriminant.
     notices: [Counter; NOTICES.len()],
     sessions: [Gauge; 2],
@@ -96,6 +97,7 @@ impl Meters {
             commit_failed: counter!(names::COMMIT_FAILURES_TOTAL, "reason" => "failed"),
             drained: counter!(names::SESSION_CLOSES_TOTAL, "reason" => "drain"),
             revocations: counter!(names::REVOCATIONS_TOTAL),
+            not_durable: counter!(names::OUTCOMES_NOT_DURABLE_TOTAL),
             notices: NOTICES.map(|(_, name)| counter!(names::NOTICES_TOTAL, "notice" => name)),
             sessions: carriers.map(|carrier| gauge!(names::SESSIONS, "carrier" => carrier)),
             attaches: carriers.map(|carrier| counter!(names::ATTACHES_TOTAL, "carrier" => carrier)),

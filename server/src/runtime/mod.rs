@@ -41,7 +41,11 @@ pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};
 
 // What the answers are made of, for those who know the runtime and not its ports.
-pub use crate::ports::{ClockState, Page, PairState, Scopes, StoreHealth, StoreStats};
+pub use crate::delivery::Outcome;
+pub use crate::ports::{
+    ClockState, OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord,
+    OutcomeStats, Page, PairState, Scopes, StoreHealth, StoreStats,
+};
 
 /// The value behind a lock. A panic elsewhere while it was held does not spread: each holder leaves the value whole
 /// at every step.

@@ -1,6 +1,6 @@
 //! From a publish request to its answer.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
-use crate::ports::{IdempotencyRecord, Op, PairState};
+use crate::ports::{IdempotencyRecord, Op, OutcomePage, OutcomeQuery, PairState};
 use crate::telemetry::metrics as names;
 
 /// Pairs read of the store at a time when a ping is revoked.
@@ -380,12 +380,12 @@ impl Inner {
         // Either way, what is known is read below.
         drop(tokio::time::timeout(wait, ended).await);
         let limit = self.limits.load().devices_max as usize;
-        match self.ping_view(app, ping, None, limit).await {
+        match self.ping_view(app, ping, None, limit, Depth::Recent).await {
             Ok(Some(view)) => view.devices,
             Ok(None) | Err(_) => self
                 .shared
                 .ledger
-                .known(ping, None, limit)
+                .known(ping, 0, None, limit)
                 .map(|known| known.pairs)
                 .unwrap_or_default(),
         }
@@ -397,50 +397,112 @@ impl Inner {
         ping: PingId,
         after: Option<DeviceId>,
         limit: usize,
+        depth: Depth,
     ) -> Result<Option<PingView>, RuntimeError> {
         let limit = limit.max(1);
-        let recent = self.shared.ledger.known(ping, after, limit + 1);
+        let now_ms = self.shared.clock.now().unix_ms;
+        let from_ms = now_ms.saturating_sub(self.receipts_keep_ms);
+        let recent = self.shared.ledger.known(ping, from_ms, after, limit + 1);
         if recent.as_ref().is_some_and(|known| known.app != app) {
             return Ok(None);
         }
         let known = recent.is_some();
-        let (stored, exists) = self
+        let kept = move |state: PairState| match state {
+            PairState::Waiting { .. } => true,
+            PairState::Ended { at_ms, .. } => at_ms >= from_ms,
+        };
+        let (stored, history, exists) = self
             .shared
             .reading
             .read(move |store| {
                 let page = store.pairs(ping, after, limit + 1)?;
-                let exists = known
-                    || !page.items.is_empty()
-                    || (after.is_some() && !store.pairs(ping, None, 1)?.items.is_empty());
-                Ok((page, exists))
+                let history = |after, limit| match depth {
+                    Depth::Recent => Ok(Vec::new()),
+                    Depth::History => store.outcomes_of_ping(app, ping, after, limit),
+                };
+                let past = history(after, limit + 1)?;
+                let mut exists = known
+                    || !past.is_empty()
+                    || page.items.iter().any(|&(_, _, state)| kept(state));
+                if !exists && after.is_some() {
+                    // Nothing follows, but there may be something before.
+                    let first = store.pairs(ping, None, 1)?;
+                    exists = first.items.iter().any(|&(_, _, state)| kept(state))
+                        || !history(None, 1)?.is_empty();
+                }
+                Ok((page, past, exists))
             })
             .await?;
         if !exists || stored.items.iter().any(|&(owner, _, _)| owner != app) {
             return Ok(None);
         }
-        let mut devices: Vec<PairView> = stored
+        // Beyond the end of a cut page of the store others may name devices whose stored neighbours are not here.
+        let end = stored.next.and(stored.items.last().map(|item| item.1));
+        let stored = stored
             .items
-            .iter()
-            .map(|&(_, device, state)| PairView { device, state })
-            .collect();
-        // Beyond the end of a cut page of the store the ledger may name devices whose stored neighbours are not here.
-        let end = stored.next.and(devices.last().map(|pair| pair.device));
-        for pair in recent.map(|known| known.pairs).unwrap_or_default() {
-            match devices.binary_search_by_key(&pair.device, |known| known.device) {
-                Ok(index) => devices[index].state = later(devices[index].state, pair.state),
-                Err(index) => devices.insert(index, pair),
+            .into_iter()
+            .map(|(_, device, state)| (device, state));
+        let history = history.into_iter().map(|record| {
+            let (outcome, at_ms) = (record.outcome, record.at_ms);
+            (record.device, PairState::Ended { outcome, at_ms })
+        });
+        let recent = recent
+            .into_iter()
+            .flat_map(|known| known.pairs)
+            .map(|pair| (pair.device, pair.state));
+        let mut devices: BTreeMap<DeviceId, PairState> = BTreeMap::new();
+        for (device, state) in stored.chain(history).chain(recent) {
+            if kept(state) && end.is_none_or(|end| device <= end) {
+                devices
+                    .entry(device)
+                    .and_modify(|known| *known = first_verdict(*known, state))
+                    .or_insert(state);
             }
         }
-        if let Some(end) = end {
-            devices.retain(|pair| pair.device <= end);
-        }
+        let mut devices: Vec<PairView> = devices
+            .into_iter()
+            .map(|(device, state)| PairView { device, state })
+            .collect();
         let more = devices.len() > limit || end.is_some();
         devices.truncate(limit);
         Ok(Some(PingView {
             id: ping,
-            next: devices.last().map(|pair| pair.device).filter(|_| more),
+            next: devices
+                .last()
+                .map(|pair| pair.device)
+                .or(end)
+                .filter(|_| more),
             devices,
         }))
+    }
+
+    pub(super) async fn outcomes_page(
+        self: &Arc<Inner>,
+        user: Option<&str>,
+        mut query: OutcomeQuery,
+    ) -> Result<OutcomePage, RuntimeError> {
+        if let Some(user) = user {
+            const MAX: usize = OutcomeQuery::DEVICES_MAX;
+            let users = [user.to_owned()];
+            let owned = self.user_devices(query.app, &users, MAX + 1).await?;
+            let devices: Vec<DeviceId> = owned
+                .iter()
+                .flat_map(|owned| owned.iter().copied())
+                .collect();
+            if devices.is_empty() {
+                return Ok(OutcomePage::default());
+            }
+            if devices.len() > MAX {
+                return Err(RuntimeError::Invalid(
+                    "the user has more devices than one query may name; ask device by device",
+                ));
+            }
+            query.devices = Some(devices);
+        }
+        self.shared
+            .reading
+            .read(move |store| store.outcomes(&query))
+            .await
     }
 
     pub(super) async fn revoke_ping(
@@ -452,7 +514,8 @@ impl Inner {
         let mut answers = Vec::new();
         let mut after = None;
         loop {
-            let Some(page) = self.ping_view(app, ping, after, REVOKE_PAGE).await? else {
+            let page = self.ping_view(app, ping, after, REVOKE_PAGE, Depth::History);
+            let Some(page) = page.await? else {
                 return Ok(None);
             };
             for pair in page.devices {
@@ -516,11 +579,23 @@ fn repeat(record: &IdempotencyRecord) -> PingAnswer {
     }
 }
 
-/// Of two things known of one notification: an outcome beats waiting.
-fn later(stored: PairState, recent: PairState) -> PairState {
-    match (stored, recent) {
-        (PairState::Ended { .. }, _) => stored,
-        (PairState::Waiting { .. }, _) => recent,
+/// How far back a look at a ping goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Depth {
+    /// What the ledger and the store know: enough for a ping that was just accepted.
+    Recent,
+    /// The history of outcomes as well.
+    History,
+}
+
+/// Of two things known of one notification: an outcome beats waiting, and the first one stays.
+fn first_verdict(one: PairState, other: PairState) -> PairState {
+    match (one, other) {
+        (PairState::Ended { at_ms: first, .. }, PairState::Ended { at_ms: second, .. }) => {
+            if second < first { other } else { one }
+        }
+        (PairState::Ended { .. }, PairState::Waiting { .. }) => one,
+        (PairState::Waiting { .. }, _) => other,
     }
 }
 

@@ -39,11 +39,14 @@ pub struct RuntimeSettings {
     pub limits: Limits,
     /// How often expired rows are looked for. Default 1 s.
     pub sweep_every: Duration,
-    /// How long outcomes of stored notifications are kept (`receipts.keep`). Default 24 h.
+    /// How long outcomes are kept (`receipts.keep`). Default 24 h.
     pub receipts_keep: Duration,
     /// How long it is known what was erased, so that restoring a backup made before does not bring it back
     /// (`store.erasures_keep`). Default 400 days.
     pub erasures_keep: Duration,
+    /// Whether the outcome of a notification that was never stored is safe before anybody is told of it
+    /// (`receipts.durable`). Costs a write and a share of a sync for each. Default no.
+    pub receipts_durable: bool,
     /// How long an idempotency key is remembered. Default 24 h.
     pub idempotency_keep: Duration,
     /// Idempotency keys remembered for each app; the oldest give way. Default 1,000,000.
@@ -65,6 +68,7 @@ impl Default for RuntimeSettings {
             sweep_every: Duration::from_secs(1),
             receipts_keep: Duration::from_secs(24 * 3_600),
             erasures_keep: Duration::from_secs(400 * 24 * 3_600),
+            receipts_durable: false,
             idempotency_keep: Duration::from_secs(24 * 3_600),
             idempotency_entries: 1_000_000,
             ledger_entries: 500_000,

@@ -29,14 +29,21 @@ use super::reading::{MailboxJob, Reading};
 use super::{locked, reply};
 use crate::delivery::{
     AppId, Attach, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono, Notification,
-    Outcome, PingId, Policy, Rejection, SessionId, Shard, Ticket,
+    PingId, Policy, Rejection, SessionId, Shard, Ticket,
 };
-use crate::ports::{Clock, Committed, Grant, Op, SourceId, Store, StoreHealth};
+use crate::ports::{
+    Batch, Clock, Committed, Grant, Op, OutcomeRecord, SourceId, Store, StoreHealth,
+};
 
 /// Inputs of one turn: enough to fill a frame, few enough that the committer and the other tasks do not wait long.
 const TURN_INPUTS: usize = 512;
 /// Room of an inbox that is given back when a burst is over.
 const INBOX_KEEPS: usize = 4 * TURN_INPUTS;
+/// Outcomes of a shard that may wait to become safe (`receipts.durable`): what ends in seconds on a disk that stands
+/// still. Further ones are announced without, and counted.
+const HELD_MAX: usize = 65_536;
+/// Of these, how many go into one frame.
+const HELD_AT_ONCE: usize = 8_192;
 /// Buffers kept for the words of links.
 const SPARE_BUFFERS: usize = 256;
 
@@ -284,6 +291,22 @@ pub(super) struct Shared {
     pub(super) accept_wait_ms: AtomicU64,
     /// The store failed: said once.
     pub(super) failed: AtomicBool,
+    /// Every outcome is safe before it is announced (`receipts.durable`).
+    pub(super) durable: bool,
+}
+
+/// How a notification ended.
+struct Ended {
+    tickets: Vec<Ticket>,
+    record: OutcomeRecord,
+    stored: bool,
+}
+
+/// What is said once the outcomes before it are safe.
+enum Held {
+    Ended(Ended),
+    Revoked { ticket: Ticket, revoked: bool },
+    Wiped { ticket: Ticket, revoked: u32 },
 }
 
 struct SessionEntry {
@@ -404,6 +427,12 @@ pub(super) struct ShardTask {
     touched: Vec<Touched>,
     spare: Vec<Vec<Out>>,
     reads: Vec<MailboxJob>,
+    /// Outcomes of this turn, for the history.
+    outcomes: Vec<OutcomeRecord>,
+    /// What waits for a frame, in order; empty unless outcomes are durable.
+    held: VecDeque<Held>,
+    /// What is in the outstanding frame.
+    sealed: Vec<Held>,
     /// Sessions that have not been told to go, while the server drains.
     drain: Option<Drain>,
     settling: Vec<oneshot::Sender<()>>,
@@ -441,6 +470,9 @@ impl ShardTask {
             touched: Vec::new(),
             spare: Vec::new(),
             reads: Vec::new(),
+            outcomes: Vec::new(),
+            held: VecDeque::new(),
+            sealed: Vec::new(),
             drain: None,
             settling: Vec::new(),
             stopped: false,
@@ -519,12 +551,18 @@ impl ShardTask {
         if place {
             self.wanted = false;
             self.submit();
-        } else if !self.wanted && !self.outstanding && self.core.has_offers() {
+        } else if !self.wanted
+            && !self.outstanding
+            && (self.core.has_offers() || !self.held.is_empty())
+        {
             if self.shared.store.want(self.source) {
                 self.submit();
             } else {
                 self.wanted = true;
             }
+        }
+        if !self.outcomes.is_empty() {
+            self.shared.store.record_outcomes(&mut self.outcomes);
         }
         self.wake_links();
         if !self.reads.is_empty() {
@@ -641,7 +679,17 @@ impl ShardTask {
 
     fn submit(&mut self) {
         self.outstanding = true;
-        let batch = self.core.seal().into_iter().map(Op::Mailbox).collect();
+        let mut batch: Batch = self.core.seal().into_iter().map(Op::Mailbox).collect();
+        let count = self.held.len().min(HELD_AT_ONCE);
+        self.sealed.extend(self.held.drain(..count));
+        for held in &self.sealed {
+            // A verdict that is known already stays.
+            if let Held::Ended(Ended { record, .. }) = held
+                && !self.shared.ledger.has_ended(record.ping, record.device)
+            {
+                batch.push(Op::PutOutcome(*record));
+            }
+        }
         self.shared.store.submit(self.source, batch);
     }
 
@@ -663,6 +711,15 @@ impl ShardTask {
             }
         }
         self.core.handle_committed(result, now, &mut self.effects);
+        let mut sealed = std::mem::take(&mut self.sealed);
+        for held in sealed.drain(..) {
+            match held {
+                Held::Ended(ended) => self.announce(ended, result),
+                Held::Revoked { ticket, revoked } => self.revoked(ticket, revoked),
+                Held::Wiped { ticket, revoked } => self.wiped(ticket, revoked),
+            }
+        }
+        self.sealed = sealed;
     }
 
     /// Answers those who wait for a quiet disk.
@@ -671,6 +728,7 @@ impl ShardTask {
             || self.outstanding
             || self.wanted
             || self.core.has_offers()
+            || !self.held.is_empty()
             || !self.waiters.slots.is_empty()
             || !self.inputs.is_empty()
         {
@@ -717,7 +775,27 @@ impl ShardTask {
                 outcome,
                 at_ms,
                 stored,
-            } => self.ended(tickets, app, device, ping, outcome, at_ms, stored),
+            } => {
+                let ended = Ended {
+                    tickets,
+                    record: OutcomeRecord {
+                        app,
+                        ping,
+                        device,
+                        outcome,
+                        at_ms,
+                        accepted_ms: None,
+                    },
+                    stored,
+                };
+                if stored || !self.shared.durable {
+                    self.announce(ended, Ok(()));
+                } else if self.held.len() < HELD_MAX {
+                    self.held.push_back(Held::Ended(ended));
+                } else {
+                    self.announce(ended, Err(CommitFailure::NoRoom));
+                }
+            }
             Effect::Rejected {
                 ticket,
                 device,
@@ -729,23 +807,18 @@ impl ShardTask {
                     answer(slot.waiter, device, Settled::Rejected(why));
                 }
             }
+            // The outcomes that it caused come right before it.
+            Effect::RevokeAnswered { ticket, revoked } if self.held.is_empty() => {
+                self.revoked(ticket, revoked);
+            }
             Effect::RevokeAnswered { ticket, revoked } => {
-                if let Some(Slot {
-                    waiter: Waiter::Revoke(answer),
-                    ..
-                }) = self.waiters.take(ticket)
-                {
-                    reply(answer, revoked);
-                }
+                self.held.push_back(Held::Revoked { ticket, revoked });
+            }
+            Effect::Wiped { ticket, revoked } if self.held.is_empty() => {
+                self.wiped(ticket, revoked);
             }
             Effect::Wiped { ticket, revoked } => {
-                if let Some(Slot {
-                    waiter: Waiter::Wipe(answer),
-                    ..
-                }) = self.waiters.take(ticket)
-                {
-                    reply(answer, revoked);
-                }
+                self.held.push_back(Held::Wiped { ticket, revoked });
             }
             Effect::Welcome {
                 session,
@@ -787,17 +860,42 @@ impl ShardTask {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the members of one effect")]
-    fn ended(
-        &mut self,
-        tickets: Vec<Ticket>,
-        app: AppId,
-        device: DeviceId,
-        ping: PingId,
-        outcome: Outcome,
-        at_ms: u64,
-        stored: bool,
-    ) {
+    fn revoked(&mut self, ticket: Ticket, revoked: bool) {
+        if let Some(Slot {
+            waiter: Waiter::Revoke(answer),
+            ..
+        }) = self.waiters.take(ticket)
+        {
+            reply(answer, revoked);
+        }
+    }
+
+    fn wiped(&mut self, ticket: Ticket, revoked: u32) {
+        if let Some(Slot {
+            waiter: Waiter::Wipe(answer),
+            ..
+        }) = self.waiters.take(ticket)
+        {
+            reply(answer, revoked);
+        }
+    }
+
+    /// Tells everybody how a notification ended. `safe`: whether the outcome is as safe as it was to be; if not, it
+    /// is told all the same, because it is so, but whoever waits for it is promised nothing.
+    fn announce(&mut self, ended: Ended, safe: Committed) {
+        let Ended {
+            tickets,
+            record,
+            stored,
+        } = ended;
+        let OutcomeRecord {
+            app,
+            ping,
+            device,
+            outcome,
+            at_ms,
+            ..
+        } = record;
         let mut accepted_ms = None;
         let waiters: smallvec::SmallVec<[Waiter; 2]> = tickets
             .into_iter()
@@ -812,9 +910,23 @@ impl ShardTask {
                 .ledger
                 .ended(app, ping, device, outcome, at_ms, stored, accepted_ms);
         self.shared.meters.ended(app, outcome, at_ms, noted);
+        if !noted.repeated {
+            self.outcomes.push(OutcomeRecord {
+                accepted_ms: accepted_ms.or(noted.accepted_ms),
+                ..record
+            });
+        }
+        let settled = match safe {
+            Ok(()) => Settled::Accepted,
+            Err(CommitFailure::NoRoom) => Settled::Busy,
+            Err(CommitFailure::Failed) => Settled::Rejected(Rejection::StoreFailed),
+        };
+        if safe.is_err() {
+            self.shared.meters.not_durable.increment(1);
+        }
         // After the ledger, so that whoever is answered and asks finds it there.
         for waiter in waiters {
-            answer(waiter, device, Settled::Accepted);
+            answer(waiter, device, settled);
         }
     }
 

@@ -79,6 +79,7 @@ impl Runtime {
             meters,
             accept_wait_ms: AtomicU64::new(millis(settings.limits.accept_wait)),
             failed: AtomicBool::new(false),
+            durable: settings.receipts_durable,
         });
         let count = match settings.shards {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -118,6 +119,7 @@ impl Runtime {
             link: ArcSwap::from_pointee(settings.link.clone()),
             erasures_keep_ms: millis(settings.erasures_keep),
             run,
+            receipts_keep_ms: millis(settings.receipts_keep),
             started,
             sessions: AtomicU64::new(0),
             draining: AtomicBool::new(false),

@@ -51,6 +51,11 @@ pub fn payload(data: &[u8]) {
     let _ = write::decode(&Bytes::copy_from_slice(data));
 }
 
+/// What the files of the history of outcomes hold.
+pub fn history(data: &[u8]) {
+    super::outcomes::read_anything(data);
+}
+
 /// The header and the frames of a segment.
 pub fn log_segment(data: &[u8]) {
     let _ = segment::Header::decode(data);

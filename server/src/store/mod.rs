@@ -12,6 +12,7 @@
 //! - [`mod@write`] and [`keys`]: from the port's operations to puts and deletes of keys; [`record`]: what a value looks like.
 //! - [`overlay`] and [`read`]: everything that is safe, in one consistent look, however far the engine is behind.
 //! - [`apply`]: from the log into the [`engine`].
+//! - [`outcomes`]: how notifications ended, as history that promises nothing.
 //! - [`snapshot`] and [`keeper`]: so that neither log nor engine grows for ever, and an engine can be rebuilt; [`current`]: how a
 //!   rebuilt one takes the place of the other while everybody goes on.
 //! - [`mod@recover`]: what can be proved at a start; [`mod@home`]: where the engine's files are.
@@ -66,6 +67,7 @@ use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk};
 use self::log::segment::Maker;
 use self::log::{Ending, Shelf, ShelfError, Tail};
+use self::outcomes::History;
 use self::overlay::Overlay;
 use self::read::Reader;
 use self::recover::{Recovered, recover};
@@ -76,8 +78,9 @@ use crate::delivery::{
 };
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, Committed, DeviceFilter,
-    DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, Page,
-    PairState, ReadError, SourceId, Store, StoreHealth, StoreStats,
+    DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op,
+    OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats, Page, PairState, ReadError, SourceId,
+    Store, StoreHealth, StoreStats,
 };
 
 pub use self::settings::{BackupPlan, EngineKind, OpenError, OpenReport, Rebuilt, StoreSettings};
@@ -92,7 +95,7 @@ pub struct Opened {
 
 /// Opens the store in a data directory, or makes one there. Blocks for as long as the replay takes.
 ///
-/// Starts four threads, which end with [`Store::close`] or when the store is dropped; idle, they cost one look at the
+/// Starts five threads, which end with [`Store::close`] or when the store is dropped; idle, they cost one look at the
 /// free room a second.
 ///
 /// # Errors
@@ -140,7 +143,9 @@ fn open_house(
     let parts = assemble(settings, disk, home, clock, entropy)?;
     let report = parts.report.clone();
     report.log();
-    Ok((House::start(parts, Some(lock))?, report))
+    let history = outcomes::Rules::new(settings.outcomes_keep, settings.outcomes_max_bytes);
+    let house = House::start(parts, Some(lock), Some(history))?;
+    Ok((house, report))
 }
 
 /// Where an engine lives in a data directory.
@@ -457,6 +462,8 @@ struct House {
     keeper: Arc<Keeper>,
     copier: Arc<Copier>,
     backups: Option<Arc<BackupFigures>>,
+    /// `None` in tests that are not about it.
+    history: Option<Arc<History>>,
     reader: Reader,
     engine: Arc<Current>,
     figures: Arc<LogFigures>,
@@ -473,11 +480,16 @@ struct Running {
     applier: JoinHandle<()>,
     keeper: JoinHandle<()>,
     backups: Option<(Arc<Bell>, JoinHandle<()>)>,
+    history: Option<JoinHandle<()>>,
     home: Arc<dyn EngineHome>,
 }
 
 impl House {
-    fn start(parts: Parts, lock: Option<DirLock>) -> Result<House, OpenError> {
+    fn start(
+        parts: Parts,
+        lock: Option<DirLock>,
+        history: Option<outcomes::Rules>,
+    ) -> Result<House, OpenError> {
         let Parts {
             engine,
             queue,
@@ -531,12 +543,48 @@ impl House {
             }
             None => None,
         };
+        let history = match history {
+            None => None,
+            Some(rules) => {
+                let room = Arc::clone(&keeper);
+                let history = History::open(
+                    Arc::clone(&keeper.disk),
+                    keeper.store,
+                    Arc::clone(&clock),
+                    rules,
+                    Box::new(move || room.room.full.load(Ordering::Relaxed)),
+                )
+                .map_err(|error| OpenError::Io {
+                    what: "could not look at the history of outcomes in",
+                    path: Path::new(outcomes::DIR).to_owned(),
+                    error,
+                })?;
+                Some(Arc::new(history))
+            }
+        };
+        let recording = match &history {
+            None => None,
+            Some(history) => {
+                let (history, reader) = (Arc::clone(history), reader.clone());
+                let run = move || {
+                    history.backfill(|from_ms, after| {
+                        reader
+                            .endings(from_ms, after, outcomes::BACKFILL_PAGE)
+                            .map_err(|error| error.to_string())
+                    });
+                    drop(reader);
+                    history.run();
+                };
+                Some(spawn("store-outcomes", Box::new(run))?)
+            }
+        };
         Ok(House {
             desk,
             queue,
             keeper,
             copier,
             backups,
+            history,
             reader,
             engine,
             figures,
@@ -547,6 +595,7 @@ impl House {
                 applier,
                 keeper: keeping,
                 backups: backing,
+                history: recording,
                 home,
             })),
             _lock: lock,
@@ -609,6 +658,7 @@ fn stats(
         snapshot_frame: keeper.snapshot_frame(),
         set_aside: keeper.aside.count(),
         backup: None,
+        outcomes: OutcomeStats::default(),
     }
 }
 
@@ -652,6 +702,35 @@ impl Store for House {
         limit: usize,
     ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError> {
         self.reader.pairs(ping, after, limit)
+    }
+
+    fn record_outcomes(&self, records: &mut Vec<OutcomeRecord>) {
+        match &self.history {
+            Some(history) => history.record(records),
+            None => records.clear(),
+        }
+    }
+
+    fn outcomes(&self, query: &OutcomeQuery) -> Result<OutcomePage, ReadError> {
+        match &self.history {
+            Some(history) => history.query(query).map_err(unreadable_history),
+            None => Ok(OutcomePage::default()),
+        }
+    }
+
+    fn outcomes_of_ping(
+        &self,
+        app: AppId,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Vec<OutcomeRecord>, ReadError> {
+        match &self.history {
+            Some(history) => history
+                .of_ping(app, ping, after, limit)
+                .map_err(unreadable_history),
+            None => Ok(Vec::new()),
+        }
     }
 
     fn expired(
@@ -740,8 +819,10 @@ impl Store for House {
     fn stats(&self) -> StoreStats {
         let now = self.clock.now().mono;
         let backup = self.backups.as_ref();
+        let history = self.history.as_ref();
         StoreStats {
             backup: backup.map(|figures| figures.stats(self.copier.is_busy())),
+            outcomes: history.map(|history| history.stats()).unwrap_or_default(),
             ..stats(&self.figures, &self.keeper, &self.queue, self.run, now)
         }
     }
@@ -773,6 +854,10 @@ impl Store for House {
             bell.close();
             join("backups", thread);
         }
+        if let (Some(history), Some(thread)) = (&self.history, running.history) {
+            history.close();
+            join("history of outcomes", thread);
+        }
         self.keeper.close();
         join("keeper", running.keeper);
         self.keeper.let_go();
@@ -794,6 +879,10 @@ impl Drop for House {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+fn unreadable_history(error: std::io::Error) -> ReadError {
+    ReadError::Engine(format!("the history of outcomes: {error}"))
 }
 
 fn join(what: &str, thread: JoinHandle<()>) {

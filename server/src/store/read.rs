@@ -13,7 +13,7 @@ use bytes::Bytes;
 use super::engine::{Direction, Engine, EngineError};
 use super::keys::{self, Key};
 use super::overlay::{Overlay, View};
-use super::record::{self, Fault, PairStored};
+use super::record::{self, Fault, Pair, PairStored};
 use super::set_aside::SetAside;
 use super::write::Chore;
 use crate::delivery::{
@@ -21,7 +21,7 @@ use crate::delivery::{
 };
 use crate::ports::{
     AppRecord, DeviceFilter, DeviceRecord, Erasure, ExpiredRow, ExpiryCursor, IdempotencyRecord,
-    KeyRecord, Page, PairState, ReadError,
+    KeyRecord, OutcomeRecord, Page, PairState, ReadError,
 };
 
 impl From<EngineError> for ReadError {
@@ -98,6 +98,16 @@ impl Reader {
         chores: &mut Vec<Chore>,
     ) -> Result<Page<ExpiredRow, ExpiryCursor>, ReadError> {
         self.look().expired(until_ms, after, limit, chores)
+    }
+
+    /// What ended at `from_ms` or later, oldest first, from a cursor on, and where the next page starts.
+    pub(super) fn endings(
+        &self,
+        from_ms: u64,
+        after: Option<Key>,
+        limit: usize,
+    ) -> Result<(Vec<OutcomeRecord>, Option<Key>), ReadError> {
+        self.look().endings(from_ms, after, limit)
     }
 
     /// What can be forgotten: outcomes and idempotency keys older than `before_ms`, at most `limit`.
@@ -519,6 +529,49 @@ impl Look<'_> {
             Ok(ControlFlow::Continue(()))
         })?;
         Ok(Page { items, next })
+    }
+
+    fn endings(
+        &self,
+        from_ms: u64,
+        after: Option<Key>,
+        limit: usize,
+    ) -> Result<(Vec<OutcomeRecord>, Option<Key>), ReadError> {
+        let from = after.map_or_else(|| keys::endings(from_ms), Key::after);
+        let to = keys::endings(u64::MAX).end();
+        let mut records = Vec::new();
+        let (mut last, mut next) = (None, None);
+        let mut walked = 0;
+        self.each(&from, &to, Direction::Up, &mut |key, _| {
+            if walked >= limit {
+                next = last.take();
+                return Ok(ControlFlow::Break(()));
+            }
+            walked += 1;
+            last = Some(Key::from_slice(key));
+            let Some((at_ms, ping, device)) = keys::parse_ended(key) else {
+                return Ok(ControlFlow::Continue(()));
+            };
+            let key = keys::pair(ping, device);
+            let pair = self.get(&key, |value| record::pair(&key, value))?;
+            if let Some(Pair {
+                app,
+                state: PairStored::Ended { outcome, at_ms: at },
+            }) = pair
+                && at == at_ms
+            {
+                records.push(OutcomeRecord {
+                    app,
+                    ping,
+                    device,
+                    outcome,
+                    at_ms,
+                    accepted_ms: None,
+                });
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok((records, next))
     }
 
     fn receipts(&self, before_ms: u64, now_ms: u64, limit: usize) -> Result<Vec<Chore>, ReadError> {

@@ -66,6 +66,10 @@ pub struct StoreSettings {
     pub trust_file_system: bool,
     /// Backups that the server makes by itself. Default none.
     pub backup: Option<BackupPlan>,
+    /// How long outcomes are kept (`receipts.keep`). Default 24 hours.
+    pub outcomes_keep: Duration,
+    /// Size of the history of outcomes (`receipts.max_bytes`); the oldest give way. Default 4 GiB.
+    pub outcomes_max_bytes: u64,
 }
 
 /// Where and how often the server makes backups by itself.
@@ -98,6 +102,8 @@ impl StoreSettings {
             trust_file_system: false,
             key_mark: [0; 32],
             backup: None,
+            outcomes_keep: Duration::from_secs(24 * 3600),
+            outcomes_max_bytes: 4 << 30,
         }
     }
 }

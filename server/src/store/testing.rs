@@ -26,7 +26,8 @@ use crate::delivery::{
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, ClockState, Committed,
     DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord,
-    KeyRecord, Op, Page, PairState, ReadError, SourceId, Store, StoreHealth, StoreStats,
+    KeyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, SourceId,
+    Store, StoreHealth, StoreStats,
 };
 
 /// A clock that stands still until it is moved.
@@ -957,6 +958,25 @@ impl Store for SyncStore {
         limit: usize,
     ) -> Result<Page<(AppId, DeviceId, PairState), DeviceId>, ReadError> {
         self.reading(|reader, _| reader.pairs(ping, after, limit))
+    }
+
+    /// Keeps no history: what it would write must not move where a seed fails.
+    fn record_outcomes(&self, records: &mut Vec<OutcomeRecord>) {
+        records.clear();
+    }
+
+    fn outcomes(&self, _query: &OutcomeQuery) -> Result<OutcomePage, ReadError> {
+        Ok(OutcomePage::default())
+    }
+
+    fn outcomes_of_ping(
+        &self,
+        _app: AppId,
+        _ping: PingId,
+        _after: Option<DeviceId>,
+        _limit: usize,
+    ) -> Result<Vec<OutcomeRecord>, ReadError> {
+        Ok(Vec::new())
     }
 
     fn expired(

@@ -7,7 +7,7 @@ mod committing;
 mod crashes;
 mod examining;
 mod files;
-mod formats;
+pub(super) mod formats;
 mod model;
 mod mounted;
 mod rebuilding;

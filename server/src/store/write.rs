@@ -286,6 +286,19 @@ impl FrameBuilder {
             }
             Op::DropKey(_, id) => self.delete(&keys::api_key(*id)),
             Op::Erase(erasure) => self.erase(erasure)?,
+            Op::PutOutcome(outcome) => {
+                let pair = Pair {
+                    app: outcome.app,
+                    state: PairStored::Ended {
+                        outcome: outcome.outcome,
+                        at_ms: outcome.at_ms,
+                    },
+                };
+                self.put(&keys::pair(outcome.ping, outcome.device), |key, out| {
+                    record::put_pair(key, out, pair);
+                })?;
+                self.put_empty(&keys::ended(outcome.at_ms, outcome.ping, outcome.device))?;
+            }
             Op::PutIdempotency(record) => {
                 self.put(
                     &keys::idempotency(record.app, record.key_hash),

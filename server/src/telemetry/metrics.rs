@@ -135,6 +135,15 @@ metrics! {
 
     SWEEP_ROWS_TOTAL: Counter "bellwire_sweep_rows_total" [] "Rows past their expiry that the sweep found.";
     SWEEP_PAUSED: Gauge "bellwire_sweep_paused" [] "1 while the sweep pauses because the clock jumped.";
+    OUTCOMES_NOT_DURABLE_TOTAL: Counter "bellwire_outcomes_not_durable_total" [] "Outcomes announced although `receipts.durable` could not make them safe: no room, a failed store, or too many at once.";
+    HISTORY_BYTES: Gauge "bellwire_history_bytes" [] "Size of the history of outcomes.";
+    HISTORY_SEGMENTS: Gauge "bellwire_history_segments" [] "Segments of the history of outcomes.";
+    HISTORY_RECORDS: Gauge "bellwire_history_records" [] "Outcomes in the history.";
+    HISTORY_OLDEST_SECONDS: Gauge "bellwire_history_oldest_seconds" [] "When the oldest outcome in the history ended, Unix seconds; 0 while there is none.";
+    HISTORY_UNREADABLE: Gauge "bellwire_history_unreadable" [] "Outcomes and files of the history that cannot be read.";
+    HISTORY_WRITTEN_TOTAL: Counter "bellwire_history_written_total" [] "Outcomes written to the history.";
+    HISTORY_LOST_TOTAL: Counter "bellwire_history_lost_total" ["reason"] "Outcomes left out of the history: `overflow` (more than it can take), `failed` (a write failed).";
+    HISTORY_SEGMENTS_DROPPED_TOTAL: Counter "bellwire_history_segments_dropped_total" [] "Segments of the history dropped by age or size.";
     RECEIPTS_DROPPED_TOTAL: Counter "bellwire_receipts_dropped_total" [] "Outcomes and idempotency keys dropped by age.";
     CLOCK_JUMP_SECONDS: Gauge "bellwire_clock_jump_seconds" [] "System clock minus ours while it is not followed, 0 otherwise.";
 

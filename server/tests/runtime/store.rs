@@ -9,8 +9,9 @@ use bellwire_server::delivery::{
 };
 use bellwire_server::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Committed, DeviceFilter,
-    DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, Page,
-    PairState, ReadError, SourceId, Store, StoreHealth, StoreStats,
+    DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, OutcomeOrder,
+    OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError,
+    SourceId, Store, StoreHealth, StoreStats,
 };
 
 /// What the store does with a batch.
@@ -57,6 +58,12 @@ impl Disk {
                 Op::DropKey(_, id) => drop(self.keys.remove(&id)),
                 // Only restores look at them.
                 Op::Erase(_) => {}
+                Op::PutOutcome(record) => {
+                    self.outcomes.insert(
+                        (record.ping, record.device),
+                        (record.app, record.outcome, record.at_ms),
+                    );
+                }
                 Op::PutIdempotency(record) => {
                     self.idempotency
                         .insert((record.app, record.key_hash), record);
@@ -135,6 +142,7 @@ struct State {
     closed: bool,
     device_reads: u64,
     user_reads: u64,
+    history: Vec<OutcomeRecord>,
 }
 
 #[derive(Default)]
@@ -305,6 +313,61 @@ impl Store for FakeStore {
         items.truncate(limit);
         let next = items.last().map(|item| item.1).filter(|_| more);
         Ok(Page { items, next })
+    }
+
+    fn record_outcomes(&self, records: &mut Vec<OutcomeRecord>) {
+        self.0.lock().unwrap().history.append(records);
+    }
+
+    fn outcomes(&self, query: &OutcomeQuery) -> Result<OutcomePage, ReadError> {
+        let state = self.0.lock().unwrap();
+        let mut all: Vec<(u64, OutcomeRecord)> = (0..).zip(state.history.iter().copied()).collect();
+        if query.order == OutcomeOrder::NewestFirst {
+            all.reverse();
+        }
+        let mut page = OutcomePage::default();
+        for (position, record) in all {
+            let begun = query.start.is_none_or(|start| match query.order {
+                OutcomeOrder::NewestFirst => position <= start.0,
+                OutcomeOrder::OldestFirst => position >= start.0,
+            });
+            let devices = query.devices.as_ref();
+            if !begun
+                || record.app != query.app
+                || !(query.from_ms..query.to_ms).contains(&record.at_ms)
+                || query
+                    .outcome
+                    .is_some_and(|outcome| outcome != record.outcome)
+                || devices.is_some_and(|devices| !devices.contains(&record.device))
+            {
+                continue;
+            }
+            if page.items.len() == query.limit {
+                page.next = Some(OutcomePosition(position));
+                break;
+            }
+            page.items.push(record);
+        }
+        Ok(page)
+    }
+
+    fn outcomes_of_ping(
+        &self,
+        app: AppId,
+        ping: PingId,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Vec<OutcomeRecord>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let mut known = BTreeMap::new();
+        for record in &state.history {
+            if (record.app, record.ping) == (app, ping)
+                && after.is_none_or(|after| record.device > after)
+            {
+                known.entry(record.device).or_insert(*record);
+            }
+        }
+        Ok(known.into_values().take(limit).collect())
     }
 
     fn expired(

@@ -18,12 +18,12 @@
 //! the place as well, so that a record which turns up anywhere else is found out. Slots have the size of a header and
 //! divide a sector: what a torn sector takes away is whole records. A slot of nothing but zeros was never written.
 
-use crate::delivery::{AppId, DeviceId, Outcome, PingId};
+use crate::delivery::{AppId, DeviceId, PingId};
 use crate::ports::OutcomeRecord;
 use crate::store::record;
 
 /// Where the files are.
-pub(super) const DIR: &str = "outcomes";
+pub(in crate::store) const DIR: &str = "outcomes";
 
 const MAGIC: [u8; 8] = *b"BWOUTCOM";
 const INDEX_MAGIC: [u8; 8] = *b"BWOUTIDX";

@@ -46,7 +46,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use self::format::{DIR, SLOT, Slots, Summary, Unusable, index_name, segment_name};
+pub(super) use self::format::DIR;
+use self::format::{SLOT, Slots, Summary, Unusable, index_name, segment_name};
 use self::segment::{Bare, Kind, Segment};
 use super::log::disk::Disk;
 use crate::delivery::{AppId, DeviceId, Mono, PingId};
@@ -68,30 +69,38 @@ const PARTS_BY_SIZE: u64 = 16;
 const PARTS_BY_AGE: u64 = 8;
 /// Most segments: a server that is started every few seconds makes many small ones.
 const SEGMENTS_MAX: usize = 16_384;
+/// How long the writer waits after a write that failed; what ends meanwhile waits in the queue.
+const WRITE_RETRY: Duration = Duration::from_secs(10);
 /// How long the writer waits after trouble with a file before it tries that again.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
 /// Records of the engine that one step of a backfill looks at.
 pub(super) const BACKFILL_PAGE: usize = 1_000;
 /// Most records that a start writes again.
 const BACKFILL_MAX: usize = 1_000_000;
-/// How much earlier than the last record a backfill begins: an outcome is recorded once its frame is safe.
-const BACKFILL_SLACK_MS: u64 = 60_000;
+/// By how much the times of records may run against their order: an outcome is recorded once its frame is safe.
+const SLACK_MS: u64 = 60_000;
 
 /// What is kept.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rules {
     /// For how long, milliseconds.
-    pub(super) keep_ms: u64,
+    keep_ms: u64,
     /// How many bytes.
-    pub(super) max_bytes: u64,
+    max_bytes: u64,
+    /// Records of a segment.
+    segment_places: u32,
 }
 
 impl Rules {
-    /// Places of a segment.
-    fn segment_places(self) -> u32 {
-        let bytes = (self.max_bytes / PARTS_BY_SIZE).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES);
-        // At most 262,144.
-        (bytes / SLOT as u64) as u32
+    /// Keeps outcomes for so long and in so many bytes.
+    pub(super) fn new(keep: Duration, max_bytes: u64) -> Rules {
+        let bytes = (max_bytes / PARTS_BY_SIZE).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES);
+        Rules {
+            keep_ms: u64::try_from(keep.as_millis()).unwrap_or(u64::MAX),
+            max_bytes,
+            // At most 262,144.
+            segment_places: (bytes / SLOT as u64) as u32,
+        }
     }
 }
 
@@ -136,6 +145,7 @@ struct Writing {
     buffer: Vec<u8>,
     /// Trouble is told, and tried again, once a minute.
     write_told: Option<Mono>,
+    write_not_before: Mono,
     index_not_before: Mono,
     remove_not_before: Mono,
 }
@@ -195,6 +205,7 @@ impl History {
                 next: last.checked_add(1),
                 buffer: Vec::new(),
                 write_told: None,
+                write_not_before: now.mono,
                 index_not_before: now.mono,
                 remove_not_before: now.mono,
             }),
@@ -268,7 +279,7 @@ impl History {
     /// One turn of the writer: writes what waits, makes an index, drops what is too old or too much.
     pub(super) fn turn(&self) {
         let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        if !(self.no_room)() {
+        if !(self.no_room)() && self.clock.now().mono >= writing.write_not_before {
             let records = {
                 let mut queue = self.queue();
                 let spare = Vec::with_capacity(queue.records.len().min(QUEUE_KEEPS));
@@ -296,7 +307,7 @@ impl History {
     // ---- Writing -------------------------------------------------------------------------------------------------
 
     fn write(&self, writing: &mut Writing, mut records: &[OutcomeRecord]) {
-        let most = self.rules.segment_places();
+        let most = self.rules.segment_places;
         while !records.is_empty() {
             match self.write_some(writing, records, most) {
                 Ok(written) => {
@@ -307,6 +318,9 @@ impl History {
                     self.failed
                         .fetch_add(records.len() as u64, Ordering::Relaxed);
                     let now = self.clock.now().mono;
+                    writing.write_not_before = now + WRITE_RETRY;
+                    // Nothing is written over what this may have left behind.
+                    self.seal_open(writing);
                     if writing
                         .write_told
                         .is_none_or(|told| now - told >= RETRY_AFTER)
@@ -368,9 +382,15 @@ impl History {
         let file = self.disk.create(&name)?;
         // Even if what follows fails, the file is there.
         writing.next = number.checked_add(1);
-        file.write_at(&format::header(self.store, number, made_ms), 0)?;
-        file.sync()?;
-        self.disk.sync_dir(DIR)?;
+        let begun = file
+            .write_at(&format::header(self.store, number, made_ms), 0)
+            .and_then(|()| file.sync())
+            .and_then(|()| self.disk.sync_dir(DIR));
+        if let Err(error) = begun {
+            // Nothing is in it; if it cannot be removed, the next start finds it empty.
+            drop(self.disk.remove(&name));
+            return Err(error);
+        }
         let segment = Arc::new(Segment::open(self.store, number, file, made_ms));
         self.insert(Arc::clone(&segment));
         writing.open = Some(Arc::clone(&segment));
@@ -494,31 +514,43 @@ impl History {
             return;
         }
         let segments = self.list();
+        let mut removed = false;
         // Nothing grows old because somebody set the clock.
         if self.clock.state() == ClockState::Steady {
             let before_ms = now.unix_ms.saturating_sub(self.rules.keep_ms);
+            // Times follow the order of the records to within seconds.
+            let long_before_ms = before_ms.saturating_sub(SLACK_MS);
             // When the latest record at or after this place in the list ended.
             let mut latest_ms = None;
             let mut old = Vec::new();
-            for segment in segments.iter().rev() {
+            for (place, segment) in segments.iter().enumerate().rev() {
+                // What tells the age of an unreadable one goes together with it.
+                let before = place.checked_sub(1).and_then(|place| segments.get(place));
+                let witness = before.is_some_and(|before| before.is_undated());
                 match &segment.kind {
                     Kind::Open(_) => latest_ms = Some(u64::MAX),
                     Kind::Unusable(unused) => {
                         // Its records are at most as old as those of the segment after it.
-                        if latest_ms.is_some_and(|latest| latest < before_ms)
+                        if latest_ms.is_some_and(|latest| latest < long_before_ms)
                             && unused.why != Unusable::Foreign
                         {
                             old.push(Arc::clone(segment));
                         }
                     }
                     Kind::Sealed(_) | Kind::Bare(_) => {
-                        latest_ms = match (&segment.kind, segment.span()) {
-                            (_, Some((_, latest))) => Some(latest),
-                            // Nothing in it can be read any more, or nothing ever was.
-                            (Kind::Sealed(_), None) => latest_ms.or(Some(0)),
-                            (Kind::Open(_) | Kind::Bare(_) | Kind::Unusable(_), None) => latest_ms,
+                        let old_enough = match segment.span() {
+                            Some((_, latest)) => {
+                                latest_ms = Some(latest);
+                                latest < if witness { long_before_ms } else { before_ms }
+                            }
+                            // Nothing can be read in it, or not yet: as if it could not be used at all.
+                            None if segment.length() > 0 => {
+                                latest_ms.is_some_and(|latest| latest < long_before_ms)
+                            }
+                            // Nothing was ever written.
+                            None => true,
                         };
-                        if latest_ms.is_some_and(|latest| latest < before_ms) {
+                        if old_enough {
                             old.push(Arc::clone(segment));
                         }
                     }
@@ -527,6 +559,7 @@ impl History {
             for segment in old.iter().rev() {
                 self.remove(writing, segment, "age");
             }
+            removed = !old.is_empty();
         }
         let segments = self.list();
         let mut bytes: u64 = segments.iter().map(|segment| segment.bytes()).sum();
@@ -538,12 +571,16 @@ impl History {
             match &segment.kind {
                 Kind::Sealed(_) | Kind::Bare(_) => {
                     self.remove(writing, segment, "size");
+                    removed = true;
                     bytes -= segment.bytes();
                     count -= 1;
                 }
                 // Nothing unreadable is dropped before its age says so.
                 Kind::Open(_) | Kind::Unusable(_) => {}
             }
+        }
+        if removed && let Err(error) = self.disk.sync_dir(DIR) {
+            tracing::warn!(%error, "that old outcomes were dropped may be forgotten by a crash of the machine");
         }
     }
 
@@ -673,7 +710,7 @@ impl History {
             .filter(|latest| *latest < self.begun_ms)
             .max();
         let from_ms = last_ms
-            .map_or(0, |last| last.saturating_sub(BACKFILL_SLACK_MS))
+            .map_or(0, |last| last.saturating_sub(SLACK_MS))
             .max(self.from_ms());
         let segments: Vec<_> = segments
             .into_iter()

@@ -329,7 +329,7 @@ pub(super) fn of_ping(
                     if found >= limit && last != Some(key) {
                         break;
                     }
-                    if add(&mut known, record) {
+                    if add(&mut known, record) && last != Some(key) {
                         found += 1;
                         last = Some(key);
                     }

@@ -191,6 +191,11 @@ impl Segment {
         }
     }
 
+    /// Whether nobody knows how old it is.
+    pub(super) fn is_undated(&self) -> bool {
+        self.span().is_none() && !matches!(self.kind, Kind::Open(_))
+    }
+
     /// Whether a record of this time or later, and before that time, may be in it.
     pub(super) fn may_hold(&self, from_ms: u64, to_ms: u64) -> bool {
         match (&self.kind, self.span()) {
@@ -569,6 +574,13 @@ impl Records<'_> {
         Ok(slots)
     }
 
+    fn sync(&self) -> io::Result<()> {
+        match &self.file {
+            File::Shared(file) => file.sync(),
+            File::Own(file) => file.sync(),
+        }
+    }
+
     /// Counts and tells a slot of [`Records::some`] that cannot be read.
     pub(super) fn rotten(&self, place: u32) {
         self.segment.rotten(place);
@@ -582,11 +594,18 @@ fn look(disk: &dyn Disk, store: [u8; 16], number: u32) -> Result<(u32, u64), (Un
         .open(&format::segment_name(number))
         .map_err(unreadable)?;
     let length = file.length().map_err(unreadable)?;
+    if length < HEADER as u64 {
+        // Its making was cut short: records are only written once the header is safe.
+        return Ok((0, length));
+    }
     let mut header = [0; HEADER];
     file.read_at(&mut header, 0)
         .map_err(|_| (Unusable::Rotten("its header cannot be read"), length))?;
-    format::check_header(&header, store, number).map_err(|why| (why, length))?;
-    Ok((slots_in(length), length))
+    match format::check_header(&header, store, number) {
+        Ok(()) => Ok((slots_in(length), length)),
+        Err(Unusable::Rotten(_)) if length == HEADER as u64 => Ok((0, length)),
+        Err(why) => Err((why, length)),
+    }
 }
 
 enum Index {
@@ -642,6 +661,10 @@ pub(super) fn read_all(
     let Some(mut records) = segment.records_of(disk)? else {
         return Ok(None);
     };
+    if torn {
+        // Whoever wrote it was killed before it came to that.
+        records.sync()?;
+    }
     let length = segment.length();
     let mut keys = Vec::new();
     let mut faults = Vec::new();

@@ -157,7 +157,7 @@ fn stand(change: impl FnOnce(&mut StoreSettings)) -> Stand {
         Arc::new(SeededEntropy::new(5)),
     )
     .unwrap();
-    let house = Arc::new(House::start(parts, None).unwrap());
+    let house = Arc::new(House::start(parts, None, None).unwrap());
     Stand { house, gate, clock }
 }
 

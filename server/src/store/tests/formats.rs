@@ -21,7 +21,7 @@ fn golden() -> PathBuf {
 }
 
 /// Compares with a golden file. With `BELLWIRE_GOLDEN=write` a file that is missing is made; none is ever changed.
-fn check(name: &str, written: &[u8]) -> Vec<u8> {
+pub(in crate::store) fn check(name: &str, written: &[u8]) -> Vec<u8> {
     let path = golden().join(format!("{name}.hex"));
     if !path.exists() && std::env::var("BELLWIRE_GOLDEN").is_ok_and(|word| word == "write") {
         fs::create_dir_all(golden()).unwrap();

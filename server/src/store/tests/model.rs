@@ -86,7 +86,11 @@ impl Model {
             Op::PutApp(app) => {
                 self.apps.insert(app.id.0, app.name.clone());
             }
-            Op::PutKey(_) | Op::DropKey(..) | Op::PutIdempotency(_) | Op::Erase(_) => {}
+            Op::PutKey(_)
+            | Op::DropKey(..)
+            | Op::PutIdempotency(_)
+            | Op::PutOutcome(_)
+            | Op::Erase(_) => {}
         }
     }
 
