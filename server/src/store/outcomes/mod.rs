@@ -624,13 +624,13 @@ impl History {
     }
 
     /// The earliest end that is still told.
-    fn from_ms(&self) -> u64 {
+    fn told_since_ms(&self) -> u64 {
         self.clock.now().unix_ms.saturating_sub(self.rules.keep_ms)
     }
 
     /// The records that fit a query, a page of them. None that is older than what is kept.
     pub(super) fn query(&self, query: &OutcomeQuery) -> io::Result<OutcomePage> {
-        let from_ms = query.from_ms.max(self.from_ms());
+        let from_ms = query.from_ms.max(self.told_since_ms());
         let query = OutcomeQuery {
             from_ms,
             ..query.clone()
@@ -652,7 +652,7 @@ impl History {
             &segments,
             app,
             ping,
-            self.from_ms(),
+            self.told_since_ms(),
             after,
             limit,
         )
@@ -677,7 +677,7 @@ impl History {
         stats.oldest_ms = oldest
             .map(|(earliest, _)| earliest)
             .min()
-            .map_or(0, |oldest| oldest.max(self.from_ms()));
+            .map_or(0, |oldest| oldest.max(self.told_since_ms()));
         stats
     }
 
@@ -711,7 +711,7 @@ impl History {
             .max();
         let from_ms = last_ms
             .map_or(0, |last| last.saturating_sub(SLACK_MS))
-            .max(self.from_ms());
+            .max(self.told_since_ms());
         let segments: Vec<_> = segments
             .into_iter()
             .filter(|segment| segment.may_hold(from_ms, u64::MAX))

@@ -31,7 +31,7 @@ fn record(n: u64) -> OutcomeRecord {
         device: device(n % 5),
         outcome: Outcome::ALL[n as usize % 8],
         at_ms: START_MS + n,
-        accepted_ms: (n % 3 > 0).then_some(START_MS),
+        accepted_ms: (!n.is_multiple_of(3)).then_some(START_MS),
     }
 }
 
