@@ -5,6 +5,7 @@
 //! it starts it ends, also when it is interrupted.
 
 mod api;
+mod churn;
 mod deliver;
 mod device;
 mod failure;
@@ -33,7 +34,8 @@ use crate::report::Report;
   bellwire-bench deliver --rate 5000                5,000 pings a second, by the clock
   bellwire-bench deliver --connections 1 --rate 100 one quiet ping at a time
   bellwire-bench deliver --absent --devices 1000    pings that wait on disk
-  bellwire-bench idle                               memory and time of devices that only stay connected")]
+  bellwire-bench idle                               memory and time of devices that only stay connected
+  bellwire-bench churn --engine fjall               a million rows into a store and out again")]
 struct Arguments {
     #[command(subcommand)]
     workload: Workload,
@@ -49,6 +51,9 @@ struct Arguments {
 enum Workload {
     Deliver(deliver::Deliver),
     Idle(idle::Idle),
+    Churn(churn::Churn),
+    #[command(hide = true)]
+    ChurnStore(churn::ChurnStore),
     #[command(hide = true)]
     FloorServer(floor::FloorServer),
 }
@@ -80,6 +85,8 @@ async fn run(arguments: Arguments) -> Outcome<Option<Report>> {
         match arguments.workload {
             Workload::Deliver(args) => deliver::run(args, progress).await.map(Some),
             Workload::Idle(args) => idle::run(args, progress).await.map(Some),
+            Workload::Churn(args) => churn::run(args, progress).await.map(Some),
+            Workload::ChurnStore(args) => churn::serve(&args).map(|()| None),
             Workload::FloorServer(args) => floor::serve(args).await.map(|()| None),
         }
     };

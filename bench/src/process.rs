@@ -47,6 +47,13 @@ pub(crate) fn memory(pid: u32) -> Outcome<Memory> {
     })
 }
 
+/// The most that a process has ever held resident, bytes.
+pub(crate) fn peak_memory(pid: u32) -> Outcome<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).during(format_args!("read {path}"))?;
+    kilobytes(&text, "VmHWM:").ok_or_else(|| Failure::new(format!("{path} does not name a peak")))
+}
+
 /// The figure of a line such as `Rss:   1234 kB`, in bytes.
 fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
