@@ -45,6 +45,11 @@ const RUNS_MAX: usize = 16;
 const WAIT_MAX: Duration = Duration::from_secs(10);
 const WAIT_STEP: Duration = Duration::from_millis(2);
 
+/// Entries and bytes after which a walk begins anew behind the last one. An open walk keeps every memtable and table that was
+/// there when it began, and a snapshot may walk for minutes while writes go on.
+const PAGE_ENTRIES: usize = 1_000;
+const PAGE_BYTES: usize = 1 << 20;
+
 const BUSY: &str = "fjall's files are open elsewhere";
 
 /// fjall's own errors are values; its panics are turned into the same.
@@ -132,28 +137,49 @@ impl Engine for FjallEngine {
         direction: Direction,
         visit: Visit<'_>,
     ) -> Result<(), EngineError> {
-        if range.start >= range.end {
-            return Ok(());
-        }
-        let mut entries = guarded("walk over a range", || Ok(self.entries.range(range)))?;
-        loop {
-            let entry = guarded("walk over a range", || {
-                match direction {
-                    Direction::Up => entries.next(),
-                    Direction::Down => entries.next_back(),
-                }
-                .map(fjall::Guard::into_inner)
-                .transpose()
+        let (mut low, mut high) = (
+            Bytes::copy_from_slice(range.start),
+            Bytes::copy_from_slice(range.end),
+        );
+        while low < high {
+            let mut entries = guarded("walk over a range", || {
+                Ok(self.entries.range(&low[..]..&high[..]))
             })?;
-            match entry {
-                Some((key, value)) => {
-                    if let ControlFlow::Break(()) = visit(&key, &value) {
-                        return Ok(());
+            let (mut seen, mut bytes) = (0, 0);
+            loop {
+                let entry = guarded("walk over a range", || {
+                    match direction {
+                        Direction::Up => entries.next(),
+                        Direction::Down => entries.next_back(),
                     }
+                    .map(fjall::Guard::into_inner)
+                    .transpose()
+                })?;
+                let Some((key, value)) = entry else {
+                    return Ok(());
+                };
+                if let ControlFlow::Break(()) = visit(&key, &value) {
+                    return Ok(());
                 }
-                None => return Ok(()),
+                seen += 1;
+                bytes += key.len() + value.len();
+                if seen < PAGE_ENTRIES && bytes < PAGE_BYTES {
+                    continue;
+                }
+                match direction {
+                    Direction::Up => {
+                        // The smallest key behind it.
+                        let mut next = Vec::with_capacity(key.len() + 1);
+                        next.extend_from_slice(&key);
+                        next.push(0);
+                        low = next.into();
+                    }
+                    Direction::Down => high = Bytes::copy_from_slice(&key),
+                }
+                break;
             }
         }
+        Ok(())
     }
 
     fn apply(&self, batch: &[EngineWrite], position: Option<u64>) -> Result<(), EngineError> {
