@@ -18,7 +18,8 @@
 //! Two kinds of directories are nothing but copies, and a start removes them: those of a later generation than the one that
 //! counts (a build that was cut off before it was named; the file is written before the first such build begins, so a
 //! later generation without a file means that the file was lost), and those that the file itself says it replaced.
-//! Everything else is moved aside under a dated name at most, and stays until the operator removes it.
+//! Everything else is moved aside under a dated name at most, and stays until the operator removes it; also at a start, if
+//! whoever was about to do it was cut off.
 //!
 //! An engine whose directory is there but is not named is never opened: it may be old. So choosing another engine in the
 //! settings builds that engine from snapshot and log.
@@ -76,6 +77,9 @@ pub(super) trait EngineHome: Send + Sync {
     fn discard(&self, built: Built);
     /// Puts what was found by [`EngineHome::open`] and does not count any more out of the way; answers where it is now.
     fn move_aside(&self, stamp: &str) -> io::Result<Option<String>>;
+    /// Puts directories out of the way that no longer count and kept their name, because whoever was about to give them
+    /// another was cut off.
+    fn move_leftovers(&self, stamp: &str) -> io::Result<()>;
     /// Removes what was replaced. Nobody may have it open any more.
     fn remove_replaced(&self) -> io::Result<()>;
     /// Notes that the engine is in use.
@@ -106,6 +110,9 @@ impl EngineHome for MemoryHome {
     fn discard(&self, _built: Built) {}
     fn move_aside(&self, _stamp: &str) -> io::Result<Option<String>> {
         Ok(None)
+    }
+    fn move_leftovers(&self, _stamp: &str) -> io::Result<()> {
+        Ok(())
     }
     fn remove_replaced(&self) -> io::Result<()> {
         Ok(())
@@ -376,6 +383,8 @@ struct State {
     unreadable: bool,
     /// Directories that are there and will not count once another engine does.
     put_out: Vec<Place>,
+    /// Directories that are there, did not count when this looked, and may hold what nobody has seen yet.
+    leftovers: Vec<Place>,
     /// The highest generation that was ever seen.
     highest: u32,
 }
@@ -422,6 +431,36 @@ impl FilesHome {
         state.pointer = Some(pointer);
         state.written = true;
         Ok(())
+    }
+
+    /// Which engine counts, whatever was chosen. `None`: none is there, or nothing says which. Changes nothing.
+    pub(super) fn counts(&self) -> io::Result<Option<FileEngine>> {
+        let places = self.places()?;
+        Ok(match self.read_pointer()? {
+            Some(Ok(pointer)) => places
+                .contains(&pointer.place)
+                .then_some(pointer.place.kind),
+            // A start says what is wrong with it.
+            Some(Err(_)) => None,
+            None if places.last().is_some_and(|place| place.generation > 1) => None,
+            None => places.first().map(|place| place.kind),
+        })
+    }
+
+    /// Gives directories dated names; answers the last one.
+    fn set_aside(&self, places: &[Place], stamp: &str) -> io::Result<Option<String>> {
+        if places.is_empty() {
+            return Ok(None);
+        }
+        let taken = self.files.list()?;
+        let mut moved = None;
+        for place in places {
+            let name = free_name(&format!("{}.aside-{stamp}", place.name()), &taken);
+            self.files.rename(&place.name(), &name)?;
+            moved = Some(name);
+        }
+        self.disk.sync_dir("")?;
+        Ok(moved)
     }
 
     /// Finds out what counts, and removes what may be removed.
@@ -479,6 +518,8 @@ impl FilesHome {
                 if let Err(error) = self.files.remove(&place.name()) {
                     tracing::warn!(%error, directory = place.name(), "it could not be removed");
                 }
+            } else if place != pointer.place {
+                state.leftovers.push(place);
             }
             there |= place == pointer.place;
         }
@@ -649,16 +690,20 @@ impl EngineHome for FilesHome {
     }
 
     fn move_aside(&self, stamp: &str) -> io::Result<Option<String>> {
+        self.move_leftovers(stamp)?;
         let out = std::mem::take(&mut self.lock().put_out);
-        let taken = self.files.list()?;
-        let mut moved = None;
-        for place in out {
-            let name = free_name(&format!("{}.aside-{stamp}", place.name()), &taken);
-            self.files.rename(&place.name(), &name)?;
-            moved = Some(name);
+        self.set_aside(&out, stamp)
+    }
+
+    fn move_leftovers(&self, stamp: &str) -> io::Result<()> {
+        let out = std::mem::take(&mut self.lock().leftovers);
+        if let Some(moved_to) = self.set_aside(&out, stamp)? {
+            tracing::info!(
+                moved_to,
+                "an engine that did not count any more was moved aside"
+            );
         }
-        self.disk.sync_dir("")?;
-        Ok(moved)
+        Ok(())
     }
 
     fn remove_replaced(&self) -> io::Result<()> {

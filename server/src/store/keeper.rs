@@ -59,6 +59,12 @@ const REGROWN: u64 = 2;
 const REBUILD_ROOM: u64 = 3;
 const REBUILD_ROOM_LEAST: u64 = 64 << 20;
 
+/// Room that an engine may need for so much that lives.
+pub(super) fn room_for_engine(live: u64) -> u64 {
+    live.saturating_mul(REBUILD_ROOM)
+        .saturating_add(REBUILD_ROOM_LEAST)
+}
+
 /// When snapshots are taken, when an engine is built anew, and how much room must stay free.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rules {

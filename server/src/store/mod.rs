@@ -22,6 +22,7 @@
 mod apply;
 pub mod backup;
 mod committer;
+mod convert;
 mod current;
 mod engine;
 pub mod examine;
@@ -83,6 +84,9 @@ use crate::ports::{
     Store, StoreHealth, StoreStats,
 };
 
+pub use self::convert::{
+    ConvertError, ConvertPlan, ConvertStep, Converted, Digest, convert, plan_conversion,
+};
 pub use self::settings::{BackupPlan, EngineKind, OpenError, OpenReport, Rebuilt, StoreSettings};
 
 /// An open store and how it was found.

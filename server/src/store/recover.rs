@@ -69,6 +69,9 @@ pub(super) fn recover(
                 )),
                 None => {
                     report.replayed_frames = replayed.frames;
+                    if let Err(error) = home.move_leftovers(stamp) {
+                        tracing::warn!(%error, "an engine that does not count any more could not be moved aside");
+                    }
                     return Ok(Recovered {
                         engine,
                         next_frame: replayed.tail.next_frame,

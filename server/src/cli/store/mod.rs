@@ -1,5 +1,6 @@
 //! `bellwire store`: what is kept in a data directory, seen without a server.
 
+mod convert;
 mod inspect;
 mod salvage;
 mod verify;
@@ -18,6 +19,7 @@ Examples:
   bellwire store inspect --data-dir /var/lib/bellwire --json
   bellwire store verify --data-dir /var/lib/bellwire
   bellwire store salvage --data-dir /var/lib/bellwire --into /var/lib/bellwire-new
+  bellwire store convert --to fjall
 
 docs/store.md says what the files are and what happens when one is damaged.";
 
@@ -36,6 +38,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Make a store that starts of what can be read of one that does not
     Salvage(salvage::SalvageArgs),
+    /// Copy what is kept into another engine, while no server runs
+    Convert(convert::ConvertArgs),
 }
 
 impl StoreArgs {
@@ -44,6 +48,7 @@ impl StoreArgs {
             Command::Inspect(args) => args.json,
             Command::Verify(args) => args.json,
             Command::Salvage(args) => args.json,
+            Command::Convert(args) => args.json,
         }
     }
 }
@@ -55,6 +60,7 @@ pub(crate) fn run(args: &StoreArgs) -> Outcome {
         Command::Inspect(args) => inspect::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Salvage(args) => salvage::run(args),
+        Command::Convert(args) => convert::run(args),
     }
 }
 

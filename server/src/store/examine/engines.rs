@@ -23,12 +23,20 @@ pub struct EngineSeen {
     pub engine: &'static str,
     /// A start looks at this one.
     pub counts: bool,
-    /// It was moved aside by a start that did not believe it.
+    /// It was moved aside: by a start that did not believe it or found another chosen, or by a conversion.
     pub aside: bool,
     /// Size of its files.
     pub bytes: u64,
     /// How it is.
     pub state: EngineState,
+}
+
+impl EngineSeen {
+    /// The finding about one that was moved aside. It takes room and nothing else: nothing is wrong with the store.
+    pub(super) fn moved_aside(&self) -> Option<String> {
+        (self.aside && self.dir.contains(".aside-"))
+            .then(|| format!("{}: an engine that was moved aside", self.dir))
+    }
 }
 
 /// How an engine is.

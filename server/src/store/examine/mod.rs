@@ -769,9 +769,7 @@ fn told(
         if let EngineState::Fails { why } | EngineState::Unproven { why, .. } = &engine.state {
             findings.push(format!("{}: {why}", engine.dir));
         }
-        if engine.aside && engine.dir.contains(".aside-") {
-            findings.push(format!("{}: an engine that was moved aside", engine.dir));
-        }
+        findings.extend(engine.moved_aside());
     }
     let mut kinds: BTreeMap<&str, u64> = BTreeMap::new();
     for aside in set_aside {

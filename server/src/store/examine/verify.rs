@@ -58,6 +58,10 @@ pub fn verify(
         .flatten()
         .map(|identity| identity.store);
     let mut wrong = inspection.findings.clone();
+    for engine in &inspection.engines {
+        let remark = engine.moved_aside();
+        wrong.retain(|finding| Some(finding) != remark.as_ref());
+    }
     wrong.extend(inspection.lost.iter().map(|lost| format!("lost: {lost}")));
     let mut snapshots = Vec::new();
     for seen in inspection.snapshots.iter().filter(|seen| seen.verified) {

@@ -192,6 +192,16 @@ impl Shelf {
             .find_map(|kept| kept.header.ok().map(|header| header.first_frame))
     }
 
+    /// Bytes of the segments from the one on that holds a frame: at least what was written from there on.
+    pub(in crate::store) fn bytes_from(&self, frame: u64) -> u64 {
+        let holds = |kept: &Kept| {
+            kept.header
+                .is_ok_and(|header| header.first_frame <= frame.max(1))
+        };
+        let from = self.kept.iter().rposition(holds).unwrap_or(0);
+        self.kept[from..].iter().map(|kept| kept.size).sum()
+    }
+
     fn read(&self, index: usize) -> io::Result<Bytes> {
         let kept = &self.kept[index];
         let file = self.disk.open(&segment::name(kept.number))?;

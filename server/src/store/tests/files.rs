@@ -361,6 +361,83 @@ fn a_store_that_lost_its_log_does_not_pretend_to_be_new() {
 }
 
 #[test]
+fn an_engine_is_converted_there_and_back_and_nothing_is_lost() {
+    let mut shop = Shop::lived(EngineKind::Sled, 31);
+    let convert_to = |shop: &Shop, engine| {
+        let mut steps = Vec::new();
+        let converted = convert(
+            &StoreSettings {
+                engine,
+                ..settings(&shop.data(), engine)
+            },
+            &testing::ManualClock::new(1_700_000_000_000),
+            &mut |step, _, _| {
+                if steps.last() != Some(&step) {
+                    steps.push(step);
+                }
+            },
+        );
+        (converted, steps)
+    };
+    let mut digests = Vec::new();
+    for (from, to, kept) in [
+        ("sled", EngineKind::Fjall, "sled.aside-20231114T221320Z"),
+        ("fjall", EngineKind::Sled, "fjall.2.aside-20231114T221320Z"),
+    ] {
+        let (converted, steps) = convert_to(&shop, to);
+        let converted = converted.unwrap();
+        assert_eq!(steps[0], ConvertStep::Recover);
+        assert_eq!((converted.from, converted.to), (Some(from), to.as_str()));
+        assert_eq!(converted.kept.as_deref(), Some(kept));
+        assert!(shop.data().join(kept).is_dir(), "it is kept");
+        digests.push(converted.digest);
+        let (again, _) = convert_to(&shop, to);
+        assert!(matches!(again, Err(ConvertError::Already { .. })));
+        shop.engine = to;
+        let (house, report) = shop.open();
+        assert_eq!(report.rebuilt, None, "the copy is believed");
+        assert_eq!(report.replayed_frames, 0, "and up to date");
+        shop.check(&house);
+        let (busy, _) = convert_to(&shop, EngineKind::Fjall);
+        assert!(matches!(
+            busy,
+            Err(ConvertError::Open(OpenError::InUse { .. }) | ConvertError::Already { .. })
+        ));
+        shop.work(&house, 10);
+        drop(house);
+    }
+    assert!(digests[0].entries > 20, "{digests:?}");
+    // Without an engine, from snapshot and log.
+    shop.without_engine();
+    let (converted, _) = convert_to(&shop, EngineKind::Fjall);
+    assert_eq!(converted.unwrap().from, None);
+    shop.engine = EngineKind::Fjall;
+    let (house, _) = shop.open();
+    shop.check(&house);
+}
+
+#[test]
+fn choosing_another_engine_builds_it_and_keeps_the_old_one_aside() {
+    let mut shop = Shop::lived(EngineKind::Sled, 32);
+    for (engine, aside) in [
+        (EngineKind::Fjall, "sled.aside-20231114T221320Z"),
+        (EngineKind::Sled, "fjall.2.aside-20231114T221320Z"),
+    ] {
+        shop.engine = engine;
+        let (house, report) = shop.open();
+        let rebuilt = report.rebuilt.unwrap();
+        assert!(rebuilt.why.contains("the settings choose"), "{rebuilt:?}");
+        assert_eq!(rebuilt.moved_to.as_deref(), Some(aside));
+        shop.check(&house);
+        shop.work(&house, 10);
+        drop(house);
+        let (house, report) = shop.open();
+        assert_eq!(report.rebuilt, None);
+        shop.check(&house);
+    }
+}
+
+#[test]
 fn snapshots_are_taken_one_at_a_time() {
     for engine in FILES {
         one_at_a_time(Shop::new(engine, 19));

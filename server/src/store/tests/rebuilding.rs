@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicU64;
 
 use bytes::Bytes;
 
+use super::super::convert::convert_on;
 use super::super::current::Current;
 use super::super::engine::memory::MemoryEngine;
 use super::super::engine::{Direction, EngineError, EngineWrite, Visit};
@@ -115,8 +116,13 @@ impl Rack {
         self.process.fetch_add(1, Ordering::Relaxed);
         let mut engines = self.engines.lock().unwrap();
         for (name, engine) in &mut *engines {
-            *engine = Arc::new(if power && name.starts_with("sled") {
-                // Never synced: anything may be left, here everything but the beginning, and a position.
+            let closed = {
+                let past = engine.past.lock().unwrap();
+                past.closed == past.batches.len()
+            };
+            *engine = Arc::new(if power && name.starts_with("sled") && !closed {
+                // Synced by nothing but an end in order: anything may be left, here everything but the beginning, and a
+                // position.
                 let past = engine.past.lock().unwrap().batches.clone();
                 Fickle::of(past[past.len() / 2..].to_vec())
             } else {
@@ -569,4 +575,168 @@ fn a_lost_or_rotten_pointer_and_another_choice_in_the_settings_never_believe_old
         let life = trial.life.borrow();
         assert_eq!(life.model.difference(&store, &life.script), None, "{what}");
     }
+}
+
+/// What breaks a conversion off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Break {
+    /// After so many words of progress.
+    After(u64, End),
+    /// The sync of this number fails.
+    Sync(u64),
+    /// The write of this number fails.
+    Write(u64),
+}
+
+impl Trial {
+    /// Ends the server, converts, and breaks that off. `Some`: it came to its end all the same.
+    fn convert(&self, to: FileEngine, how: Break) -> Option<Result<Converted, ConvertError>> {
+        /// What a process leaves behind that is killed: nothing is tidied up.
+        struct Cut;
+        self.note(format!("convert to {to:?}, {how:?}"));
+        let ends = |end| {
+            let seed = self.roll(1 << 30);
+            self.rack
+                .ends(&mut self.life.borrow_mut().dice, end == End::Power);
+            match end {
+                End::Kill => self.disk.kill(),
+                End::Power => self.disk.crash(seed),
+            }
+        };
+        ends(End::Kill);
+        match how {
+            Break::After(..) => {}
+            Break::Sync(number) => self.disk.fail_sync_in(number),
+            Break::Write(number) => self.disk.fail_write_in(number),
+        }
+        let process = self.rack.process.load(Ordering::Relaxed);
+        let mut words = 0;
+        let converted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            convert_on(
+                Arc::new(self.disk.clone()),
+                &|| {
+                    Box::new(RackFiles {
+                        rack: self.rack.clone(),
+                        process,
+                    })
+                },
+                to,
+                &ManualClock::new(1_700_000_000_000),
+                &mut |step, _, _| {
+                    self.note(format!("{step:?}"));
+                    if let Break::After(after, end) = how
+                        && after == words
+                    {
+                        ends(end);
+                        std::panic::resume_unwind(Box::new(Cut));
+                    }
+                    words += 1;
+                },
+            )
+        }));
+        match converted {
+            Ok(converted) => {
+                ends(End::Kill);
+                Some(converted)
+            }
+            Err(cut) => {
+                assert!(cut.is::<Cut>(), "seed {}: {how:?}", self.seed);
+                None
+            }
+        }
+    }
+
+    /// A start with an engine finds everything.
+    fn starts(&self, kind: FileEngine) -> OpenReport {
+        let life = self.life.borrow();
+        let (store, report) = SyncStore::open_in(
+            &self.disk,
+            SyncSettings::default(),
+            Arc::new(ManualClock::new(1_700_000_000_000)),
+            Arc::new(SeededEntropy::new(1)),
+            self.rack.home(kind),
+        )
+        .unwrap_or_else(|error| panic!("seed {}: {error}\n{:#?}", self.seed, life.log));
+        let difference = life.model.difference(&store, &life.script);
+        assert_eq!(difference, None, "seed {}: {:#?}", self.seed, life.log);
+        report
+    }
+
+    fn not_aside(&self) -> Vec<String> {
+        let mut names = self.rack.names();
+        names.retain(|name| !name.contains("aside"));
+        names
+    }
+}
+
+#[test]
+fn a_conversion_broken_off_at_any_moment_leaves_a_store_that_starts_and_nothing_is_lost() {
+    let kinds = [
+        (FileEngine::Sled, FileEngine::Fjall),
+        (FileEngine::Fjall, FileEngine::Sled),
+    ];
+    type Kind = fn(u64) -> Break;
+    let breaks: [Kind; 4] = [
+        |n| Break::After(n, End::Kill),
+        |n| Break::After(n, End::Power),
+        Break::Sync,
+        Break::Write,
+    ];
+    for (from, to) in kinds {
+        for how in breaks {
+            for seed in 0..4 {
+                let mut number = 0;
+                loop {
+                    let trial = Trial::new(seed, from);
+                    trial.work(20);
+                    if trial.roll(2) == 0 {
+                        assert!(trial.store.snapshot());
+                        trial.work(3);
+                    }
+                    let converted = trial.convert(to, how(number));
+                    let kind = if trial.roll(2) == 0 { from } else { to };
+                    trial.disk.fail_sync_in(u64::MAX);
+                    trial.disk.fail_write_in(u64::MAX);
+                    let report = trial.starts(kind);
+                    assert_eq!(
+                        trial.not_aside().len(),
+                        1,
+                        "one counts, and the others are out of the way: {:#?}",
+                        trial.life.borrow().log
+                    );
+                    if let Some(Ok(converted)) = converted {
+                        assert_eq!(converted.from, Some(from.name()));
+                        assert!(converted.digest.entries > 0);
+                        assert_eq!(report.rebuilt.is_none(), kind == to, "it is believed");
+                        let least = match how(0) {
+                            Break::After(..) => 5,
+                            Break::Sync(_) | Break::Write(_) => 2,
+                        };
+                        assert!(number >= least, "it was broken off before: {number}");
+                        break;
+                    }
+                    // And again, to its end.
+                    let again = trial.convert(if kind == from { to } else { from }, how(u64::MAX));
+                    again.unwrap().unwrap();
+                    trial.starts(if kind == from { to } else { from });
+                    number += 1;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_conversion_that_has_no_room_says_so_before_it_begins() {
+    let trial = Trial::new(3, FileEngine::Fjall);
+    trial.work(20);
+    trial.disk.set_capacity(Some(trial.disk.used() + (1 << 20)));
+    let refused = trial.convert(FileEngine::Sled, Break::Sync(u64::MAX));
+    let Some(Err(ConvertError::NoRoom { need, free })) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(need > 64 << 20 && free <= 1 << 20, "{need}, {free}");
+    assert_eq!(trial.rack.names(), ["fjall"]);
+    trial.disk.set_capacity(None);
+    assert_eq!(trial.starts(FileEngine::Fjall).rebuilt, None);
 }
