@@ -42,6 +42,6 @@ mod mount;
 mod state;
 
 pub use faults::{Fault, Op};
-pub use mount::{FaultFs, Options};
+pub use mount::{FaultFs, Options, SmallDisk};
 pub use rustix::io::Errno;
 pub use state::{Counters, Names, Unsynced};

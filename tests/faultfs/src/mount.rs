@@ -23,6 +23,10 @@ use crate::state::{Counters, Names, State, Unsynced};
 const TYPE: &str = "fuse.faultfs";
 /// Begins the name of the device that the system shows; the process that serves it follows.
 const SOURCE: &str = "faultfs-of-";
+/// A file system of a fixed size.
+const SMALL: &str = "tmpfs";
+const MAY_NOT_MOUNT: &str = "mounting is not allowed: run the tests as root, in a container with `--cap-add SYS_ADMIN` and no \
+                             profile that forbids `mount`";
 /// How long a mount that is given up may take to end its threads.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -54,11 +58,7 @@ impl FaultFs {
     ///
     /// When it cannot be mounted; the text says what is missing.
     pub fn new(options: &Options) -> io::Result<FaultFs> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("bellwire-faultfs-{}-{number}", std::process::id());
-        let point = std::env::temp_dir().join(name);
-        fs::DirBuilder::new().mode(0o700).create(&point)?;
+        let point = own_point()?;
         let made = Self::begin(point.clone(), true, options);
         if made.is_err() {
             let _removed = fs::remove_dir(&point);
@@ -119,13 +119,7 @@ impl FaultFs {
             MountFlags::NODEV | MountFlags::NOSUID,
             data.as_c_str(),
         )
-        .map_err(|error| {
-            refused(
-                error,
-                "mounting is not allowed: run the tests as root, in a container with `--cap-add SYS_ADMIN` and no profile that \
-                 forbids `mount`",
-            )
-        })?;
+        .map_err(|error| refused(error, MAY_NOT_MOUNT))?;
         let epoch = {
             let mut state = self.shared.lock();
             state.restart();
@@ -308,6 +302,84 @@ impl Drop for FaultFs {
     }
 }
 
+/// A real file system of a fixed size, in memory (tmpfs): what happens when it is full is the kernel's own. Unmounted when
+/// dropped, even while files are open.
+pub struct SmallDisk {
+    point: PathBuf,
+}
+
+impl SmallDisk {
+    /// An empty one that holds so many bytes, mounted at a directory of its own.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be mounted; the text says what is missing.
+    pub fn new(bytes: u64) -> io::Result<SmallDisk> {
+        remove_orphans();
+        let point = own_point()?;
+        let size = CString::new(format!("size={bytes},mode=0700"))?;
+        let mounted = rustix::mount::mount(
+            format!("{SOURCE}{}", std::process::id()),
+            &point,
+            SMALL,
+            MountFlags::NODEV | MountFlags::NOSUID,
+            size.as_c_str(),
+        );
+        let disk = SmallDisk { point };
+        mounted.map_err(|error| refused(error, MAY_NOT_MOUNT))?;
+        Ok(disk)
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.point
+    }
+
+    /// Free bytes.
+    ///
+    /// # Errors
+    ///
+    /// When the system does not say.
+    pub fn free(&self) -> io::Result<u64> {
+        let stat = rustix::fs::statvfs(&self.point)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    /// Somebody else's file takes all room but so many bytes. Answers its path.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn fill_but(&self, bytes: u64) -> io::Result<PathBuf> {
+        let path = self.point.join("a-strangers-file");
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)?;
+        let length = file.metadata()?.len() + self.free()?.saturating_sub(bytes);
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
+        Ok(path)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _gone = rustix::mount::unmount(&self.point, UnmountFlags::DETACH);
+        let _removed = fs::remove_dir(&self.point);
+    }
+}
+
+/// A fresh directory to mount at.
+fn own_point() -> io::Result<PathBuf> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("bellwire-faultfs-{}-{number}", std::process::id());
+    let point = std::env::temp_dir().join(name);
+    fs::DirBuilder::new().mode(0o700).create(&point)?;
+    Ok(point)
+}
+
 fn refused(error: Errno, what_to_do: &str) -> io::Error {
     let error = io::Error::from(error);
     io::Error::new(error.kind(), format!("{what_to_do} ({error})"))
@@ -320,7 +392,8 @@ fn remove_orphans() {
     };
     for line in mounts.lines() {
         let mut fields = line.split(' ');
-        let (Some(source), Some(point), Some(TYPE)) = (fields.next(), fields.next(), fields.next())
+        let (Some(source), Some(point), Some(TYPE | SMALL)) =
+            (fields.next(), fields.next(), fields.next())
         else {
             continue;
         };

@@ -70,6 +70,8 @@ impl Trial {
     fn settings(&self) -> StoreSettings {
         StoreSettings {
             segment_bytes: 16 << 10,
+            // What it is made of is known here.
+            trust_file_system: true,
             ..settings(&self.data(), self.engine)
         }
     }
@@ -316,6 +318,23 @@ fn what_was_answered_survives_losses_of_power_and_a_failing_disk_with_sled() {
 #[test]
 fn what_was_answered_survives_losses_of_power_and_a_failing_disk_with_fjall() {
     histories(EngineKind::Fjall);
+}
+
+#[test]
+fn without_being_trusted_such_a_file_system_is_refused() {
+    let disk = disk();
+    let refused = open_house(
+        &settings(&disk.path().join("data"), EngineKind::Memory),
+        Arc::new(ManualClock::new(0)),
+        Arc::new(SeededEntropy::new(1)),
+    );
+    let Err(error) = refused else {
+        panic!("it promises on a disk that it cannot see");
+    };
+    assert!(
+        error.to_string().contains("store.trust_file_system"),
+        "{error}"
+    );
 }
 
 #[test]
