@@ -2,10 +2,12 @@
 
 mod api;
 mod phone;
+mod proxy;
 mod server;
 
 pub use api::{Answer, Api};
 pub use phone::{Ledger, Phone, Way};
+pub use proxy::Proxy;
 pub use server::{Listen, Server, Site, binary};
 
 use std::time::{Duration, Instant};

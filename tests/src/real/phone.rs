@@ -1,5 +1,6 @@
 //! A device: the reference client with a ledger of what its app was given.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -80,6 +81,7 @@ pub struct Phone {
     state: PathBuf,
     ca: PathBuf,
     window: u16,
+    through: Option<SocketAddr>,
     /// What its app was given.
     pub ledger: Arc<Ledger>,
     client: Option<Client>,
@@ -100,6 +102,7 @@ impl Phone {
             way,
             ca: server.ca(),
             window: 32,
+            through: None,
             ledger: Arc::default(),
             client: None,
         }
@@ -115,6 +118,13 @@ impl Phone {
     /// From now on it trusts the authority of this server, as after a move to another data directory.
     pub fn trust(&mut self, server: &Server) {
         self.ca = server.ca();
+    }
+
+    /// The same device, connecting to this address instead of the server's.
+    #[must_use]
+    pub fn through(mut self, address: SocketAddr) -> Phone {
+        self.through = Some(address);
+        self
     }
 
     /// Its id.
@@ -147,7 +157,7 @@ impl Phone {
         };
         let (ledger, events) = (Arc::clone(&self.ledger), Arc::clone(&self.ledger));
         let client = Client::builder()
-            .server(server.listen().devices.to_string())
+            .server(self.through.unwrap_or(server.listen().devices).to_string())
             .device(self.device, self.secret.as_str())
             .trust(Trust::File(self.ca.clone()))
             .state_dir(&self.state)
@@ -194,6 +204,36 @@ impl Phone {
         if let Some(client) = self.client.take() {
             client.shutdown().await;
         }
+    }
+
+    /// Whether the client runs, attached or not.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.client.is_some()
+    }
+
+    /// Lets a client that waits for its next attempt try at once.
+    pub async fn nudge(&self) {
+        if let Some(client) = &self.client {
+            let _gone = client.network_changed(None).await;
+        }
+    }
+
+    /// Ends the client as a killed app ends. Answers the ids that its app was given and its disk does not know: those may come
+    /// again.
+    pub async fn crash(&mut self) -> Vec<String> {
+        if let Some(client) = self.client.take() {
+            client.crash().await;
+        }
+        let window = std::fs::read(self.state.join("window")).unwrap_or_default();
+        let known = |id: &Id| window.windows(16).any(|bytes| bytes == id.as_bytes());
+        // Newest first: what comes before something known was saved with it or earlier.
+        let given = self.ledger.locked();
+        let unknown = given.iter().rev().map(|(id, _, _)| *id);
+        unknown
+            .take_while(|id| !known(id))
+            .map(|id| id.to_string())
+            .collect()
     }
 
     /// Waits until the app was given so many.
