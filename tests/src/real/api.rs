@@ -49,6 +49,12 @@ impl Answer {
         self.json()
     }
 
+    /// The id of what was made; empty if there is none.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.json()["id"].as_str().unwrap_or_default().to_owned()
+    }
+
     /// The problem's code.
     #[must_use]
     pub fn code(&self) -> String {

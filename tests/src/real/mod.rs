@@ -1,11 +1,13 @@
 //! The real binary, started and ended by a test, in a directory that goes with it.
 
 mod api;
+mod load;
 mod phone;
 mod proxy;
 mod server;
 
 pub use api::{Answer, Api};
+pub use load::{Load, Promise, Publisher};
 pub use phone::{Ledger, Phone, Way};
 pub use proxy::Proxy;
 pub use server::{Listen, Server, Site, binary};

@@ -50,6 +50,7 @@ pub struct Listen {
 /// A directory with settings, in which servers are started one after the other.
 pub struct Site {
     dir: tempfile::TempDir,
+    data: PathBuf,
     settings: Vec<(String, String)>,
 }
 
@@ -66,9 +67,17 @@ impl Site {
         let settings = ["DEVICES", "API", "OPERATIONS"]
             .map(|name| (format!("BELLWIRE__LISTEN__{name}"), any.clone()));
         Site {
+            data: dir.path().join("data"),
             dir,
             settings: settings.to_vec(),
         }
+    }
+
+    /// The same with the server's data somewhere else, such as on a disk that misbehaves.
+    #[must_use]
+    pub fn with_data(mut self, data: impl Into<PathBuf>) -> Site {
+        self.data = data.into();
+        self
     }
 
     /// Sets one key for servers started later, such as `LIMITS__MAILBOX_NOTIFICATIONS`.
@@ -94,7 +103,7 @@ impl Site {
     /// The data directory of the server.
     #[must_use]
     pub fn data(&self) -> PathBuf {
-        self.dir.path().join("data")
+        self.data.clone()
     }
 
     /// A command of the `bellwire` binary with this site's settings and nothing else of ours in its environment.
@@ -123,6 +132,19 @@ impl Site {
     /// When it does not become ready; the message holds what it wrote.
     #[must_use]
     pub fn start(&self) -> Server {
+        self.try_start().unwrap_or_else(|log| panic!("{log}"))
+    }
+
+    /// Starts a server and waits until it is ready, or has ended: then answers with how, and with what it wrote.
+    ///
+    /// # Errors
+    ///
+    /// When it ends.
+    ///
+    /// # Panics
+    ///
+    /// When it does neither in time.
+    pub fn try_start(&self) -> Result<Server, String> {
         let log_path = self.dir().join(format!(
             "serve-{}.log",
             fs::read_dir(self.dir()).map_or(0, Iterator::count)
@@ -151,11 +173,10 @@ impl Site {
             // One left by a server that was killed names another process.
             server.listen = listen.filter(|listen| listen.pid == server.child.id());
             let ended = server.child.try_wait().expect("a child can be asked");
-            assert!(
-                ended.is_none(),
-                "the server ended with {ended:?}:\n{}",
-                server.log()
-            );
+            if let Some(status) = ended {
+                server.ended = ended;
+                return Err(format!("the server ended with {status}:\n{}", server.log()));
+            }
             assert!(
                 Instant::now() < give_up,
                 "the server is not ready:\n{}",
@@ -163,7 +184,7 @@ impl Site {
             );
             std::thread::sleep(Duration::from_millis(5));
         }
-        server
+        Ok(server)
     }
 }
 
