@@ -163,11 +163,21 @@ fn snapshot_beyond(
     next_frame: u64,
 ) -> Result<Option<u64>, OpenError> {
     let snapshots = snapshot::list(disk).map_err(OpenError::io("could not list", snapshot::DIR))?;
-    Ok(snapshots
-        .into_iter()
-        .rev()
-        .take_while(|frame| *frame > next_frame)
-        .find(|frame| snapshot::check(disk, *frame, Some(store)).is_ok()))
+    let beyond = snapshots.into_iter().rev();
+    for frame in beyond.take_while(|frame| *frame > next_frame) {
+        match snapshot::check(disk, frame, Some(store)) {
+            Ok(_) => return Ok(Some(frame)),
+            Err(SnapshotError::Newer(version)) => {
+                return Err(OpenError::Newer {
+                    what: format!("snapshot {frame} has format {version}"),
+                });
+            }
+            Err(error) => {
+                tracing::error!(snapshot = frame, %error, "a snapshot cannot be used");
+            }
+        }
+    }
+    Ok(None)
 }
 
 type Attempt<T> = Result<Result<T, String>, OpenError>;

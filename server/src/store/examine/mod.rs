@@ -35,7 +35,7 @@ pub use self::salvage::{Salvage, SalvageError, Salvaged, SideLine, salvage};
 pub use self::verify::{SnapshotRecords, Verified, verify};
 use self::view::ViewDisk;
 use super::home::{self, POINTER};
-use super::identity::read_identity;
+use super::identity::{Identity, read_identity};
 use super::log::disk::Disk;
 use super::log::{Ending, ReplayError, SET_ASIDE, Shelf, ShelfError, segment};
 use super::settings::{OpenError, StoreSettings};
@@ -514,10 +514,23 @@ fn start(disk: &Arc<dyn Disk>, dir: &Path, engine: Option<&EngineState>) -> Star
             return refuses(error.to_string());
         }
     };
-    let (unseen, mut reasons) = match engine {
+    let beyond = |next_frame: u64| {
+        let frames = snapshot::list(&**disk).unwrap_or_default();
+        frames.into_iter().rev().find(|frame| {
+            *frame > next_frame && snapshot::check(&**disk, *frame, Some(identity.store)).is_ok()
+        })
+    };
+    let (unseen, reasons) = match engine {
         None => (false, vec!["there is no engine".to_owned()]),
         Some(EngineState::Opens { position }) => match tried(&shelf, *position) {
             Ok(tail) if tail.next_frame >= *position => {
+                if let Some(frame) = beyond(tail.next_frame) {
+                    let why = format!(
+                        "it ends with the log before frame {}, and snapshot {frame} proves that there was more",
+                        tail.next_frame
+                    );
+                    return from_snapshots(disk, &shelf, identity, (false, vec![why]));
+                }
                 return Start {
                     text: format!(
                         "starts from the engine at frame {position}, replays {}{}",
@@ -546,6 +559,22 @@ fn start(disk: &Arc<dyn Disk>, dir: &Path, engine: Option<&EngineState>) -> Star
         }
         Some(EngineState::NotOpened { .. }) => (true, vec!["the engine was not opened".to_owned()]),
     };
+    from_snapshots(disk, &shelf, identity, (unseen, reasons))
+}
+
+/// What a start does without an engine: `unseen`: there is one that was not opened; `reasons`: why there is none to use.
+fn from_snapshots(
+    disk: &Arc<dyn Disk>,
+    shelf: &Shelf,
+    identity: Identity,
+    (unseen, mut reasons): (bool, Vec<String>),
+) -> Start {
+    let refuses = |why: String| Start {
+        text: format!("refuses: {why}"),
+        plan: Plan::Refuses { why },
+        engine_unseen: false,
+        sets_aside: Vec::new(),
+    };
     let lead = if unseen {
         "starts from the engine if that opens and stands where the log is (look with --open-engine); otherwise "
     } else {
@@ -562,7 +591,7 @@ fn start(disk: &Arc<dyn Disk>, dir: &Path, engine: Option<&EngineState>) -> Star
                 continue;
             }
         }
-        match tried(&shelf, *frame) {
+        match tried(shelf, *frame) {
             Ok(tail) => {
                 return Start {
                     text: format!(
@@ -589,7 +618,7 @@ fn start(disk: &Arc<dyn Disk>, dir: &Path, engine: Option<&EngineState>) -> Star
             ));
         }
         None if begun => reasons.push("there is no log".to_owned()),
-        _ => match tried(&shelf, 1) {
+        _ => match tried(shelf, 1) {
             Ok(tail) => {
                 return Start {
                     text: format!(

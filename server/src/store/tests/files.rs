@@ -77,7 +77,8 @@ impl Shop {
     }
 
     pub(super) fn set_aside(&self) -> usize {
-        files(&self.data().join("set-aside"), "").len()
+        let notes = files(&self.data().join("set-aside"), ".txt").len();
+        files(&self.data().join("set-aside"), "").len() - notes
     }
 
     pub(super) fn without_engine(&self) {
