@@ -109,7 +109,7 @@ impl Room {
         self.run(&with_json).good().json()
     }
 
-    /// Starts a server and waits until it is ready.
+    /// Starts a server and waits until it has said everything that it says when it is ready.
     pub(crate) fn serve(&self) -> Server {
         self.serve_by(self.command(&["serve"]))
     }
@@ -132,7 +132,9 @@ impl Room {
             }
             let text = fs::read_to_string(&listen).ok()?;
             let listen: Value = serde_json::from_str(&text).ok()?;
-            (listen["pid"].as_u64() == Some(pid)).then_some(())
+            (listen["pid"].as_u64() == Some(pid)).then_some(())?;
+            // The line for people comes after the file for programs.
+            server.out().contains(" is ready: ").then_some(())
         });
         server
     }
