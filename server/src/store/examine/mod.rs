@@ -327,7 +327,7 @@ pub fn inspect(ask: &Inspect) -> Result<Inspection, InspectError> {
 }
 
 fn format_seen(
-    identity: &Result<Option<super::identity::Identity>, OpenError>,
+    identity: &Result<Option<Identity>, OpenError>,
     empty: bool,
 ) -> FormatSeen {
     match identity {
