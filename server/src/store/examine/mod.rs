@@ -326,10 +326,7 @@ pub fn inspect(ask: &Inspect) -> Result<Inspection, InspectError> {
     })
 }
 
-fn format_seen(
-    identity: &Result<Option<Identity>, OpenError>,
-    empty: bool,
-) -> FormatSeen {
+fn format_seen(identity: &Result<Option<Identity>, OpenError>, empty: bool) -> FormatSeen {
     match identity {
         Ok(Some(identity)) => FormatSeen::Good {
             version: super::identity::FORMAT_VERSION,
