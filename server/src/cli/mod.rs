@@ -9,6 +9,7 @@ mod device;
 mod failure;
 mod files;
 mod key;
+mod outcomes;
 mod ping;
 mod progress;
 mod restore;
@@ -64,6 +65,8 @@ enum Command {
     Device(device::DeviceArgs),
     /// Send a ping and see what became of it
     Ping(Box<ping::PingArgs>),
+    /// How notifications ended: by ping, device, user or time
+    Outcomes(Box<outcomes::OutcomesArgs>),
     /// How the server is
     Status(status::StatusArgs),
     /// Take a backup while the server serves, look into one
@@ -116,6 +119,7 @@ impl Command {
             Command::Key(args) => args.json(),
             Command::Device(args) => args.json(),
             Command::Ping(args) => args.api.json,
+            Command::Outcomes(args) => args.api.json,
             Command::Status(args) => args.api.json,
             Command::Store(args) => args.json(),
             Command::Backup(args) => args.json(),
@@ -136,6 +140,7 @@ impl Command {
             Command::Key(args) => on_one_thread(key::run(&args)),
             Command::Device(args) => on_one_thread(device::run(&args)),
             Command::Ping(args) => on_one_thread(ping::run(&args)),
+            Command::Outcomes(args) => on_one_thread(outcomes::run(&args)),
             Command::Status(args) => on_one_thread(status::run(&args)),
             Command::Store(args) => store::run(&args),
             Command::Backup(args) => backup::run(&args),

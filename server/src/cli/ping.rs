@@ -126,7 +126,7 @@ pub(crate) async fn run(args: &PingArgs) -> Outcome {
                 outcomes(&answer).len() + rejected(&answer).len()
             ),
             format!(
-                "what was accepted still waits; GET /v1/pings/{} tells what becomes of it",
+                "what was accepted still waits; `bellwire outcomes --ping {}` tells what becomes of it",
                 text(&answer, "id")
             ),
         ));

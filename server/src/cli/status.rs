@@ -125,6 +125,20 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
                 }
             },
         ),
+        (
+            "outcomes",
+            format!(
+                "{} kept in {}{}; {} unreadable, {} left out in this run",
+                number("/history/records"),
+                size(number("/history/bytes")),
+                match number("/history/oldest_ms") {
+                    0 => String::new(),
+                    oldest => format!(", the oldest of {}", moment(oldest)),
+                },
+                number("/history/unreadable"),
+                number("/history/lost"),
+            ),
+        ),
         ("clock", text("/clock/state")),
     ]
 }

@@ -224,7 +224,7 @@ pub(super) async fn list(
 }
 
 /// The id of a device in a path. What is no id names no device.
-fn device_id(text: &str) -> Result<DeviceId, Problem> {
+pub(super) fn device_id(text: &str) -> Result<DeviceId, Problem> {
     text.parse().map_err(|_| unknown())
 }
 

@@ -17,7 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ProblemBody, retry_after_s};
-use super::{Backend, backup, devices, keys, operations, pings};
+use super::{Backend, backup, devices, keys, operations, outcomes, pings};
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
 macro_rules! refusals {
@@ -117,7 +117,9 @@ pub(super) fn api_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(pings::create))
         .routes(routes!(pings::look, pings::revoke))
         .routes(routes!(devices::create, devices::list))
+        .routes(routes!(outcomes::list))
         .routes(routes!(devices::look, devices::revoke))
+        .routes(routes!(outcomes::of_device))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::revoke))
         .routes(routes!(backup::take))

@@ -5,7 +5,7 @@
 //! - [`document()`] is the OpenAPI document of all of it, generated from the handlers.
 //!
 //! A request goes through `site` (its id, panics, metrics), axum's router, `auth` (a [`auth::Scoped`] value is the
-//! proof), then one of `pings`, `devices`, `keys`, `operations`, which read it with `body`, `json` and `query` and hand
+//! proof), then one of `pings`, `outcomes`, `devices`, `keys`, `operations`, which read it with `body`, `json` and `query` and hand
 //! it to the runtime's [`Handle`]. Whatever goes wrong is an [`error::Problem`]; nothing here decides about deliveries.
 
 mod auth;
@@ -18,6 +18,7 @@ pub mod fuzz;
 mod json;
 mod keys;
 mod operations;
+mod outcomes;
 mod ping_body;
 mod pings;
 mod query;

@@ -34,6 +34,7 @@ pub(super) struct StatusReport {
     devices: DevicesReport,
     memory: MemoryReport,
     store: StoreReport,
+    history: HistoryReport,
     /// Backups that the server makes by itself; missing if it makes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -140,6 +141,23 @@ struct BackupReport {
     trouble: Option<String>,
 }
 
+/// The history of outcomes.
+#[derive(Serialize, ToSchema)]
+struct HistoryReport {
+    /// Size of its files, bytes.
+    bytes: u64,
+    /// Its segments.
+    segments: u64,
+    /// Outcomes that can be asked for.
+    records: u64,
+    /// When the oldest of them ended, Unix milliseconds; 0: there is none.
+    oldest_ms: u64,
+    /// Outcomes and files that cannot be read.
+    unreadable: u64,
+    /// Outcomes of this run that were left out: more than the history takes, or a write failed.
+    lost: u64,
+}
+
 /// Our clock against the system's.
 #[derive(Serialize, ToSchema)]
 struct ClockReport {
@@ -235,6 +253,17 @@ impl StatusReport {
                 running: backup.running,
                 trouble: backup.trouble.clone(),
             }),
+            history: HistoryReport {
+                bytes: store.outcomes.bytes,
+                segments: store.outcomes.segments,
+                records: store.outcomes.records,
+                oldest_ms: store.outcomes.oldest_ms,
+                unreadable: store.outcomes.unreadable,
+                lost: store
+                    .outcomes
+                    .overflowed
+                    .saturating_add(store.outcomes.failed),
+            },
             clock: ClockReport {
                 state: clock,
                 jumped_by_ms,

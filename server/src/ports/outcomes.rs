@@ -70,6 +70,8 @@ pub struct OutcomePage {
     /// Where the next page starts; `None` at the end. It stays valid while old records are dropped: what was dropped
     /// is left out.
     pub next: Option<OutcomePosition>,
+    /// What ended before this time is not told, because it is not kept for longer, Unix milliseconds.
+    pub kept_from_ms: u64,
 }
 
 /// Figures of the history. Bytes unless the name says otherwise.

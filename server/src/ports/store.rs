@@ -66,6 +66,9 @@ pub enum ReadError {
     /// A record of a newer format than this program knows.
     #[error("the store holds a record of format {0}, newer than this program")]
     Newer(u8),
+    /// It is being made ready; the same read succeeds a little later.
+    #[error("not ready yet: {0}")]
+    NotYet(String),
 }
 
 /// A page of a list, and where the next one starts.

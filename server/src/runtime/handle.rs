@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::hmac;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -59,6 +59,8 @@ pub(super) struct Inner {
     pub(super) run: u32,
     /// How long outcomes are told, milliseconds.
     pub(super) receipts_keep_ms: u64,
+    /// Who lists outcomes takes one: half of the reading threads at most, so that mailboxes never wait for them all.
+    pub(super) listings: Arc<Semaphore>,
     pub(super) started: Now,
     pub(super) sessions: AtomicU64,
     /// Going down: not ready, no new sessions.
@@ -293,7 +295,7 @@ impl Handle {
     }
 
     /// How notifications of an app ended, a page at a time. `user`: only those of the devices that this user has now.
-    /// `Invalid`: the user has more devices than one query may name.
+    /// `Invalid`: the user has more devices than one query may name. `StoreBusy`: too many list at once.
     pub async fn outcomes(
         &self,
         user: Option<&str>,

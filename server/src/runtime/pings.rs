@@ -17,7 +17,7 @@ use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
-use crate::ports::{IdempotencyRecord, Op, OutcomePage, OutcomeQuery, PairState};
+use crate::ports::{IdempotencyRecord, Op, OutcomePage, OutcomeQuery, PairState, Store};
 use crate::telemetry::metrics as names;
 
 /// Pairs read of the store at a time when a ping is revoked.
@@ -489,9 +489,7 @@ impl Inner {
                 .iter()
                 .flat_map(|owned| owned.iter().copied())
                 .collect();
-            if devices.is_empty() {
-                return Ok(OutcomePage::default());
-            }
+            // Of none: nothing is found, and the answer says as always how long things are kept.
             if devices.len() > MAX {
                 return Err(RuntimeError::Invalid(
                     "the user has more devices than one query may name; ask device by device",
@@ -499,10 +497,17 @@ impl Inner {
             }
             query.devices = Some(devices);
         }
-        self.shared
-            .reading
-            .read(move |store| store.outcomes(&query))
-            .await
+        self.in_time(async {
+            // It is never closed. The place is free again when the read is over, even if nobody waits for it any more.
+            let place = Arc::clone(&self.listings).acquire_owned().await;
+            let read = move |store: &dyn Store| {
+                let page = store.outcomes(&query);
+                drop(place);
+                page
+            };
+            self.shared.reading.read(read).await
+        })
+        .await
     }
 
     pub(super) async fn revoke_ping(

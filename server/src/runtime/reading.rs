@@ -105,6 +105,10 @@ impl Reading {
         }
         match answered.await {
             Ok(Ok(value)) => Ok(value),
+            Ok(Err(error @ ReadError::NotYet(_))) => {
+                tracing::warn!(%error, "a read must be tried again");
+                Err(RuntimeError::StoreBusy)
+            }
             Ok(Err(error)) => {
                 tracing::error!(%error, "a read failed");
                 Err(RuntimeError::StoreUnavailable)

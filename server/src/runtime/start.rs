@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use arc_swap::ArcSwap;
 use aws_lc_rs::hmac;
-use tokio::sync::{OnceCell, oneshot};
+use tokio::sync::{OnceCell, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -120,6 +120,7 @@ impl Runtime {
             erasures_keep_ms: millis(settings.erasures_keep),
             run,
             receipts_keep_ms: millis(settings.receipts_keep),
+            listings: Arc::new(Semaphore::new((threads / 2).max(1))),
             started,
             sessions: AtomicU64::new(0),
             draining: AtomicBool::new(false),

@@ -255,7 +255,9 @@ fn assemble(
                 what: format!("its records have format {version}"),
             });
         }
-        Err(ReadError::Engine(error)) => return Err(OpenError::Engine(error)),
+        Err(ReadError::Engine(error) | ReadError::NotYet(error)) => {
+            return Err(OpenError::Engine(error));
+        }
     };
     report.run = run;
     let aside = Arc::new(SetAside::new(Arc::clone(&disk), run));
@@ -886,6 +888,9 @@ impl Drop for House {
 }
 
 fn unreadable_history(error: std::io::Error) -> ReadError {
+    if error.kind() == std::io::ErrorKind::WouldBlock {
+        return ReadError::NotYet(error.to_string());
+    }
     ReadError::Engine(format!("the history of outcomes: {error}"))
 }
 

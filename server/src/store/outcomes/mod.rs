@@ -630,12 +630,16 @@ impl History {
 
     /// The records that fit a query, a page of them. None that is older than what is kept.
     pub(super) fn query(&self, query: &OutcomeQuery) -> io::Result<OutcomePage> {
-        let from_ms = query.from_ms.max(self.told_since_ms());
+        let kept_from_ms = self.told_since_ms();
         let query = OutcomeQuery {
-            from_ms,
+            from_ms: query.from_ms.max(kept_from_ms),
             ..query.clone()
         };
-        query::list(&*self.disk, &self.list(), &query)
+        let page = query::list(&*self.disk, &self.list(), &query)?;
+        Ok(OutcomePage {
+            kept_from_ms,
+            ..page
+        })
     }
 
     /// The records of a ping by device, those after `after`, at most `limit`.

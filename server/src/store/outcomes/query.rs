@@ -9,13 +9,18 @@ use std::io;
 use std::sync::Arc;
 
 use super::format::{Slot, prefix};
-use super::segment::{CHUNK, Found, PAGE_COST, Segment};
+use super::segment::{CHUNK, Found, Kind, PAGE_COST, Segment};
 use crate::delivery::{AppId, DeviceId, PingId};
 use crate::ports::{OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord};
 use crate::store::log::disk::Disk;
 
 /// Most records that one call looks at: 4 MiB of them, some ten milliseconds.
 pub(super) const LOOKS_MAX: usize = 65_536;
+/// Most records of segments without an index that a look at a ping reads: 64 MiB of them, four whole segments. There are more
+/// only while a start makes indexes that were lost.
+pub(super) const UNINDEXED_MAX: u64 = 1_048_576;
+/// For more devices than this the records of the open segment are read, instead of its keys once for each.
+const OPEN_WALKS_MAX: usize = 16;
 /// Places that an index is asked for at once, over all devices.
 const PLACES_AT_ONCE: usize = 4_096;
 
@@ -98,7 +103,9 @@ impl Listing<'_> {
         if !self.look(PAGE_COST) {
             return Ok(self.stop(segment, start));
         }
-        if let Some(devices) = &self.query.devices {
+        let open = matches!(segment.kind, Kind::Open(_));
+        let asks = |devices: &&Vec<DeviceId>| !open || devices.len() <= OPEN_WALKS_MAX;
+        if let Some(devices) = self.query.devices.as_ref().filter(asks) {
             let devices = devices.clone();
             match self.indexed(segment, &devices, start)? {
                 Walked::Through => return Ok(true),
@@ -276,6 +283,9 @@ enum Walked {
 
 /// What is known of a ping, from segments by rising number: its records by device, those after `after`, at most `limit`. The
 /// first verdict wins.
+///
+/// # Errors
+/// `WouldBlock`: too much of the history has no index at the moment.
 pub(super) fn of_ping(
     disk: &dyn Disk,
     segments: &[Arc<Segment>],
@@ -299,6 +309,7 @@ pub(super) fn of_ping(
         }
         fits
     };
+    let mut unindexed = 0;
     for segment in segments {
         if !segment.may_hold(from_ms, u64::MAX) {
             continue;
@@ -337,6 +348,13 @@ pub(super) fn of_ping(
             }
             Found::Unindexed => {
                 let length = segment.length();
+                unindexed += u64::from(length);
+                if unindexed > UNINDEXED_MAX {
+                    return Err(io::Error::new(
+                        io::ErrorKind::WouldBlock,
+                        "indexes of outcomes are being made again",
+                    ));
+                }
                 let mut first = 0;
                 while first < length {
                     let count = CHUNK.min(length - first);
