@@ -17,7 +17,9 @@ use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
-use crate::ports::{IdempotencyRecord, Op, OutcomePage, OutcomeQuery, PairState, Store};
+use crate::ports::{
+    IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState, ReadError, Store,
+};
 use crate::telemetry::metrics as names;
 
 /// Pairs read of the store at a time when a ping is revoked.
@@ -416,9 +418,15 @@ impl Inner {
             .reading
             .read(move |store| {
                 let page = store.pairs(ping, after, limit + 1)?;
-                let history = |after, limit| match depth {
-                    Depth::Recent => Ok(Vec::new()),
-                    Depth::History => store.outcomes_of_ping(app, ping, after, limit),
+                let history = |after, limit| -> Result<Vec<OutcomeRecord>, ReadError> {
+                    match depth {
+                        Depth::Recent => Ok(Vec::new()),
+                        Depth::History => {
+                            let mut past = store.outcomes_of_ping(app, ping, after, limit)?;
+                            past.retain(|record| record.at_ms >= from_ms);
+                            Ok(past)
+                        }
+                    }
                 };
                 let past = history(after, limit + 1)?;
                 let mut exists = known

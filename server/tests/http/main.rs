@@ -4,6 +4,7 @@
 
 mod native;
 mod openapi;
+mod outcomes;
 mod rhoconnect;
 mod serving;
 mod support;
