@@ -25,7 +25,7 @@ fn past(app: AppId, n: u8, device: DeviceId, outcome: Outcome, at_ms: u64) -> Ou
         device,
         outcome,
         at_ms,
-        accepted_ms: (n % 2 == 0).then_some(at_ms - 7),
+        accepted_ms: n.is_multiple_of(2).then_some(at_ms - 7),
     }
 }
 
