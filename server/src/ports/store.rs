@@ -176,6 +176,8 @@ pub struct StoreStats {
     pub snapshot_frame: u64,
     /// Records that could not be read and were set aside.
     pub set_aside: u64,
+    /// Size of everything that was set aside, in this run or an earlier one, and still is there; at most a minute old.
+    pub aside_bytes: u64,
     /// Backups that the server makes by itself; `None`: it makes none.
     pub backup: Option<BackupStats>,
     /// The history of outcomes.

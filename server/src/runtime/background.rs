@@ -174,6 +174,7 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         (names::STORE_SNAPSHOT_BYTES, stats.snapshot_bytes as f64),
         (names::STORE_FREE_BYTES, stats.free_bytes as f64),
         (names::STORE_SET_ASIDE, stats.set_aside as f64),
+        (names::STORE_ASIDE_BYTES, stats.aside_bytes as f64),
         (names::HISTORY_BYTES, history.bytes as f64),
         (names::HISTORY_SEGMENTS, history.segments as f64),
         (names::HISTORY_RECORDS, history.records as f64),

@@ -33,7 +33,7 @@ use std::time::Duration;
 use super::engine::fjall::FjallEngine;
 use super::engine::memory::MemoryEngine;
 use super::engine::sled::SledEngine;
-use super::engine::{Engine, EngineError};
+use super::engine::{Engine, EngineError, disk_bytes};
 use super::log::disk::Disk;
 
 /// Why the engine that is there cannot be used.
@@ -82,6 +82,8 @@ pub(super) trait EngineHome: Send + Sync {
     fn move_leftovers(&self, stamp: &str) -> io::Result<()>;
     /// Removes what was replaced. Nobody may have it open any more.
     fn remove_replaced(&self) -> io::Result<()>;
+    /// Bytes of the directories that were moved aside.
+    fn aside_bytes(&self) -> io::Result<u64>;
     /// Notes that the engine is in use.
     fn begin(&self) -> io::Result<()>;
     /// Notes that the engine was closed in order.
@@ -116,6 +118,9 @@ impl EngineHome for MemoryHome {
     }
     fn remove_replaced(&self) -> io::Result<()> {
         Ok(())
+    }
+    fn aside_bytes(&self) -> io::Result<u64> {
+        Ok(0)
     }
     fn begin(&self) -> io::Result<()> {
         Ok(())
@@ -178,6 +183,9 @@ impl Place {
         (place.name() == name).then_some(place)
     }
 }
+
+/// Between the name of a directory that was moved aside and the time of that.
+pub(super) const ASIDE: &str = ".aside-";
 
 /// The file that names the engine that counts.
 pub(super) const POINTER: &str = "engine";
@@ -263,6 +271,8 @@ pub(super) trait Files: Send + Sync {
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// Removes a directory with all that is in it.
     fn remove(&self, name: &str) -> io::Result<()>;
+    /// Bytes that a directory takes on the disk.
+    fn size(&self, name: &str) -> u64;
     /// Which boot of the machine this is. `None` where the system does not say; then a crash of the machine cannot be
     /// told from one of the process.
     fn boot(&self) -> Option<String>;
@@ -318,6 +328,10 @@ impl Files for RealFiles {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             Ok(()) | Err(_) => Ok(()),
         }
+    }
+
+    fn size(&self, name: &str) -> u64 {
+        disk_bytes(&self.dir.join(name))
     }
 
     fn boot(&self) -> Option<String> {
@@ -455,7 +469,7 @@ impl FilesHome {
         let taken = self.files.list()?;
         let mut moved = None;
         for place in places {
-            let name = free_name(&format!("{}.aside-{stamp}", place.name()), &taken);
+            let name = free_name(&format!("{}{ASIDE}{stamp}", place.name()), &taken);
             self.files.rename(&place.name(), &name)?;
             moved = Some(name);
         }
@@ -724,6 +738,14 @@ impl EngineHome for FilesHome {
                 ..pointer
             },
         )
+    }
+
+    fn aside_bytes(&self) -> io::Result<u64> {
+        let names = self.files.list()?;
+        let aside = names
+            .iter()
+            .filter(|name| whose(name).is_some() && name.contains(ASIDE));
+        Ok(aside.map(|name| self.files.size(name)).sum())
     }
 
     fn begin(&self) -> io::Result<()> {

@@ -21,8 +21,8 @@ use super::committer::LogFigures;
 use super::current::{Copied, Current};
 use super::engine::{Engine, EngineError};
 use super::home::{Before, EngineHome};
-use super::log::Segments;
 use super::log::disk::Disk;
+use super::log::{SET_ASIDE, Segments};
 use super::set_aside::SetAside;
 use super::snapshot::{self, Info, SnapshotError, Surroundings};
 use crate::delivery::Mono;
@@ -30,6 +30,9 @@ use crate::ports::Clock;
 
 /// How often the keeper looks around.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Looks between two measurements of what was set aside, which grows at starts and by damage alone.
+const ASIDE_EVERY: u64 = 60;
 
 /// Snapshots that are kept; see `snapshot.rs`.
 const SNAPSHOTS_KEPT: usize = 2;
@@ -101,6 +104,8 @@ pub(super) struct Keeper {
     taking: Mutex<()>,
     /// Engines built anew in this run.
     rebuilds: AtomicU64,
+    /// Bytes of everything that was set aside, as last measured.
+    aside_bytes: AtomicU64,
     /// Engines that were replaced, until nobody walks over them any more.
     replaced: Mutex<Vec<Arc<dyn Engine>>>,
 }
@@ -199,9 +204,11 @@ impl Keeper {
             changed: Condvar::new(),
             taking: Mutex::new(()),
             rebuilds: AtomicU64::new(0),
+            aside_bytes: AtomicU64::new(0),
             replaced: Mutex::new(Vec::new()),
         };
         keeper.measure_snapshots();
+        keeper.measure_aside();
         keeper.look_at_room();
         keeper
     }
@@ -230,6 +237,26 @@ impl Keeper {
         self.rebuilds.load(Ordering::Relaxed)
     }
 
+    /// Bytes of what was set aside: engines, and what is below `set-aside/`. At most a minute old.
+    pub(super) fn aside_bytes(&self) -> u64 {
+        self.aside_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn measure_aside(&self) {
+        let measured = || {
+            let mut bytes = self.home.aside_bytes()?;
+            for file in self.disk.list(SET_ASIDE)? {
+                bytes += self.disk.open(&format!("{SET_ASIDE}/{file}"))?.length()?;
+            }
+            Ok::<_, std::io::Error>(bytes)
+        };
+        match measured() {
+            Ok(bytes) => self.aside_bytes.store(bytes, Ordering::Relaxed),
+            // Removed under its eyes by the operator, most likely.
+            Err(error) => tracing::debug!(%error, "what was set aside could not be measured"),
+        }
+    }
+
     fn measure_snapshots(&self) {
         let frames = self.lock().snapshots.clone();
         let length = |frame| self.disk.open(&snapshot::name(frame))?.length();
@@ -248,7 +275,7 @@ impl Keeper {
 
     /// The keeper's thread.
     pub(super) fn run(&self) {
-        loop {
+        for look in 1u64.. {
             let state = self.lock();
             let (state, _) = self
                 .changed
@@ -259,6 +286,9 @@ impl Keeper {
             }
             drop(state);
             self.look_at_room();
+            if look.is_multiple_of(ASIDE_EVERY) {
+                self.measure_aside();
+            }
             self.let_go();
             if self.due() {
                 self.try_snapshot();

@@ -663,6 +663,7 @@ fn stats(
         sync_us: figures.sync_us(),
         snapshot_frame: keeper.snapshot_frame(),
         set_aside: keeper.aside.count(),
+        aside_bytes: keeper.aside_bytes(),
         backup: None,
         outcomes: OutcomeStats::default(),
     }

@@ -130,6 +130,7 @@ metrics! {
     STORE_SNAPSHOT_BYTES: Gauge "bellwire_store_snapshot_bytes" [] "Size of the snapshots.";
     STORE_REBUILDS_TOTAL: Counter "bellwire_store_rebuilds_total" [] "Times that the engine was built anew while serving, because its files had grown.";
     STORE_FREE_BYTES: Gauge "bellwire_store_free_bytes" [] "Free space on the store's volume.";
+    STORE_ASIDE_BYTES: Gauge "bellwire_store_aside_bytes" [] "Size of everything that was set aside and is still there; at most a minute old.";
     STORE_SET_ASIDE: Gauge "bellwire_store_set_aside" [] "Records that could not be read and were set aside.";
     COMMIT_FAILURES_TOTAL: Counter "bellwire_commit_failures_total" ["reason"] "Batches of shards that did not reach the disk: `no_room`, `failed`.";
 

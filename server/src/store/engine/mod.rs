@@ -79,7 +79,7 @@ pub(in crate::store) trait Engine: Send + Sync + 'static {
 }
 
 /// Bytes that the files below a directory take on the disk. What vanishes while it looks counts as nothing.
-fn disk_bytes(dir: &Path) -> u64 {
+pub(in crate::store) fn disk_bytes(dir: &Path) -> u64 {
     /// The unit of `st_blocks`, whatever the file system's own is.
     const SECTOR: u64 = 512;
     let Ok(entries) = std::fs::read_dir(dir) else {

@@ -34,7 +34,7 @@ pub struct EngineSeen {
 impl EngineSeen {
     /// The finding about one that was moved aside. It takes room and nothing else: nothing is wrong with the store.
     pub(super) fn moved_aside(&self) -> Option<String> {
-        (self.aside && self.dir.contains(".aside-"))
+        (self.aside && self.dir.contains(home::ASIDE))
             .then(|| format!("{}: an engine that was moved aside", self.dir))
     }
 }

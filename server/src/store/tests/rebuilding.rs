@@ -200,6 +200,12 @@ impl Files for RackFiles {
         self.alive()?.remove(name);
         Ok(())
     }
+    fn size(&self, name: &str) -> u64 {
+        let engines = self.rack.engines.lock().unwrap();
+        engines
+            .get(name)
+            .map_or(0, |engine| engine.engine.size_bytes())
+    }
     fn boot(&self) -> Option<String> {
         Some(self.rack.boot.load(Ordering::Relaxed).to_string())
     }
