@@ -12,6 +12,7 @@ use bellwire_certs::{
     inspect_file, write_private,
 };
 use bellwire_server::config::{Listen, PemPair};
+use bellwire_server::store::backup::is_unfinished;
 use bellwire_server::store::{OpenError, place};
 use serde_json::json;
 use time::OffsetDateTime;
@@ -93,6 +94,13 @@ impl DataDir {
     /// Refuses a directory that has a store but not the key that its secrets were hashed with: a new key would lock out every
     /// device and every backend, silently.
     pub(crate) fn hash_key_is_not_lost(&self) -> Result<(), Failure> {
+        if is_unfinished(&self.path) {
+            // Before a new hash key is made, which would not be the backup's.
+            return Err(Failure::new(
+                OpenError::Restoring(self.path.clone()).to_string(),
+                "docs/backup.md says what a restore does",
+            ));
+        }
         let there = |name: &str| self.path.join(name).exists();
         if there(HASH_KEY) || !there(STORE_FORMAT) {
             return Ok(());
@@ -102,7 +110,7 @@ impl DataDir {
                 "{} is gone, and no device and no API key of this data directory can be let in without it",
                 self.path.join(HASH_KEY).display()
             ),
-            "restore it from a backup; if it is lost for good, start with a fresh data directory and register devices and \
+            "put back the copy that was kept beside the backups (it is in none of them); if it is lost for good, start with a fresh data directory and register devices and \
              keys anew",
         ))
     }

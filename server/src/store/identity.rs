@@ -17,6 +17,11 @@ use crate::ports::Entropy;
 pub(super) const FORMAT: &str = "format";
 /// The first word of that file.
 const NAME: &str = "bellwire-store";
+/// The first word while a restore puts a store here.
+const RESTORE: &str = "bellwire-restore";
+/// What the file says meanwhile: no start takes it for a store.
+pub(super) const UNDER_WAY: &str =
+    "bellwire-restore under way: run the restore again, with --replace\n";
 /// More of a format file is not read.
 const LENGTH_MAX: u64 = 4096;
 const FORMAT_TEMPORARY: &str = "format.tmp";
@@ -51,10 +56,14 @@ pub(super) fn write_identity(disk: &dyn Disk, store: [u8; 16], begun: bool) -> s
 /// Reads the words of a format file. Each version has an arm of its own: what an earlier one wrote stays readable.
 fn parse(text: &str) -> Result<Identity, Unreadable> {
     let mut words = text.split_whitespace();
-    if words.next() != Some(NAME) {
-        return Err(Unreadable::Garbage(
-            "it does not begin with `bellwire-store`",
-        ));
+    match words.next() {
+        Some(NAME) => {}
+        Some(RESTORE) => return Err(Unreadable::UnderWay),
+        Some(_) | None => {
+            return Err(Unreadable::Garbage(
+                "it does not begin with `bellwire-store`",
+            ));
+        }
     }
     match words.next().and_then(|word| word.parse::<u32>().ok()) {
         Some(FORMAT_VERSION) => {}
@@ -73,6 +82,7 @@ fn parse(text: &str) -> Result<Identity, Unreadable> {
 
 enum Unreadable {
     Newer(u32),
+    UnderWay,
     Garbage(&'static str),
 }
 
@@ -97,6 +107,7 @@ pub(super) fn read_identity(disk: &dyn Disk, dir: &Path) -> Result<Option<Identi
         Err(Unreadable::Newer(version)) => Err(OpenError::Newer {
             what: format!("the data directory has format {version}"),
         }),
+        Err(Unreadable::UnderWay) => Err(OpenError::Restoring(dir.to_owned())),
         Err(Unreadable::Garbage(why)) => Err(OpenError::NotAStore { path, why }),
     }
 }

@@ -408,6 +408,9 @@ pub(super) const POSITION: &[u8] = b"mposition";
 /// The number of the run.
 pub(super) const RUN: &[u8] = b"mrun";
 
+/// Which hash key the secrets were hashed with, told by the first bytes of its mark.
+pub(super) const HASH_KEY: &[u8] = b"mhashkey";
+
 /// The first `N` bytes and the rest.
 fn take<const N: usize>(bytes: &[u8]) -> Option<([u8; N], &[u8])> {
     let (head, rest) = bytes.split_first_chunk::<N>()?;

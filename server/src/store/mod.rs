@@ -62,7 +62,7 @@ use self::committer::{Desk, Done, Entry, LogFigures, Rides, Waiter, Work, Writer
 use self::current::Current;
 use self::engine::Engine;
 use self::home::{EngineHome, FileEngine, FilesHome, MemoryHome, RealFiles};
-use self::identity::{FORMAT, Identity, identity, write_identity};
+use self::identity::{FORMAT, Identity, UNDER_WAY, identity, write_identity};
 use self::keeper::{Inheritance, Keeper, Rules, Tools};
 use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk};
@@ -142,6 +142,10 @@ fn open_house(
             error,
         },
     })?;
+    // Without this word a server would begin with an empty store where somebody expects a full one.
+    if backup::is_unfinished(dir) {
+        return Err(OpenError::Restoring(dir.to_owned()));
+    }
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir));
     let home = home(settings, &disk, settings.engine);
     let parts = assemble(settings, disk, home, clock, entropy)?;
@@ -260,6 +264,7 @@ fn assemble(
         }
     };
     report.run = run;
+    let known_by = hash_key(&reader, &settings.key_mark)?;
     let aside = Arc::new(SetAside::new(Arc::clone(&disk), run));
     reader.aside = Arc::clone(&aside);
     let snapshots = snapshot::list(&*disk).map_err(io("could not list the snapshots in"))?;
@@ -331,7 +336,9 @@ fn assemble(
             bell: Arc::default(),
         }
     });
-    begin_run(&mut writer, &mut applier, &queue, run)?;
+    let mut first = vec![Chore::Run(run)];
+    first.extend(known_by);
+    begin_run(&mut writer, &mut applier, &queue, first)?;
     if !begun {
         write_identity(&*identity_disk, store, true)
             .map_err(OpenError::io("could not write", &dir.join(FORMAT)))?;
@@ -414,17 +421,40 @@ fn put_out_snapshots(
     Ok(put_out)
 }
 
+/// The beginning of a hash key's mark; `None`: the mark is not known.
+fn mark_number(mark: &[u8; 32]) -> Option<u64> {
+    let [a, b, c, d, e, f, g, h, ..] = *mark;
+    (*mark != [0; 32]).then(|| u64::from_le_bytes([a, b, c, d, e, f, g, h]))
+}
+
+/// Compares the hash key of this start with the one that the store was begun with. Answers what is to be written if the
+/// store does not know it yet.
+fn hash_key(reader: &Reader, mark: &[u8; 32]) -> Result<Option<Chore>, OpenError> {
+    let Some(ours) = mark_number(mark) else {
+        return Ok(None);
+    };
+    match reader.hash_key() {
+        Ok(Some(theirs)) if theirs != ours => Err(OpenError::HashKey),
+        Ok(Some(_)) => Ok(None),
+        Ok(None) => Ok(Some(Chore::HashKey(ours))),
+        Err(ReadError::Newer(version)) => Err(OpenError::Newer {
+            what: format!("its records have format {version}"),
+        }),
+        Err(ReadError::Engine(error)) => Err(OpenError::Engine(error)),
+    }
+}
+
 /// The first frame of a run says its number. Until it is safe nobody is served: a row of an earlier run may have been
 /// sent, one of this run was not, and only the number tells them apart.
 fn begin_run(
     writer: &mut Writer,
     applier: &mut Applier,
     queue: &Queue,
-    run: u32,
+    chores: Vec<Chore>,
 ) -> Result<(), OpenError> {
     let mut entries = VecDeque::from([Entry {
         waiter: Waiter::Single(Box::new(|_| {})),
-        work: Work::Chores(vec![Chore::Run(run)]),
+        work: Work::Chores(chores),
     }]);
     for (_, verdict) in writer.write_frame(&mut entries, &mut Rides::default()) {
         match verdict {

@@ -209,6 +209,13 @@ impl Reader {
             .get(keys::RUN, |value| record::number(keys::RUN, value))?;
         Ok(number.map_or(0, |number| u32::try_from(number).unwrap_or(u32::MAX)))
     }
+
+    /// Which hash key the secrets were hashed with: the beginning of its mark. `None`: nobody said yet, or it is rotten.
+    pub(super) fn hash_key(&self) -> Result<Option<u64>, ReadError> {
+        self.look().get(keys::HASH_KEY, |value| {
+            record::number(keys::HASH_KEY, value)
+        })
+    }
 }
 
 /// One view, and what to do with what it shows.

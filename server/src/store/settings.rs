@@ -176,6 +176,18 @@ pub enum OpenError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A restore was broken off before it had put a store here.
+    #[error(
+        "a restore into {0} was not finished: run `bellwire restore` again, with --replace if it asks for it. To begin with an \
+         empty store instead, remove the directory `restoring` in there"
+    )]
+    Restoring(PathBuf),
+    /// The secrets in the store were hashed with another key.
+    #[error(
+        "the secrets of this store were hashed with another key than the one in hash.key, so no device and no API key would be \
+         let in: put the hash.key of the server that made this store, or its backup, in its place"
+    )]
+    HashKey,
     /// Files of different stores are mixed.
     #[error("{0}; files of two data directories were mixed, put them back where they belong")]
     Mixed(String),

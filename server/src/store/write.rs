@@ -62,6 +62,8 @@ const SETTLE: u8 = 5;
 pub(super) enum Chore {
     /// The run that begins.
     Run(u32),
+    /// Which hash key the secrets are hashed with: the beginning of its mark.
+    HashKey(u64),
     /// The outcome of a notification is old enough to be forgotten.
     DropReceipt {
         at_ms: u64,
@@ -429,6 +431,9 @@ impl FrameBuilder {
         match *chore {
             Chore::Run(run) => self.put(&Key::from_slice(keys::RUN), |key, out| {
                 record::put_number(key, out, u64::from(run));
+            })?,
+            Chore::HashKey(mark) => self.put(&Key::from_slice(keys::HASH_KEY), |key, out| {
+                record::put_number(key, out, mark);
             })?,
             Chore::DropReceipt {
                 at_ms,

@@ -34,7 +34,7 @@ pub use self::check::Checker;
 pub use self::read::{BackupFault, verify};
 pub use self::restore::{
     Applied, Contents, ErasureSource, Restore, RestoreError, RestoreStep, Restored, UserHash,
-    restore,
+    is_unfinished, restore,
 };
 #[cfg(test)]
 pub(in crate::store) use self::unpack::Unpack;

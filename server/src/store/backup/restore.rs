@@ -32,18 +32,17 @@ use crate::store::log::segment::{self, Header};
 use crate::store::snapshot::{self, SnapshotError};
 use crate::store::write::{self, Chore, Write};
 use crate::store::{
-    FORMAT, House, OpenError, StoreSettings, keys, open_house, record, stamp, write_identity,
+    FORMAT, House, OpenError, StoreSettings, UNDER_WAY, keys, mark_number, open_house, record,
+    stamp, write_identity,
 };
 
 /// Where the new store is built.
 const BUILDING: &str = "restoring";
 /// How the directory of a store begins that was replaced.
 const REPLACED: &str = "replaced-";
-/// What `format` says while files change places: no start takes it for a store.
-const UNDER_WAY: &str = "bellwire-restore under way: run the restore again, with --replace\n";
 
 /// Files of a data directory that are not the store's: they stay where they are.
-const STAY: [&str; 10] = [
+const STAY: [&str; 11] = [
     "server.lock",
     "lock",
     "listen.json",
@@ -54,6 +53,8 @@ const STAY: [&str; 10] = [
     "dev-server.pem",
     "dev-server-key.pem",
     BUILDING,
+    // Of the volume.
+    "lost+found",
 ];
 
 /// The run of a restored store is so much above that of its backup. A run is a start, and nobody starts so often between two
@@ -189,6 +190,14 @@ pub enum RestoreError {
         /// Why.
         why: String,
     },
+    /// What is in the backup could not be written where it belongs.
+    #[error("{dir}: {why}")]
+    Target {
+        /// Where the new store was being made.
+        dir: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// The file system said no.
     #[error("{path}: {error}")]
     Io {
@@ -239,7 +248,8 @@ pub fn restore(restore: Restore<'_>) -> Result<Restored, RestoreError> {
         path: from.to_owned(),
         fault,
     };
-    // All of it before anything is touched.
+    // What takes no time comes first, and all of the backup is read before anything is touched.
+    let occupied = look_at_target(&dir, replace)?;
     let mut file = File::open(from).map_err(|error| unusable(error.into()))?;
     let length = file.metadata().map_err(io_at(from))?.len();
     let backup = super::verify(&mut file, &mut |done| {
@@ -247,7 +257,6 @@ pub fn restore(restore: Restore<'_>) -> Result<Restored, RestoreError> {
     })
     .map_err(unusable)?;
     check(&backup).map_err(RestoreError::Unfit)?;
-    let occupied = look_at_target(&dir, replace)?;
 
     let mut gathered = Gathered::default();
     if occupied {
@@ -265,77 +274,164 @@ pub fn restore(restore: Restore<'_>) -> Result<Restored, RestoreError> {
     }
 
     let building = dir.join(BUILDING);
-    match fs::remove_dir_all(&building) {
-        // What a restore that was cut off had made: only ever a copy of a backup.
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(io_at(&building)(error));
-        }
-        Ok(()) | Err(_) => {}
-    }
+    // What a restore that was cut off had made: only ever a copy of a backup.
+    remove_building(&building)?;
     make_private_dir(&building).map_err(io_at(&building))?;
-    let mut store = [0; 16];
-    entropy.fill(&mut store);
-    let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(&building));
-    let mut file = File::open(from).map_err(|error| unusable(error.into()))?;
-    Unpack {
-        disk: Arc::clone(&disk),
-        entropy: Arc::clone(&entropy),
-        store,
-        segment_bytes: settings.segment_bytes,
-        now_ms: clock.now().unix_ms,
-        progress: &mut |done| progress(RestoreStep::Unpack, done, length),
-    }
-    .run(&mut file)
-    .map_err(unusable)?;
-    write_identity(&*disk, store, true).map_err(io_at(&building))?;
-
-    progress(RestoreStep::Open, 0, 0);
-    let (house, report) = open_house(
-        &StoreSettings {
-            dir: building.clone(),
-            // Nothing is refused for lack of a reserve here; a disk that is really full says so itself.
-            reserve_bytes: 0,
-            ..settings
-        },
-        Arc::clone(&clock),
+    let built = Building {
+        from,
+        length,
+        building: &building,
+        settings,
+        user_hash,
+        clock,
         entropy,
-    )?;
-    let now_ms = clock.now().unix_ms;
-    let run = report.run.max(gathered.run).saturating_add(RUN_LEAP);
-    wait(&house, Work::Chores(vec![Chore::Run(run)]))?;
-    let total = gathered.erasures.len() as u64;
-    let applied = Applier {
-        house: &house,
-        now_ms,
-        applied: Applied::default(),
+        progress,
     }
-    .run(&gathered.erasures, user_hash, &mut |done| {
-        progress(RestoreStep::Erase, done.min(total), total);
-    })?;
-    let contents = house.contents()?;
-    // The erasures are in it, and it was read again.
-    house.keeper.take_snapshot().map_err(|error| match error {
-        SnapshotError::Io(error) => RestoreError::Io {
-            path: building.clone(),
-            error,
-        },
-        SnapshotError::Engine(_)
-        | SnapshotError::Newer(_)
-        | SnapshotError::Rotten(_)
-        | SnapshotError::Foreign
-        | SnapshotError::Interrupted => RestoreError::Erase(error.to_string()),
-    })?;
-    house.close();
-    drop(house);
-    let replaced = change_places(&dir, &building, occupied, &stamp(now_ms))?;
+    .make(&backup, &gathered);
+    let built = match built {
+        Ok(built) => built,
+        Err(error) => {
+            // It only takes room, perhaps the last there was. Why it is there at all is what must be told.
+            let _ = remove_building(&building);
+            return Err(error);
+        }
+    };
+    let replaced = change_places(&dir, &building, occupied, &stamp(built.now_ms))?;
     Ok(Restored {
         backup,
-        store,
+        store: built.store,
         replaced,
         sources: gathered.sources,
-        applied,
-        contents,
+        applied: built.applied,
+        contents: built.contents,
     })
+}
+
+/// Whether a restore into this directory was broken off: there is no store, and only part of one.
+#[must_use]
+pub fn is_unfinished(dir: &Path) -> bool {
+    match fs::read_to_string(dir.join(FORMAT)) {
+        Ok(text) => text.split_whitespace().next() == UNDER_WAY.split_whitespace().next(),
+        Err(error) => error.kind() == io::ErrorKind::NotFound && dir.join(BUILDING).exists(),
+    }
+}
+
+fn remove_building(building: &Path) -> Result<(), RestoreError> {
+    match fs::remove_dir_all(building) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_at(building)(error)),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// The new store, being made in a directory of its own.
+struct Building<'a, 'p> {
+    from: &'a Path,
+    length: u64,
+    building: &'a Path,
+    settings: StoreSettings,
+    user_hash: Option<UserHash<'a>>,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+    progress: &'p mut dyn FnMut(RestoreStep, u64, u64),
+}
+
+/// A new store that is whole and safe.
+struct Built {
+    store: [u8; 16],
+    now_ms: u64,
+    applied: Applied,
+    contents: Contents,
+}
+
+impl Building<'_, '_> {
+    fn make(self, backup: &BackupSummary, gathered: &Gathered) -> Result<Built, RestoreError> {
+        let Building {
+            from,
+            length,
+            building,
+            settings,
+            user_hash,
+            clock,
+            entropy,
+            progress,
+        } = self;
+        let unusable = |fault| RestoreError::Backup {
+            path: from.to_owned(),
+            fault,
+        };
+        let mut store = [0; 16];
+        entropy.fill(&mut store);
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(building));
+        let mut file = File::open(from).map_err(|error| unusable(error.into()))?;
+        Unpack {
+            disk: Arc::clone(&disk),
+            entropy: Arc::clone(&entropy),
+            store,
+            segment_bytes: settings.segment_bytes,
+            now_ms: clock.now().unix_ms,
+            progress: &mut |done| progress(RestoreStep::Unpack, done, length),
+        }
+        .run(&mut file)
+        .map_err(|fault| match fault {
+            // The backup was read to its end before: it is the target that does not take it.
+            BackupFault::Refused(why) => RestoreError::Target {
+                dir: building.to_owned(),
+                why,
+            },
+            BackupFault::Io(_)
+            | BackupFault::Foreign
+            | BackupFault::Newer(_)
+            | BackupFault::Cut(_)
+            | BackupFault::Rotten { .. } => unusable(fault),
+        })?;
+        write_identity(&*disk, store, true).map_err(io_at(building))?;
+
+        progress(RestoreStep::Open, 0, 0);
+        let (house, report) = open_house(
+            &StoreSettings {
+                dir: building.to_owned(),
+                // Nothing is refused for lack of a reserve here; a disk that is really full says so itself.
+                reserve_bytes: 0,
+                ..settings
+            },
+            Arc::clone(&clock),
+            entropy,
+        )?;
+        let now_ms = clock.now().unix_ms;
+        let run = report.run.max(gathered.run).saturating_add(RUN_LEAP);
+        let mut chores = vec![Chore::Run(run)];
+        chores.extend(mark_number(&backup.key_mark).map(Chore::HashKey));
+        wait(&house, Work::Chores(chores))?;
+        let total = gathered.erasures.len() as u64;
+        let applied = Applier {
+            house: &house,
+            now_ms,
+            applied: Applied::default(),
+        }
+        .run(&gathered.erasures, user_hash, &mut |done| {
+            progress(RestoreStep::Erase, done.min(total), total);
+        })?;
+        let contents = house.contents()?;
+        // The erasures are in it, and it was read again.
+        house.keeper.take_snapshot().map_err(|error| match error {
+            SnapshotError::Io(error) => RestoreError::Io {
+                path: building.to_owned(),
+                error,
+            },
+            SnapshotError::Engine(_)
+            | SnapshotError::Newer(_)
+            | SnapshotError::Rotten(_)
+            | SnapshotError::Foreign
+            | SnapshotError::Interrupted => RestoreError::Erase(error.to_string()),
+        })?;
+        house.close();
+        Ok(Built {
+            store,
+            now_ms,
+            applied,
+            contents,
+        })
+    }
 }
 
 /// Whether there is a store in the data directory.

@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use bellwire_faultfs::{Fault, FaultFs, Op as Call, Options};
+
 use super::super::backup::{
     Applied, Contents, Restore, RestoreError, Restored, UserHash, restore, verify,
 };
@@ -320,7 +322,7 @@ fn a_restore_that_was_cut_off_refuses_a_start_and_is_done_again() {
         clock(),
         Arc::new(SeededEntropy::new(9)),
     );
-    assert!(matches!(refused.err(), Some(OpenError::NotAStore { .. })));
+    assert!(matches!(refused.err(), Some(OpenError::Restoring(_))));
     let done = restored(&at("old"), &at("data"), EngineKind::Memory, |request| {
         request.replace = true;
     })
@@ -328,4 +330,184 @@ fn a_restore_that_was_cut_off_refuses_a_start_and_is_done_again() {
     assert_eq!(done.applied, ERASED);
     assert!(done.sources.iter().any(|source| source.path == aside));
     check_erased(&at("data"), EngineKind::Memory);
+}
+
+/// A restore in place on a disk that does not keep still: the old store, the backup and the new one are the ones of the other
+/// tests.
+struct Moving {
+    disk: FaultFs,
+    backup: tempfile::TempDir,
+}
+
+impl Moving {
+    fn new() -> Moving {
+        let moving = Moving {
+            disk: FaultFs::new(&Options::default()).unwrap(),
+            backup: tempfile::tempdir().unwrap(),
+        };
+        let opened = moving.open().unwrap();
+        fill(&*opened.store);
+        back_up(&*opened.store, &moving.file());
+        erase_some(&*opened.store);
+        commit(&*opened.store, vec![register(device_id(9), "eve")]).unwrap();
+        opened.store.close();
+        drop(opened);
+        moving.disk.settle();
+        moving
+    }
+
+    fn file(&self) -> PathBuf {
+        self.backup.path().join("old.backup")
+    }
+
+    fn data(&self) -> PathBuf {
+        self.disk.path().join("data")
+    }
+
+    fn settings(&self) -> StoreSettings {
+        StoreSettings {
+            trust_file_system: true,
+            segment_bytes: 16 << 10,
+            ..settings(&self.data(), EngineKind::Memory)
+        }
+    }
+
+    fn open(&self) -> Result<Opened, OpenError> {
+        let entropy = Arc::new(SeededEntropy::new(9));
+        open(&self.settings(), clock(), entropy)
+    }
+
+    fn restore(&self) -> Result<Restored, RestoreError> {
+        restored(&self.file(), &self.data(), EngineKind::Memory, |request| {
+            request.replace = true;
+            request.settings = self.settings();
+        })
+    }
+}
+
+#[test]
+fn a_restore_cut_by_a_loss_of_power_anywhere_leaves_one_store_or_a_refusal_and_is_done_again() {
+    let quiet = Moving::new();
+    let before = quiet.disk.counters();
+    quiet.restore().unwrap();
+    let after = quiet.disk.counters();
+    let (mut cuts, mut refused, mut old) = (0, 0, 0);
+    for call in Call::ALL {
+        let count = after.of(call) - before.of(call);
+        let step = (count / 8).max(1);
+        for at in (0..count).step_by(usize::try_from(step).unwrap()) {
+            let moving = Moving::new();
+            moving.disk.fail(Fault::power_cut(call, at + 1).after(at));
+            let done = moving.restore();
+            if done.is_ok() {
+                // The moment did not come: threads take turns as they like.
+                continue;
+            }
+            cuts += 1;
+            moving.disk.power_on().unwrap();
+            moving.disk.clear_faults();
+            match moving.open() {
+                Ok(opened) => {
+                    let store = opened.store;
+                    let is_old = store.device(device_id(9)).unwrap().is_some();
+                    let is_new = store.device(device_id(3)).unwrap().is_some() && !is_old;
+                    assert!(is_old || is_new, "{call:?} {at}: neither");
+                    assert!(
+                        store.device(device_id(1)).unwrap().is_none(),
+                        "{call:?} {at}: what was erased is back"
+                    );
+                    old += u64::from(is_old);
+                }
+                Err(OpenError::Restoring(_)) => refused += 1,
+                Err(error) => panic!("{call:?} {at}: {error}"),
+            }
+            let done = moving.restore().unwrap();
+            assert!(!done.sources.is_empty());
+            let opened = moving.open().unwrap();
+            assert!(opened.store.device(device_id(1)).unwrap().is_none());
+            assert!(opened.store.device(device_id(3)).unwrap().is_some());
+            assert!(opened.store.device(device_id(9)).unwrap().is_none());
+        }
+    }
+    assert!(
+        cuts > 20 && refused > 0 && old > 0,
+        "{cuts} {refused} {old}"
+    );
+}
+
+#[test]
+fn a_restore_that_finds_no_room_says_so_and_leaves_nothing_behind() {
+    let moving = Moving::new();
+    moving
+        .disk
+        .set_capacity(Some(moving.disk.used() + (24 << 10)));
+    let error = moving.restore().unwrap_err();
+    assert!(error.to_string().contains("room"), "{error}");
+    assert!(!moving.data().join("restoring").exists());
+    moving.disk.set_capacity(None);
+    // The old store is as it was.
+    let opened = moving.open().unwrap();
+    assert!(opened.store.device(device_id(9)).unwrap().is_some());
+}
+
+#[test]
+fn a_directory_with_half_a_restore_is_not_begun_as_an_empty_store() {
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("data");
+    fs::create_dir_all(dir.join("restoring/log")).unwrap();
+    let refused = open(
+        &settings(&dir, EngineKind::Memory),
+        clock(),
+        Arc::new(SeededEntropy::new(9)),
+    );
+    assert!(matches!(refused.err(), Some(OpenError::Restoring(_))));
+    assert!(!dir.join("format").exists());
+}
+
+#[test]
+fn a_store_is_opened_with_the_hash_key_that_it_was_begun_with_also_after_a_restore() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| -> PathBuf { place.path().join(name) };
+    let with = |dir: &Path, mark: [u8; 32]| {
+        let settings = StoreSettings {
+            key_mark: mark,
+            ..settings(dir, EngineKind::Memory)
+        };
+        open(&settings, clock(), Arc::new(SeededEntropy::new(9)))
+    };
+    let (ours, theirs) = ([1; 32], [2; 32]);
+    // Begun before the key was noted, by a tool that does not know it.
+    drop(open_at(&at("data"), EngineKind::Memory));
+    let opened = with(&at("data"), ours).unwrap();
+    fill(&*opened.store);
+    back_up(&*opened.store, &at("b.backup"));
+    drop(opened);
+    assert!(matches!(
+        with(&at("data"), theirs).err(),
+        Some(OpenError::HashKey)
+    ));
+    restored(&at("b.backup"), &at("new"), EngineKind::Memory, |_| {}).unwrap();
+    for dir in ["data", "new"] {
+        assert!(matches!(
+            with(&at(dir), theirs).err(),
+            Some(OpenError::HashKey)
+        ));
+        assert!(with(&at(dir), ours).is_ok());
+    }
+}
+
+#[test]
+fn what_belongs_to_the_volume_is_no_reason_to_refuse() {
+    let place = tempfile::tempdir().unwrap();
+    let (data, file, new) = (
+        place.path().join("data"),
+        place.path().join("b.backup"),
+        place.path().join("new"),
+    );
+    let opened = open_at(&data, EngineKind::Memory);
+    fill(&*opened.store);
+    back_up(&*opened.store, &file);
+    fs::create_dir_all(new.join("lost+found")).unwrap();
+    restored(&file, &new, EngineKind::Memory, |_| {}).unwrap();
+    assert!(new.join("lost+found").is_dir());
 }
