@@ -448,7 +448,10 @@ fn refused(status: StatusCode, body: &Value, base: &str) -> Failure {
         404 if body.is_null() => {
             Some("is this the API of a bellwire server? Its default port is 8480")
         }
-        409 if code != "backup_under_way" => {
+        409 if code == "backup_under_way" => Some(
+            "wait until that one is done; `bellwire status` shows those of the server's own schedule",
+        ),
+        409 => {
             Some("the idempotency key was used with another body: take a new key for a new ping")
         }
         429 | 503 => Some(
@@ -457,9 +460,11 @@ fn refused(status: StatusCode, body: &Value, base: &str) -> Failure {
         507 => Some("make room on the server's disk; what was accepted is still delivered"),
         _ => None,
     };
+    let what = text("title").unwrap_or_else(|| format!("{base} answered {status}"));
     Failure::Trouble(Trouble {
-        what: text("title").unwrap_or_else(|| format!("{base} answered {status}")),
-        detail: text("detail"),
+        // Said once is enough.
+        detail: text("detail").filter(|detail| *detail != what),
+        what,
         help: help.map(str::to_owned),
         api: Some((code, status.as_u16())),
         exit: EXIT_TROUBLE,

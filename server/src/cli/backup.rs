@@ -1,8 +1,8 @@
 //! `bellwire backup`: everything that is kept into one file, checked while it comes; and what is in such a file.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,6 +13,8 @@ use bellwire_server::store::backup::{BackupFault, Checker, Contents};
 use bellwire_server::store::{self, StoreSettings};
 use clap::{Args, Subcommand};
 use data_encoding::HEXLOWER;
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::api::{Api, ApiArgs};
@@ -26,13 +28,15 @@ const AFTER_HELP: &str = "\
 Examples:
   bellwire backup --to /backups/monday.backup
   bellwire backup --to /backups                  a file with the time in its name
-  bellwire backup --to b.backup --api https://push.example.com:8480 --key-file ops.key
+  bellwire backup --to b.backup --api https://push.example.com:8480 --key-file ops.key --json
   bellwire backup --offline --data-dir /var/lib/bellwire --to b.backup
   bellwire backup verify /backups/monday.backup
 
-The server goes on serving; the backup is the state at one moment near its end. The key needs the scope `admin`.
-Keep the data directory's hash.key somewhere safe as well, once: without it nobody in a backup is let in.
-The server makes backups by itself when backup.dir is set. docs/backup.md has the drill for a restore.";
+The server goes on serving; the backup is the state at one moment near its end. The key needs the
+scope `admin`. One backup is made at a time. Until it is whole it is called FILE.partial.
+Keep the data directory's hash.key somewhere safe as well, once: without it nobody in a backup is
+let in. The server makes backups by itself when backup.dir is set. docs/backup.md has the drill for
+a restore.";
 
 const VERIFY_HELP: &str = "\
 Examples:
@@ -234,13 +238,39 @@ impl Target {
         let mut partial = path.clone().into_os_string();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
+        let bad = |error: &io::Error| unwritable(&partial, error);
         let file = OpenOptions::new()
             .write(true)
             .create(true)
-            .truncate(true)
+            // Emptied only once it is known to be nobody's.
+            .truncate(false)
             .mode(0o600)
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
             .open(&partial)
-            .map_err(|error| unwritable(&partial, &error))?;
+            .map_err(|error| bad(&error))?;
+        let taken = || {
+            Failure::new(
+                format!("{} is being written by another process", partial.display()),
+                "wait until that one is done, or name another file with --to",
+            )
+        };
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(taken()),
+            Err(TryLockError::Error(error)) => return Err(bad(&error)),
+        }
+        // That one may have been done a moment ago: then this is a backup by now, under its own name.
+        let same = |ours: fs::Metadata, theirs: fs::Metadata| {
+            (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino())
+        };
+        let found = file.metadata().map_err(|error| bad(&error))?;
+        if !fs::symlink_metadata(&partial).is_ok_and(|there| same(found, there)) {
+            return Err(taken());
+        }
+        // What a backup that was broken off left there goes, and is nobody else's to read.
+        file.set_len(0)
+            .and_then(|()| file.set_permissions(Permissions::from_mode(0o600)))
+            .map_err(|error| bad(&error))?;
         Ok(Target {
             path,
             partial,
@@ -269,7 +299,7 @@ impl Target {
         };
         self.file
             .sync_all()
-            .and_then(|()| fs::rename(&self.partial, &self.path))
+            .and_then(|()| name(&self.partial, &self.path))
             .and_then(|()| File::open(dir)?.sync_all())
             .map_err(|error| unwritable(&self.path, &error))?;
         Ok(held)
@@ -285,6 +315,16 @@ impl Target {
     }
 }
 
+/// Gives a file its name, unless something has it by now.
+fn name(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // The file system does not know how: then as well as can be.
+        Err(Errno::INVAL | Errno::NOSYS) if !to.exists() => fs::rename(from, to),
+        Err(Errno::INVAL | Errno::NOSYS) => Err(io::Error::from(io::ErrorKind::AlreadyExists)),
+        done => Ok(done?),
+    }
+}
+
 fn unwritable(path: &Path, error: &io::Error) -> Failure {
     Failure::new(
         format!("{} cannot be written: {error}", path.display()),
@@ -294,10 +334,17 @@ fn unwritable(path: &Path, error: &io::Error) -> Failure {
 
 /// A backup that is none.
 pub(crate) fn broken(path: &Path, fault: &BackupFault) -> Failure {
-    Failure::new(
-        format!("{}: {fault}", path.display()),
-        "take another backup; an older one that verifies is better than a damaged newer one",
-    )
+    let help = match fault {
+        BackupFault::Io(_) => "name a file that is there and that this user may read",
+        BackupFault::Foreign => "name a file that `bellwire backup` or the server's schedule made",
+        BackupFault::Newer(_) => "install that version of bellwire, or a later one",
+        BackupFault::Refused(_) => "look at the disk and its free room, then try again",
+        BackupFault::Cut(_) | BackupFault::Rotten { .. } => {
+            "copy it again if this is a copy, or take another backup; an older one that verifies is better than a damaged \
+             newer one"
+        }
+    };
+    Failure::new(format!("{}: {fault}", path.display()), help)
 }
 
 /// Checks a file and says what is in it.

@@ -10,6 +10,8 @@ use super::{Console, plain};
 
 /// Plain lines come when so much more of the whole is done, percent.
 const STEP: u64 = 20;
+/// Less than so many bytes are no long work: no line is written.
+const WORTH: u64 = 64 << 20;
 
 /// One piece of work after the other.
 pub(crate) struct Progress {
@@ -36,6 +38,9 @@ impl Progress {
     /// So much of `total` bytes is done; 0: nobody knows of how much.
     pub(crate) fn bytes(&mut self, what: &'static str, done: u64, total: u64) {
         self.begin(what, total, true);
+        if self.bar.is_none() && done.max(total) < WORTH {
+            return;
+        }
         self.at(done, total, &size(done), &size(total));
     }
 
@@ -82,7 +87,7 @@ impl Progress {
         // Of an unknown whole each doubling from 64 MiB on is told.
         let reached = match done.saturating_mul(100).checked_div(total) {
             Some(percent) => percent / STEP * STEP,
-            None if done >= 64 << 20 => u64::from(done.ilog2()),
+            None if done >= WORTH => u64::from(done.ilog2()),
             None => 0,
         };
         if reached > self.told {

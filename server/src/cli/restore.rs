@@ -26,13 +26,16 @@ use super::{Console, Failure, Outcome, keep_to_ourselves, moment};
 const AFTER_HELP: &str = "\
 Examples:
   bellwire restore --verify /backups/monday.backup
-  bellwire restore --from /backups/monday.backup --data-dir /var/lib/bellwire --hash-key /safe/hash.key
-  bellwire restore --from b.backup --data-dir DIR --replace --erasures /backups/tuesday.backup
+  bellwire restore --from monday.backup --data-dir /srv/bellwire --hash-key /safe/hash.key
+  bellwire restore --from monday.backup --data-dir /srv/bellwire --replace --erasures tuesday.backup
+  bellwire restore --from monday.backup --data-dir /srv/bellwire --engine fjall --json
 
-The data directory must be empty or new. With --replace a store that is there is put aside, under replaced-TIME in the
-same directory, and nothing of it is deleted; stop its server first.
-What was erased after the backup was made stays erased, as far as somebody knows of it: the store that is replaced, the
-file `erasures` beside the backup, and whatever --erasures names.
+The data directory must be empty or new. With --replace a store that is there is put aside, under
+replaced-TIME in the same directory, and nothing of it is deleted; stop its server first.
+What was erased after the backup was made stays erased, as far as somebody knows of it: the store
+that is replaced, the file `erasures` beside the backup, and whatever --erasures names.
+The hash key is a file, hash.key: it is in no backup and in no setting. It is put into the new data
+directory if it is not there. A wrong one is refused.
 docs/backup.md has the drill.";
 
 #[derive(Debug, Args)]
@@ -149,17 +152,13 @@ pub(crate) fn run(args: &RestoreArgs) -> Outcome {
     });
     progress.done();
     let done = done.map_err(|error| failure(&error))?;
-    let key_is_there = match &key {
-        Some(key) => {
-            let path = dir.join(HASH_KEY);
-            if !path.exists() {
-                write_private(&path, &key.bytes, IfExists::Refuse).map_err(|error| cert(&error))?;
-            }
-            true
+    if let Some(key) = &key {
+        let path = dir.join(HASH_KEY);
+        if !path.exists() {
+            write_private(&path, &key.bytes, IfExists::Refuse).map_err(|error| cert(&error))?;
         }
-        None => false,
-    };
-    tell(args, dir, &done, key_is_there);
+    }
+    tell(args, dir, &done, key.as_ref());
     Ok(())
 }
 
@@ -233,7 +232,7 @@ fn failure(error: &RestoreError) -> Failure {
     Failure::new(error.to_string(), help)
 }
 
-fn tell(args: &RestoreArgs, dir: &Path, done: &Restored, key_is_there: bool) {
+fn tell(args: &RestoreArgs, dir: &Path, done: &Restored, key: Option<&FoundKey>) {
     let out = Console::out();
     let from = args.from.as_deref().unwrap_or(Path::new(""));
     if args.json {
@@ -260,7 +259,7 @@ fn tell(args: &RestoreArgs, dir: &Path, done: &Restored, key_is_there: bool) {
                     "keys": done.applied.keys,
                     "notifications": done.applied.notifications,
                 },
-                "hash_key": key_is_there,
+                "hash_key": key.is_some(),
             })
             .to_string(),
         );
@@ -271,7 +270,7 @@ fn tell(args: &RestoreArgs, dir: &Path, done: &Restored, key_is_there: bool) {
             "restored",
             format!("{} into {}", from.display(), dir.display()),
         ),
-        ("state of", moment(done.backup.begun_ms)),
+        ("state of", moment(done.backup.finished_ms)),
         (
             "holds",
             format!(
@@ -299,6 +298,15 @@ fn tell(args: &RestoreArgs, dir: &Path, done: &Restored, key_is_there: bool) {
             format!("{} ({}{trouble})", source.path.display(), source.found),
         ));
     }
+    if let Some(key) = key {
+        let here = dir.join(HASH_KEY);
+        let text = if key.path == here {
+            format!("{}, as it was there", here.display())
+        } else {
+            format!("{}, from {}", here.display(), key.path.display())
+        };
+        pairs.push(("hash key", text));
+    }
     if let Some(replaced) = &done.replaced {
         pairs.push(("put aside", replaced.display().to_string()));
     }
@@ -311,7 +319,7 @@ fn tell(args: &RestoreArgs, dir: &Path, done: &Restored, key_is_there: bool) {
              back. Restore again with --erasures if a newer backup, the file `erasures` or the old data directory turns up.",
         );
     }
-    if !key_is_there {
+    if key.is_none() {
         loud(&format!(
             "WARNING: the hash key was not found. Put the hash.key of the server that made the backup into {} (mode 0600) \
              before the start; without it no device and no API key is let in.",

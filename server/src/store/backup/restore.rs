@@ -296,7 +296,11 @@ pub fn restore(restore: Restore<'_>) -> Result<Restored, RestoreError> {
             return Err(error);
         }
     };
-    let replaced = change_places(&dir, &building, occupied, &stamp(built.now_ms))?;
+    let replaced =
+        make_ready(&dir, &building, occupied, &stamp(built.now_ms)).inspect_err(|_| {
+            let _ = remove_building(&building);
+        })?;
+    change_places(&dir, &building, replaced.as_deref())?;
     Ok(Restored {
         backup,
         store: built.store,
@@ -481,64 +485,86 @@ fn replaced_in(dir: &Path) -> Result<Vec<PathBuf>, RestoreError> {
     Ok(found)
 }
 
-/// Puts the old store aside and the new one in its place. Answers where the old one is.
-fn change_places(
+fn sync_dir(path: &Path) -> Result<(), RestoreError> {
+    File::open(path)
+        .and_then(|dir| dir.sync_all())
+        .map_err(io_at(path))
+}
+
+fn move_file(from: &Path, to: &Path) -> Result<(), RestoreError> {
+    fs::rename(from, to).map_err(io_at(from))
+}
+
+/// The word that a restore is under way, in a file of the new store's directory.
+const MARK: &str = "under-way";
+
+/// Makes the place for the old store and writes the word that a restore is under way, as long as nothing has been moved: whatever
+/// takes room on the disk comes here. Answers where the old store goes.
+fn make_ready(
     dir: &Path,
     building: &Path,
     occupied: bool,
     stamp: &str,
 ) -> Result<Option<PathBuf>, RestoreError> {
-    let sync = |path: &Path| {
-        File::open(path)
-            .and_then(|dir| dir.sync_all())
-            .map_err(io_at(path))
-    };
-    let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(io_at(from));
-    let mut aside = None;
-    if occupied {
-        let mut to = dir.join(format!("{REPLACED}{stamp}"));
-        let mut again = 1;
-        while to.exists() {
-            again += 1;
-            to = dir.join(format!("{REPLACED}{stamp}-{again}"));
-        }
-        make_private_dir(&to).map_err(io_at(&to))?;
-        let format = dir.join(FORMAT);
-        if format.exists() {
-            // Kept under its name before the word that a restore is under way takes its place.
-            fs::copy(&format, to.join(FORMAT)).map_err(io_at(&format))?;
-            sync(&to)?;
-        }
-        aside = Some(to);
-    }
-    let mark = building.join("under-way");
+    let mark = building.join(MARK);
     fs::write(&mark, UNDER_WAY).map_err(io_at(&mark))?;
     File::open(&mark)
         .and_then(|file| file.sync_all())
         .map_err(io_at(&mark))?;
-    rename(&mark, &dir.join(FORMAT))?;
-    sync(dir)?;
-    if let Some(aside) = &aside {
+    if !occupied {
+        return Ok(None);
+    }
+    let mut to = dir.join(format!("{REPLACED}{stamp}"));
+    let mut again = 1;
+    while to.exists() {
+        again += 1;
+        to = dir.join(format!("{REPLACED}{stamp}-{again}"));
+    }
+    make_private_dir(&to).map_err(io_at(&to))?;
+    let format = dir.join(FORMAT);
+    // Kept under its name before the word that a restore is under way takes its place.
+    let kept = if format.exists() {
+        fs::copy(&format, to.join(FORMAT))
+            .and_then(|_| File::open(to.join(FORMAT))?.sync_all())
+            .map_err(io_at(&format))
+            .and_then(|()| sync_dir(&to))
+    } else {
+        Ok(())
+    };
+    match kept {
+        Ok(()) => Ok(Some(to)),
+        Err(error) => {
+            // Nothing but a copy is in it.
+            let _ = fs::remove_dir_all(&to);
+            Err(error)
+        }
+    }
+}
+
+/// Puts the old store aside and the new one in its place.
+fn change_places(dir: &Path, building: &Path, aside: Option<&Path>) -> Result<(), RestoreError> {
+    move_file(&building.join(MARK), &dir.join(FORMAT))?;
+    sync_dir(dir)?;
+    if let Some(aside) = aside {
         for name in names_in(dir)? {
             if name != FORMAT {
-                rename(&dir.join(&name), &aside.join(&name))?;
+                move_file(&dir.join(&name), &aside.join(&name))?;
             }
         }
-        sync(aside)?;
-        sync(dir)?;
+        sync_dir(aside)?;
+        sync_dir(dir)?;
     }
     for entry in fs::read_dir(building).map_err(io_at(building))? {
         let name = entry.map_err(io_at(building))?.file_name();
         if name != FORMAT && name != "lock" {
-            rename(&building.join(&name), &dir.join(&name))?;
+            move_file(&building.join(&name), &dir.join(&name))?;
         }
     }
-    sync(dir)?;
-    rename(&building.join(FORMAT), &dir.join(FORMAT))?;
-    sync(dir)?;
+    sync_dir(dir)?;
+    move_file(&building.join(FORMAT), &dir.join(FORMAT))?;
+    sync_dir(dir)?;
     fs::remove_dir_all(building).map_err(io_at(building))?;
-    sync(dir)?;
-    Ok(aside)
+    sync_dir(dir)
 }
 
 // ---- Gathering what was erased ---------------------------------------------------------------------------------------
