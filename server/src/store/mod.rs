@@ -440,7 +440,7 @@ fn hash_key(reader: &Reader, mark: &[u8; 32]) -> Result<Option<Chore>, OpenError
         Err(ReadError::Newer(version)) => Err(OpenError::Newer {
             what: format!("its records have format {version}"),
         }),
-        Err(ReadError::Engine(error)) => Err(OpenError::Engine(error)),
+        Err(ReadError::Engine(error) | ReadError::NotYet(error)) => Err(OpenError::Engine(error)),
     }
 }
 
