@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use bellwire_server::delivery::{AppId, Outcome, PingId};
 use bellwire_server::ports::PairState;
-use bellwire_server::runtime::{Out, PingRequest, RevokeCounts, Target};
+use bellwire_server::runtime::{
+    Out, PingAnswer, PingError, PingRequest, RevokeCounts, RuntimeSettings, Target,
+};
 
-use crate::house::{APP, House, ping, settings, until};
-use crate::store::FakeStore;
+use crate::house::{APP, Device, House, ping, settings, until};
+use crate::store::{FakeStore, Mode};
 
 async fn state(house: &House, id: PingId) -> PairState {
     let view = house
@@ -296,5 +298,82 @@ async fn the_ledger_forgets_the_oldest_but_the_store_remembers() {
     assert!(house.handle.status().ledger_entries <= 16);
     for id in ids {
         assert_eq!(outcome(state(&house, id).await), None);
+    }
+}
+
+/// Sends something that is never stored, and has it acknowledged; the publisher waits for that.
+async fn never_stored(
+    house: &House,
+    device: &Device,
+) -> tokio::task::JoinHandle<Result<PingAnswer, PingError>> {
+    let mut link = device.attach().await;
+    let mut request = waiting_for(Target::Device(device.id), Duration::from_secs(60));
+    request.ttl_s = Some(0);
+    let handle = house.handle.clone();
+    let publisher = tokio::spawn(async move { handle.ping(request).await });
+    let (_, seq, _) = link.notification().await;
+    link.acknowledge(seq);
+    publisher
+}
+
+#[tokio::test]
+async fn a_durable_outcome_is_announced_once_it_is_safe_and_survives_a_crash() {
+    let settings = RuntimeSettings {
+        receipts_durable: true,
+        ..settings()
+    };
+    let house = House::with(settings, Arc::default()).await;
+    let device = house.device("anna").await;
+    house.store.set_mode(Mode::Hold);
+    let publisher = never_stored(&house, &device).await;
+    until("the outcome to be handed to the disk", async || {
+        house.store.held() == 1
+    })
+    .await;
+    assert!(!publisher.is_finished());
+    house.store.set_mode(Mode::Commit);
+    let answer = publisher.await.unwrap().unwrap();
+    let known = answer.outcomes[0].state;
+    assert_eq!(outcome(known), Some(Outcome::Acknowledged));
+    let house = house.restart().await;
+    assert_eq!(
+        state(&house, answer.id).await,
+        known,
+        "with the time at which it ended"
+    );
+}
+
+#[tokio::test]
+async fn without_it_the_disk_is_not_asked_and_a_crash_may_forget() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    house.store.set_mode(Mode::Hold);
+    let publisher = never_stored(&house, &device).await;
+    let answer = publisher.await.unwrap().unwrap();
+    assert_eq!(
+        outcome(answer.outcomes[0].state),
+        Some(Outcome::Acknowledged)
+    );
+    assert_eq!(house.store.held(), 0);
+    house.store.set_mode(Mode::Commit);
+    let house = house.restart().await;
+    let view = house.handle.ping_view(APP, answer.id, None, 10).await;
+    assert!(view.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn an_outcome_that_the_disk_refuses_is_told_all_the_same_for_it_is_so() {
+    for mode in [Mode::NoRoom, Mode::Fail] {
+        let settings = RuntimeSettings {
+            receipts_durable: true,
+            ..settings()
+        };
+        let house = House::with(settings, Arc::default()).await;
+        let device = house.device("anna").await;
+        house.store.set_mode(mode);
+        let publisher = never_stored(&house, &device).await;
+        let answer = publisher.await.unwrap().unwrap();
+        let told = outcome(state(&house, answer.id).await);
+        assert_eq!(told, Some(Outcome::Acknowledged), "{mode:?}");
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bellwire_server::delivery::Outcome;
-use bellwire_server::ports::{PairState, Store};
-use bellwire_server::runtime::{SystemClock, SystemEntropy, Target};
+use bellwire_server::ports::{OutcomeOrder, OutcomeQuery, PairState, Store};
+use bellwire_server::runtime::{RuntimeSettings, SystemClock, SystemEntropy, Target};
 use bellwire_server::store::{EngineKind, OpenError, StoreSettings, open};
 
 use crate::house::{APP, Device, House, ping, settings};
@@ -150,5 +150,60 @@ async fn a_stored_row_is_swept_over_the_real_expiry_index() {
         house.clock.advance(Duration::from_secs(61));
         house.ended(id).await;
     }
+    stop(house).await;
+}
+
+/// Sends so many that are never stored, has each acknowledged, and counts the syncs of the log meanwhile.
+async fn syncs_of(house: &House, device: &Device, count: u64) -> u64 {
+    let mut link = device.attach().await;
+    let before = house.handle.status().store.syncs;
+    for _ in 0..count {
+        let mut request = ping(Target::Device(device.id));
+        request.ttl_s = Some(0);
+        let id = house.handle.ping(request).await.unwrap().id;
+        let (_, seq, _) = link.notification().await;
+        link.acknowledge(seq);
+        house.ended(id).await;
+    }
+    house.handle.status().store.syncs - before
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outcome_costs_a_sync_only_if_it_is_to_be_durable() {
+    let dir = tempfile::tempdir().unwrap();
+    let house = start(dir.path(), EngineKind::Memory).await;
+    let device = house.device("anna").await;
+    assert_eq!(syncs_of(&house, &device, 50).await, 0);
+    let (id, secret) = (device.id, device.secret);
+    // It reaches the history all the same, before and after an orderly stop.
+    let all = OutcomeQuery {
+        app: APP,
+        devices: None,
+        outcome: None,
+        from_ms: 0,
+        to_ms: u64::MAX,
+        order: OutcomeOrder::OldestFirst,
+        start: None,
+        limit: 1_000,
+    };
+    drop(device.handle);
+    stop(house).await;
+
+    let settings = RuntimeSettings {
+        receipts_durable: true,
+        ..settings()
+    };
+    let store = open_store(dir.path(), EngineKind::Memory).await;
+    let house = House::over(settings, store, Arc::new(FakeStore::default())).await;
+    let page = house.handle.outcomes(None, all).await.unwrap();
+    assert_eq!(page.items.len(), 50);
+    let device = Device {
+        handle: house.handle.clone(),
+        id,
+        secret,
+    };
+    let syncs = syncs_of(&house, &device, 10).await;
+    assert!((10..=20).contains(&syncs), "{syncs}");
+    drop(device);
     stop(house).await;
 }

@@ -18,7 +18,7 @@ use crate::store::log::disk::Disk;
 pub(super) const LOOKS_MAX: usize = 65_536;
 /// Most records of segments without an index that a look at a ping reads: 64 MiB of them, four whole segments. There are more
 /// only while a start makes indexes that were lost.
-pub(super) const UNINDEXED_MAX: u64 = 1_048_576;
+pub(super) const UNINDEXED_MAX: u64 = if cfg!(test) { 4_096 } else { 1_048_576 };
 /// For more devices than this the records of the open segment are read, instead of its keys once for each.
 const OPEN_WALKS_MAX: usize = 16;
 /// Places that an index is asked for at once, over all devices.

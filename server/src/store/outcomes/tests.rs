@@ -324,6 +324,47 @@ fn below_the_reserve_nothing_is_written_and_above_it_what_waited_is() {
 }
 
 #[test]
+fn nothing_is_synced_but_where_a_segment_begins_and_ends() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 1_000);
+    let history = bench.open();
+    write(&history, [record(0)]);
+    let begun = bench.disk.syncs();
+    for first in (1..999).step_by(2) {
+        write(&history, (first..first + 2).map(record));
+    }
+    assert_eq!(bench.disk.syncs(), begun);
+    // Records, index, and the names of both.
+    write(&history, [record(999)]);
+    assert!(bench.disk.syncs() <= begun + 3);
+    assert_eq!(all(&history).len(), 1_000);
+}
+
+#[test]
+fn a_look_at_a_ping_does_not_read_everything_when_indexes_were_lost() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 1_000);
+    let history = bench.open();
+    let count = 6_000;
+    write(&history, (0..count).map(record));
+    let look = |history: &History, n| history.of_ping(APP, ping(n), None, 10);
+    assert_eq!(look(&history, 7).unwrap(), [record(7)]);
+    drop(history);
+    for name in bench.disk.names() {
+        if name.ends_with(".idx") {
+            bench.disk.remove(&name).unwrap();
+        }
+    }
+    let history = bench.open();
+    let error = look(&history, 7).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    // The writer makes one in each turn.
+    history.turn();
+    history.turn();
+    for n in [7, count - 1] {
+        assert_eq!(look(&history, n).unwrap(), [record(n)]);
+    }
+}
+
+#[test]
 fn a_write_that_fails_costs_its_records_and_nothing_else() {
     let bench = Bench::new(DAY_MS, 1 << 30, 100);
     let history = bench.open();
