@@ -97,6 +97,20 @@ pub(super) fn print(out: Console, found: &Inspection) {
         ),
         ("a start", plain(&found.start.text)),
     ];
+    if !found.outcomes.is_empty() {
+        let records: u64 = found.outcomes.iter().map(|seen| seen.records).sum();
+        let bytes: u64 = found.outcomes.iter().map(|seen| seen.bytes).sum();
+        let oldest = found.outcomes.iter().find_map(|seen| seen.earliest_ms);
+        pairs.push((
+            "outcomes",
+            format!(
+                "{records} in {} segments, {}{}",
+                found.outcomes.len(),
+                size(bytes),
+                oldest.map_or(String::new(), |at| format!(", since {}", moment(at))),
+            ),
+        ));
+    }
     if !found.start.sets_aside.is_empty() {
         pairs.push(("sets aside", found.start.sets_aside.join(", ")));
     }

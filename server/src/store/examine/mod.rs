@@ -32,12 +32,13 @@ pub use self::frames::{Bad, SegmentSeen, SegmentState};
 pub use self::lock::Holder;
 use self::lock::Probe;
 pub use self::salvage::{Salvage, SalvageError, Salvaged, SideLine, salvage};
-pub use self::verify::{SnapshotRecords, Verified, verify};
+pub use self::verify::{OutcomesRecords, SnapshotRecords, Verified, verify};
 use self::view::ViewDisk;
 use super::home::{self, POINTER};
 use super::identity::{Identity, read_identity};
 use super::log::disk::Disk;
 use super::log::{Ending, ReplayError, SET_ASIDE, Shelf, ShelfError, segment};
+use super::outcomes::{self, IndexLook};
 use super::settings::{OpenError, StoreSettings};
 use super::snapshot::{self, SnapshotError};
 use super::{record, write};
@@ -70,6 +71,8 @@ pub struct Inspection {
     pub snapshots: Vec<SnapshotSeen>,
     /// Directories of engines, also those that were moved aside.
     pub engines: Vec<EngineSeen>,
+    /// Segments of the history of outcomes, in order. Nothing else depends on them.
+    pub outcomes: Vec<OutcomesSeen>,
     /// What is kept under `set-aside/`.
     pub set_aside: Vec<AsideSeen>,
     /// Leftovers of work that was cut off; a start removes them.
@@ -141,6 +144,27 @@ pub struct SnapshotSeen {
     /// Every byte of it was read and checks.
     pub verified: bool,
     /// Why not.
+    pub why: Option<String>,
+}
+
+/// A segment of the history of outcomes. An inspection reads its headers, a verification every byte.
+#[derive(Debug, Clone, Serialize)]
+pub struct OutcomesSeen {
+    /// Its file, below the data directory; its index lies beside it.
+    pub file: String,
+    #[serde(skip)]
+    pub(super) number: u32,
+    /// Size of both.
+    pub bytes: u64,
+    /// Outcomes in it.
+    pub records: u64,
+    /// Its index: `whole`, `missing` (it is the one that grew last; a start makes one) or `damaged` (as well).
+    pub index: &'static str,
+    /// When the earliest of them ended, Unix milliseconds, if the index says so.
+    pub earliest_ms: Option<u64>,
+    /// When the latest of them ended.
+    pub latest_ms: Option<u64>,
+    /// Why it cannot be used.
     pub why: Option<String>,
 }
 
@@ -284,6 +308,7 @@ pub fn inspect(ask: &Inspect) -> Result<Inspection, InspectError> {
     let snapshots = snapshots(&*disk, store)?;
     let format = format_seen(&identity, log.is_empty() && snapshots.is_empty());
     let (engines, pointer_trouble) = engines::engines(&*disk, &dir, ask, &probe)?;
+    let outcomes = outcomes_seen(&*disk, store)?;
     let set_aside = set_aside(&*disk, &dir, store)?;
     let numbers = Numbers::of(&log);
     let missing_frames = numbers.missing();
@@ -308,6 +333,16 @@ pub fn inspect(ask: &Inspect) -> Result<Inspection, InspectError> {
         &set_aside,
         &mut findings,
     );
+    for segment in &outcomes {
+        match &segment.why {
+            Some(why) => findings.push(format!("{}: {why}", segment.file)),
+            None if segment.index == "damaged" => findings.push(format!(
+                "{}: its index is damaged; a start makes it again",
+                segment.file
+            )),
+            None => {}
+        }
+    }
     let (leftovers, other) = leftovers_and_other(&dir)?;
     Ok(Inspection {
         holder: probe.holder(),
@@ -317,6 +352,7 @@ pub fn inspect(ask: &Inspect) -> Result<Inspection, InspectError> {
         missing_frames,
         snapshots,
         engines,
+        outcomes,
         set_aside,
         leftovers,
         other,
@@ -365,6 +401,34 @@ fn snapshots(disk: &dyn Disk, store: Option<[u8; 16]>) -> Result<Vec<SnapshotSee
                 verified: info.is_some(),
                 why,
             }
+        })
+        .collect())
+}
+
+fn outcomes_seen(
+    disk: &dyn Disk,
+    store: Option<[u8; 16]>,
+) -> Result<Vec<OutcomesSeen>, InspectError> {
+    let looks = outcomes::look(disk, store.unwrap_or_default())
+        .map_err(InspectError::io("the outcomes cannot be listed"))?;
+    Ok(looks
+        .into_iter()
+        .map(|look| OutcomesSeen {
+            file: look.file,
+            number: look.number,
+            bytes: look.bytes,
+            records: look.records,
+            index: match look.index {
+                IndexLook::Whole => "whole",
+                IndexLook::Missing => "missing",
+                IndexLook::Damaged => "damaged",
+            },
+            earliest_ms: look.span.map(|(earliest, _)| earliest),
+            latest_ms: look.span.map(|(_, latest)| latest),
+            why: match store {
+                Some(_) => look.why,
+                None => Some("which store this is, is not known".to_owned()),
+            },
         })
         .collect())
 }
@@ -424,7 +488,15 @@ fn record_aside(disk: &dyn Disk, file: String) -> AsideSeen {
 const RECORD_FILE_MAX: u64 = (4 + super::keys::KEY_MAX + record::RECORD_MAX) as u64;
 
 /// Directories and files below the data directory that are the store's and were looked at.
-const KNOWN: [&str; 6] = ["format", "log", "snapshots", SET_ASIDE, "lock", POINTER];
+const KNOWN: [&str; 7] = [
+    "format",
+    "log",
+    "snapshots",
+    outcomes::DIR,
+    SET_ASIDE,
+    "lock",
+    POINTER,
+];
 
 fn leftovers_and_other(dir: &Path) -> Result<(Vec<String>, Vec<OtherSeen>), InspectError> {
     let (mut leftovers, mut other) = (Vec::new(), Vec::new());

@@ -9,7 +9,7 @@ use super::sources::{Scratch, log, replay};
 use super::view::ViewDisk;
 use super::{Inspect, InspectError, Inspection, Plan, Progress, home, inspect};
 use crate::store::identity::read_identity;
-use crate::store::{record, snapshot};
+use crate::store::{outcomes, record, snapshot};
 
 /// What was found.
 #[derive(Debug, Clone, Serialize)]
@@ -18,6 +18,8 @@ pub struct Verified {
     pub inspection: Inspection,
     /// Snapshots with a record in them that cannot be read, and how many.
     pub snapshots: Vec<SnapshotRecords>,
+    /// Segments of the history of outcomes with something in them that cannot be read, or an index that does not fit.
+    pub outcomes: Vec<OutcomesRecords>,
     /// The state that a start would serve. `None`: a start would refuse, or a server has the engine.
     pub state: Option<Audit>,
     /// Nothing is wrong.
@@ -35,6 +37,19 @@ pub struct SnapshotRecords {
     pub records: u64,
     /// Records in it that cannot be read.
     pub rotten: u64,
+}
+
+/// The records of a segment of the history of outcomes.
+#[derive(Debug, Clone, Serialize)]
+pub struct OutcomesRecords {
+    /// Its file.
+    pub file: String,
+    /// Outcomes in it.
+    pub records: u64,
+    /// Outcomes in it that cannot be read.
+    pub rotten: u64,
+    /// Its index leads to its outcomes and to no others.
+    pub index_fits: bool,
 }
 
 /// Reads and checks everything in a data directory. Changes nothing in it; needs room for a copy of the engine.
@@ -94,6 +109,7 @@ pub fn verify(
         }
         snapshots.push(records);
     }
+    let outcomes = check_outcomes(&inspection, &disk, store, progress, &mut wrong)?;
     let base = match inspection.start.plan {
         Plan::Engine { frame, .. } => {
             let engine = inspection.engines.iter().find(|engine| engine.counts);
@@ -144,7 +160,49 @@ pub fn verify(
         sound: wrong.is_empty(),
         inspection,
         snapshots,
+        outcomes,
         state,
         wrong,
     })
+}
+
+fn check_outcomes(
+    inspection: &Inspection,
+    disk: &ViewDisk,
+    store: Option<[u8; 16]>,
+    progress: Progress<'_>,
+    wrong: &mut Vec<String>,
+) -> Result<Vec<OutcomesRecords>, InspectError> {
+    let usable = inspection.outcomes.iter().filter(|seen| seen.why.is_none());
+    let mut bad = Vec::new();
+    for seen in usable {
+        progress(&format!("checking {}", seen.file));
+        let checked = outcomes::check(disk, store.unwrap_or_default(), seen.number)
+            .map_err(InspectError::io(format!("{} cannot be read", seen.file)))?;
+        // Dropped by a running server meanwhile.
+        let Some(checked) = checked else {
+            continue;
+        };
+        if checked.rotten > 0 {
+            wrong.push(format!(
+                "{}: {} outcomes in it cannot be read",
+                seen.file, checked.rotten
+            ));
+        }
+        if !checked.index_fits {
+            wrong.push(format!(
+                "{}: its index does not fit; remove the `.idx` beside it and a start makes it again",
+                seen.file
+            ));
+        }
+        if checked.rotten > 0 || !checked.index_fits {
+            bad.push(OutcomesRecords {
+                file: seen.file.clone(),
+                records: checked.records,
+                rotten: checked.rotten,
+                index_fits: checked.index_fits,
+            });
+        }
+    }
+    Ok(bad)
 }

@@ -35,6 +35,7 @@
 //! can read is kept until the segment after it is dropped by age; one of another store is never touched.
 
 mod format;
+mod look;
 mod query;
 mod segment;
 #[cfg(test)]
@@ -48,6 +49,7 @@ use std::time::Duration;
 
 pub(super) use self::format::DIR;
 use self::format::{SLOT, Slots, Summary, Unusable, index_name, segment_name};
+pub(super) use self::look::{IndexLook, check, look};
 use self::segment::{Bare, Kind, Segment};
 use super::log::disk::Disk;
 use crate::delivery::{AppId, DeviceId, Mono, PingId};

@@ -710,14 +710,13 @@ pub(super) fn read_all(
     Ok(Some((keys, summary)))
 }
 
-/// Writes the index of a segment beside it. Safe when this returns, but for its name.
-pub(super) fn write_index(
-    disk: &dyn Disk,
+/// What the index of a segment looks like.
+pub(super) fn index_bytes(
     store: [u8; 16],
     number: u32,
     mut keys: Vec<Keys>,
     summary: &Summary,
-) -> io::Result<()> {
+) -> Vec<u8> {
     let slots = Slots::new(store, number);
     // The length of an index of at most as many entries as a segment has slots.
     let mut bytes = Vec::with_capacity(index_length(summary.entries) as usize);
@@ -744,6 +743,18 @@ pub(super) fn write_index(
     let device_fences = format::put_pages(&mut bytes, slots, first, &by_device);
     format::put_fences(&mut bytes, slots, &ping_fences);
     format::put_fences(&mut bytes, slots, &device_fences);
+    bytes
+}
+
+/// Writes the index of a segment beside it. Safe when this returns, but for its name.
+pub(super) fn write_index(
+    disk: &dyn Disk,
+    store: [u8; 16],
+    number: u32,
+    keys: Vec<Keys>,
+    summary: &Summary,
+) -> io::Result<()> {
+    let bytes = index_bytes(store, number, keys, summary);
     let temporary = format::index_temporary(number);
     let file = disk.create(&temporary)?;
     file.write_at(&bytes, 0)?;
