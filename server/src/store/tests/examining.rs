@@ -471,3 +471,68 @@ fn two_starts_within_one_second_set_aside_under_names_of_their_own() {
     assert_eq!(salvaged.side_lines.len(), 2);
     assert_eq!(waiting(&opened(&room, EngineKind::Memory)), expected);
 }
+
+// ---- Outcomes ------------------------------------------------------------------------------------------------------
+
+#[test]
+fn rot_in_outcomes_is_told_where_it_is_and_a_torn_end_is_none() {
+    let shop = Shop::lived(EngineKind::Memory, 41);
+    let (house, _) = shop.open();
+    let record = |n: u8| OutcomeRecord {
+        app: AppId::DEFAULT,
+        ping: PingId([n; 16]),
+        device: device_id(7),
+        outcome: crate::delivery::Outcome::Expired,
+        at_ms: 1_700_000_000_000 - u64::from(n),
+        accepted_ms: None,
+    };
+    house.record_outcomes(&mut (0..100).map(record).collect());
+    drop(house);
+    let segment = files(&shop.data().join("outcomes"), ".out").pop().unwrap();
+    let index = segment.with_extension("idx");
+    let found = checked(&shop.data());
+    assert!(found.sound, "{:?}", found.wrong);
+    let seen = found.inspection.outcomes.last().unwrap().clone();
+    assert_eq!((seen.records, seen.index), (100, "whole"));
+    assert_eq!(seen.latest_ms, Some(1_700_000_000_000));
+    assert!(found.inspection.other.is_empty());
+    let whole = (fs::read(&segment).unwrap(), fs::read(&index).unwrap());
+
+    // Cut off, as a crash leaves it.
+    fs::remove_file(&index).unwrap();
+    fs::write(&segment, &whole.0[..whole.0.len() - 30]).unwrap();
+    let found = checked(&shop.data());
+    assert!(found.sound, "{:?}", found.wrong);
+    let seen = found.inspection.outcomes.last().unwrap();
+    assert_eq!((seen.records, seen.index), (99, "missing"));
+
+    for (place, told) in [
+        (64 + 5 * 64 + 1, "1 outcomes in it cannot be read"),
+        (33, "it is damaged"),
+    ] {
+        let mut bytes = whole.0.clone();
+        bytes[place] ^= 4;
+        fs::write(&segment, &bytes).unwrap();
+        fs::write(&index, &whole.1).unwrap();
+        let before = portrait(&shop.data());
+        let found = checked(&shop.data());
+        assert!(
+            found.wrong.iter().any(|wrong| wrong.contains(told)),
+            "{:?}",
+            found.wrong
+        );
+        assert!(before == portrait(&shop.data()), "nothing was changed");
+    }
+    fs::write(&segment, &whole.0).unwrap();
+    for place in [20, 64 + 30, whole.1.len() - 1] {
+        let mut bytes = whole.1.clone();
+        bytes[place] ^= 4;
+        fs::write(&index, &bytes).unwrap();
+        let found = checked(&shop.data());
+        assert!(
+            found.wrong.iter().any(|wrong| wrong.contains("index")),
+            "{place}: {:?}",
+            found.wrong
+        );
+    }
+}
