@@ -14,7 +14,12 @@ use serde_json::{Value, json};
 
 /// Every page of a list.
 async fn walk(api: &Api, path: &str) -> Vec<Value> {
-    let (mut all, mut next) = (Vec::new(), String::new());
+    walk_on(api, path, String::new()).await
+}
+
+/// Every page of a list from `next` on.
+async fn walk_on(api: &Api, path: &str, mut next: String) -> Vec<Value> {
+    let mut all = Vec::new();
     loop {
         let page = api.get(&format!("{path}{next}")).await.expect(200);
         all.extend(page["outcomes"].as_array().unwrap().clone());
@@ -225,7 +230,7 @@ async fn every_outcome_is_told_by_ping_device_user_and_time_over_restarts_and_ki
     })
     .await;
     let next = page["next"].as_str().unwrap();
-    met.extend(walk(&api, &format!("/v1/outcomes?limit=4&after={next}")).await);
+    met.extend(walk_on(&api, "/v1/outcomes?limit=4", format!("&after={next}")).await);
     assert_eq!(endings(&met), wanted);
     wanted = endings(&walk(&api, "/v1/outcomes?limit=1000").await);
     assert!(

@@ -88,12 +88,10 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
         (
             "sizes",
             format!(
-                "engine {}, snapshots {}, {} of it lives; history of outcomes {}, set aside {}; engine built anew {} times in \
-                 this run",
+                "engine {}, snapshots {}, {} of it lives; set aside {}; engine built anew {} times in this run",
                 size(number("/store/engine_bytes")),
                 size(number("/store/snapshot_bytes")),
                 size(number("/store/live_bytes")),
-                size(number("/store/history_bytes")),
                 size(number("/store/aside_bytes")),
                 number("/store/rebuilds"),
             ),

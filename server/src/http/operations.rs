@@ -118,8 +118,6 @@ struct StoreReport {
     set_aside: u64,
     /// Size of everything that was set aside and is still there, engines and damaged files, bytes; at most a minute old.
     aside_bytes: u64,
-    /// Size of the history of outcomes, bytes.
-    history_bytes: u64,
 }
 
 /// Backups that the server makes by itself.
@@ -247,7 +245,6 @@ impl StatusReport {
                 snapshot_frame: store.snapshot_frame,
                 set_aside: store.set_aside,
                 aside_bytes: store.aside_bytes,
-                history_bytes: store.outcomes.bytes,
             },
             backup: store.backup.as_ref().map(|backup| BackupReport {
                 last_ms: backup.last_ms,

@@ -28,6 +28,15 @@ pub(crate) struct MovedClock {
 }
 
 impl MovedClock {
+    pub(crate) fn new() -> MovedClock {
+        MovedClock {
+            system: SystemClock::new(),
+            ahead_ms: AtomicU64::new(0),
+            jumped: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
+        }
+    }
+
     /// How often somebody asked how it stands; the sweep does so each time before it begins.
     pub(crate) fn asked(&self) -> u64 {
         self.asked.load(Ordering::SeqCst)
@@ -95,12 +104,16 @@ impl House {
         store: Arc<dyn Store>,
         fake: Arc<FakeStore>,
     ) -> House {
-        let clock = Arc::new(MovedClock {
-            system: SystemClock::new(),
-            ahead_ms: AtomicU64::new(0),
-            jumped: AtomicU64::new(0),
-            asked: AtomicU64::new(0),
-        });
+        House::at(Arc::new(MovedClock::new()), settings, store, fake).await
+    }
+
+    /// The same by a clock that the store has as well.
+    pub(crate) async fn at(
+        clock: Arc<MovedClock>,
+        settings: RuntimeSettings,
+        store: Arc<dyn Store>,
+        fake: Arc<FakeStore>,
+    ) -> House {
         let runtime = Runtime::start(
             settings,
             store,

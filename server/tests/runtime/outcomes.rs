@@ -301,10 +301,11 @@ async fn the_ledger_forgets_the_oldest_but_the_store_remembers() {
     }
 }
 
-/// Sends something that is never stored, and has it acknowledged; the publisher waits for that.
+/// Sends something that is never stored, and has it acknowledged on a disk like this; the publisher waits for that.
 async fn never_stored(
     house: &House,
     device: &Device,
+    mode: Mode,
 ) -> tokio::task::JoinHandle<Result<PingAnswer, PingError>> {
     let mut link = device.attach().await;
     let mut request = waiting_for(Target::Device(device.id), Duration::from_secs(60));
@@ -312,6 +313,7 @@ async fn never_stored(
     let handle = house.handle.clone();
     let publisher = tokio::spawn(async move { handle.ping(request).await });
     let (_, seq, _) = link.notification().await;
+    house.store.set_mode(mode);
     link.acknowledge(seq);
     publisher
 }
@@ -324,8 +326,7 @@ async fn a_durable_outcome_is_announced_once_it_is_safe_and_survives_a_crash() {
     };
     let house = House::with(settings, Arc::default()).await;
     let device = house.device("anna").await;
-    house.store.set_mode(Mode::Hold);
-    let publisher = never_stored(&house, &device).await;
+    let publisher = never_stored(&house, &device, Mode::Hold).await;
     until("the outcome to be handed to the disk", async || {
         house.store.held() == 1
     })
@@ -347,8 +348,7 @@ async fn a_durable_outcome_is_announced_once_it_is_safe_and_survives_a_crash() {
 async fn without_it_the_disk_is_not_asked_and_a_crash_may_forget() {
     let house = House::open().await;
     let device = house.device("anna").await;
-    house.store.set_mode(Mode::Hold);
-    let publisher = never_stored(&house, &device).await;
+    let publisher = never_stored(&house, &device, Mode::Hold).await;
     let answer = publisher.await.unwrap().unwrap();
     assert_eq!(
         outcome(answer.outcomes[0].state),
@@ -370,8 +370,7 @@ async fn an_outcome_that_the_disk_refuses_is_told_all_the_same_for_it_is_so() {
         };
         let house = House::with(settings, Arc::default()).await;
         let device = house.device("anna").await;
-        house.store.set_mode(mode);
-        let publisher = never_stored(&house, &device).await;
+        let publisher = never_stored(&house, &device, mode).await;
         let answer = publisher.await.unwrap().unwrap();
         let told = outcome(state(&house, answer.id).await);
         assert_eq!(told, Some(Outcome::Acknowledged), "{mode:?}");

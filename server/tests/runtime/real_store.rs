@@ -9,16 +9,20 @@ use bellwire_server::ports::{OutcomeOrder, OutcomeQuery, PairState, Store};
 use bellwire_server::runtime::{RuntimeSettings, SystemClock, SystemEntropy, Target};
 use bellwire_server::store::{EngineKind, OpenError, StoreSettings, open};
 
-use crate::house::{APP, Device, House, ping, settings};
+use crate::house::{APP, Device, House, MovedClock, ping, settings, until};
 use crate::store::FakeStore;
 
-async fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
-    let settings = StoreSettings {
+fn store_settings(dir: &Path, engine: EngineKind) -> StoreSettings {
+    StoreSettings {
         engine,
         segment_bytes: 1 << 20,
         reserve_bytes: 0,
         ..StoreSettings::new(dir)
-    };
+    }
+}
+
+async fn open_store(dir: &Path, engine: EngineKind) -> Arc<dyn Store> {
+    let settings = store_settings(dir, engine);
     let give_up = Instant::now() + Duration::from_secs(60);
     loop {
         let opened = open(
@@ -205,5 +209,69 @@ async fn an_outcome_costs_a_sync_only_if_it_is_to_be_durable() {
     let syncs = syncs_of(&house, &device, 10).await;
     assert!((10..=20).contains(&syncs), "{syncs}");
     drop(device);
+    stop(house).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outcomes_past_their_time_are_not_told_at_once_and_their_segments_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Arc::new(MovedClock::new());
+    let opened = open(
+        &store_settings(dir.path(), EngineKind::Memory),
+        Arc::clone(&clock) as _,
+        Arc::new(SystemEntropy::new()),
+    );
+    let store = opened.unwrap().store;
+    let house = House::at(
+        Arc::clone(&clock),
+        settings(),
+        Arc::clone(&store),
+        Arc::new(FakeStore::default()),
+    )
+    .await;
+    let device = house.device("anna").await;
+    let mut ids = Vec::new();
+    for ttl_s in [Some(0), Some(1)] {
+        let mut request = ping(Target::Device(device.id));
+        request.ttl_s = ttl_s;
+        ids.push(house.handle.ping(request).await.unwrap().id);
+    }
+    clock.advance(Duration::from_secs(2));
+    house.ended(ids[1]).await;
+    let all = OutcomeQuery {
+        app: APP,
+        devices: Some(vec![device.id]),
+        outcome: None,
+        from_ms: 0,
+        to_ms: u64::MAX,
+        order: OutcomeOrder::NewestFirst,
+        start: None,
+        limit: 10,
+    };
+    until("both are listed", async || {
+        let page = house.handle.outcomes(None, all.clone()).await.unwrap();
+        page.items.len() == 2
+    })
+    .await;
+    assert_eq!(house.handle.status().store.outcomes.segments, 1);
+
+    clock.advance(Duration::from_secs(24 * 3600 + 5));
+    // Whatever was dropped by now: none is told any more, neither by the ledger nor by the engine nor by the history.
+    let page = house.handle.outcomes(None, all).await.unwrap();
+    assert!(page.items.is_empty() && page.next.is_none());
+    for id in ids {
+        let view = house.handle.ping_view(APP, id, None, 10).await.unwrap();
+        assert!(view.is_none(), "{view:?}");
+    }
+    until("the segment is dropped", async || {
+        let history = house.handle.status().store.outcomes;
+        (history.segments, history.records, history.oldest_ms) == (0, 0, 0)
+    })
+    .await;
+    let left = std::fs::read_dir(dir.path().join("outcomes"))
+        .unwrap()
+        .count();
+    assert_eq!(left, 0);
+    drop((device.handle, store));
     stop(house).await;
 }
