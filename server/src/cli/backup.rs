@@ -174,6 +174,7 @@ fn offline(args: &BackupArgs, target: &mut Target, progress: &mut Progress) -> O
                 error @ (BackupError::Busy
                 | BackupError::Write(_)
                 | BackupError::Store(_)
+                | BackupError::NoRoom
                 | BackupError::Interrupted),
             ),
             None,

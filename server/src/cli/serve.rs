@@ -465,6 +465,7 @@ pub(super) fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings
             dir: backup.dir.clone(),
             every: backup.every,
             keep: backup.keep,
+            keep_for: backup.keep_for,
         }),
         outcomes_keep: checked.receipts_keep,
         outcomes_max_bytes: checked.receipts_max_bytes,
@@ -507,6 +508,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             memory_reserve: limits.memory_bytes,
             pings_per_second: limits.pings_per_second,
             ping_burst: limits.ping_burst,
+            backup_stall: limits.backup_stall,
             ..Limits::default()
         },
         receipts_keep: checked.receipts_keep,

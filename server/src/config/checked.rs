@@ -122,6 +122,8 @@ pub struct Backup {
     pub every: Duration,
     /// How many are kept.
     pub keep: u32,
+    /// How long they are kept.
+    pub keep_for: Duration,
 }
 
 /// What a full mailbox does with a newcomer.
@@ -181,6 +183,8 @@ pub struct Limits {
     pub ping_burst: u32,
     /// Connections of the API at once.
     pub api_connections: u32,
+    /// How long a backup may wait for whoever takes it.
+    pub backup_stall: Duration,
 }
 
 /// The log on standard error.
@@ -282,10 +286,19 @@ fn backup(source: &Source) -> Option<Backup> {
             "name a directory outside of it, best on another volume",
         );
     }
+    let keep_for = source.get(&keys::BACKUP_KEEP_FOR);
+    if keep_for > source.get(&keys::STORE_ERASURES_KEEP) {
+        source.note(
+            &keys::BACKUP_KEEP_FOR,
+            "backups would be kept for longer than it is known what was erased since",
+            "set it no higher than store.erasures_keep",
+        );
+    }
     Some(Backup {
         dir,
         every: source.get(&keys::BACKUP_EVERY),
         keep: u32::try_from(source.get(&keys::BACKUP_KEEP)).unwrap_or(u32::MAX),
+        keep_for,
     })
 }
 
@@ -425,6 +438,7 @@ fn limits(source: &Source) -> Limits {
         pings_per_second: clamp(source.get(&keys::LIMITS_PING_RATE)),
         ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),
         api_connections: clamp(source.get(&keys::LIMITS_API_CONNECTIONS)),
+        backup_stall: source.get(&keys::LIMITS_BACKUP_STALL),
     }
 }
 

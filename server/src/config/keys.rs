@@ -107,6 +107,8 @@ keys! {
     BACKUP_EVERY: SpanSetting = "backup.every", span(MINUTE, 365 * DAY), "24h";
     /// How many backups of this store are kept there. An old one goes only after a newer one was read again and found good.
     BACKUP_KEEP: CountSetting = "backup.keep", count(1, 100_000), "7";
+    /// Age from which a backup is removed although fewer are there; the newest one stays. No longer than `store.erasures_keep`: what was erased longer ago would come back with it.
+    BACKUP_KEEP_FOR: SpanSetting = "backup.keep_for", span(HOUR, 3650 * DAY), "400d";
 
     /// Content of one notification.
     LIMITS_CONTENT: BytesSetting = "limits.content_bytes", bytes(1, 64 * KIB), "4KiB";
@@ -151,6 +153,8 @@ keys! {
     LIMITS_PING_BURST: CountSetting = "limits.ping_burst", count(1, 100_000_000), "100000";
     /// Connections that the API serves at once; more wait. Changing it needs a restart.
     LIMITS_API_CONNECTIONS: CountSetting = "limits.api_connections", count(1, 1_000_000), "4096";
+    /// How long a caller of `GET /v1/backup` may take nothing, and how much longer than a second for each 256 KiB it may let the backup wait in all. One that is slower is cut: until a backup is taken the log is not let go.
+    LIMITS_BACKUP_STALL: SpanSetting = "limits.backup_stall", span(SECOND, HOUR), "60s";
 
     /// How long the outcome of a ping can be asked for; then it answers 404 `ping_not_retained`.
     RECEIPTS_KEEP: SpanSetting = "receipts.keep", span(MINUTE, 90 * DAY), "24h";

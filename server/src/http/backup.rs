@@ -6,25 +6,27 @@ use axum::response::Response;
 use futures_util::stream;
 use http::HeaderValue;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use tokio_util::sync::CancellationToken;
 
 use super::Backend;
 use super::auth::{Admin, Scoped};
 use super::document::refusals;
 use super::error::Problem;
 use super::query::Query;
+use super::serve::Cut;
 
 /// The media type of a backup.
 const BACKUP: HeaderValue = HeaderValue::from_static("application/vnd.bellwire.backup");
 
 refusals! {
-    BackupRefusals: Malformed, Unauthenticated, Forbidden, BackupUnderWay, Internal, StoreUnavailable, Draining;
+    BackupRefusals: Malformed, Unauthenticated, Forbidden, BackupUnderWay, Internal, StoreUnavailable, NoRoom, Draining;
 }
 
 /// Take a backup of the whole store while it serves.
 ///
 /// The stream is a backup only if it comes to its end: `bellwire backup` checks it while it comes, and `bellwire backup verify`
 /// any time later. It holds everything of every app that the store holds, secrets only as keyed hashes; the key of those hashes
-/// is not in it. One is made at a time.
+/// is not in it. One is made at a time. A caller that does not go on taking it (`limits.backup_stall`) is cut.
 #[utoipa::path(
     get,
     path = "/v1/backup",
@@ -37,12 +39,16 @@ refusals! {
     ),
 )]
 pub(super) async fn take(
-    _who: Scoped<Admin>,
+    who: Scoped<Admin>,
     State(backend): State<Backend>,
     request: Request,
 ) -> Result<Response, Problem> {
     Query::read(request.uri().query(), &[])?;
-    let backup = backend.handle.backup().await?;
+    let cut = request
+        .extensions()
+        .get::<Cut>()
+        .map_or_else(CancellationToken::new, |cut| cut.0.clone());
+    let backup = backend.handle.backup(&who, cut).await?;
     let bytes = stream::unfold(backup, |mut backup| async {
         Some((backup.next().await?, backup))
     });

@@ -281,6 +281,7 @@ impl From<NoBackup> for Problem {
         match why {
             NoBackup::Busy => Problem::plain(Code::BackupUnderWay),
             NoBackup::Draining => Problem::plain(Code::Draining),
+            NoBackup::NoRoom => Problem::plain(Code::NoRoom),
             NoBackup::Store => Problem::plain(Code::StoreUnavailable),
         }
     }

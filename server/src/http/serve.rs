@@ -107,7 +107,7 @@ pub async fn serve(listening: Listening, site: Site, shutdown: CancellationToken
                     site.clone(),
                     Ends {
                         shutdown: shutdown.clone(),
-                        cut: cut.clone(),
+                        cut: cut.child_token(),
                     },
                     Counted::new(name, place),
                 ));
@@ -205,6 +205,10 @@ impl Drop for Counted {
     }
 }
 
+/// Cuts the connection that a request came over: for an answer that nobody takes.
+#[derive(Debug, Clone)]
+pub(super) struct Cut(pub(super) CancellationToken);
+
 /// How a connection is told to end.
 struct Ends {
     /// After the requests that are open.
@@ -262,7 +266,9 @@ async fn speak_http1(
     site: Site,
     ends: &Ends,
 ) -> hyper::Result<()> {
-    let service = service_fn(|request| {
+    let cut = Cut(ends.cut.clone());
+    let service = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(cut.clone());
         let site = site.clone();
         async move { Ok::<_, Infallible>(site.answer(request).await) }
     });
@@ -289,7 +295,9 @@ async fn speak_http2(
     site: Site,
     ends: &Ends,
 ) -> hyper::Result<()> {
-    let service = service_fn(move |request| {
+    let cut = Cut(ends.cut.clone());
+    let service = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(cut.clone());
         let site = site.clone();
         async move { Ok::<_, Infallible>(site.answer(request).await) }
     });

@@ -84,6 +84,9 @@ pub enum BackupError {
     /// The store could not be read.
     #[error("the store could not be read: {0}")]
     Store(String),
+    /// It keeps the log from being let go, and the disk has too little room for that.
+    #[error("there is too little room on the disk to keep the log until it is done")]
+    NoRoom,
     /// The server goes down, or whoever watches wants no more.
     #[error("it was broken off")]
     Interrupted,

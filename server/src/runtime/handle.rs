@@ -215,9 +215,14 @@ impl Handle {
             .await
     }
 
-    /// Begins a backup of everything that is stored, while serving.
-    pub async fn backup(&self) -> Result<BackupStream, NoBackup> {
-        self.inner.backup().await
+    /// Begins a backup of everything that is stored, while serving, for this caller. `cut` is cancelled when the stream is not
+    /// taken as [`Limits::backup_stall`] asks: then the connection is to end.
+    pub async fn backup(
+        &self,
+        who: &Principal,
+        cut: CancellationToken,
+    ) -> Result<BackupStream, NoBackup> {
+        self.inner.backup(&who.key, cut).await
     }
 
     // ---- Links ---------------------------------------------------------------------------------------------------

@@ -98,6 +98,9 @@ pub struct Limits {
     /// Longest wait for the store before a ping is answered with `StoreBusy`. Default 10 s. What was queued may
     /// still be stored then: that is no promise.
     pub accept_wait: Duration,
+    /// How long whoever takes a backup may let it wait: at once, and in all on top of a second for each 256 KiB. Default 60 s.
+    /// Until it is taken the log is not let go.
+    pub backup_stall: Duration,
 }
 
 impl Default for Limits {
@@ -111,6 +114,7 @@ impl Default for Limits {
             pings_per_second: 50_000,
             ping_burst: 100_000,
             accept_wait: Duration::from_secs(10),
+            backup_stall: Duration::from_secs(60),
         }
     }
 }

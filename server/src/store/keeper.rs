@@ -97,7 +97,7 @@ pub(super) struct Keeper {
     pub(super) aside: Arc<SetAside>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) rules: Rules,
-    pub(super) room: Room,
+    pub(super) room: Arc<Room>,
     state: Mutex<State>,
     changed: Condvar,
     /// Held while a snapshot is taken, as two would write into one file, and while an engine is built.
@@ -172,6 +172,7 @@ pub(super) struct Tools {
     pub(super) figures: Arc<LogFigures>,
     pub(super) aside: Arc<SetAside>,
     pub(super) clock: Arc<dyn Clock>,
+    pub(super) room: Arc<Room>,
 }
 
 impl Keeper {
@@ -187,7 +188,7 @@ impl Keeper {
             clock: tools.clock,
             home: tools.home,
             rules,
-            room: Room::default(),
+            room: tools.room,
             state: Mutex::new(State {
                 closing: false,
                 snapshots: from.snapshots,

@@ -63,7 +63,7 @@ use self::current::Current;
 use self::engine::Engine;
 use self::home::{EngineHome, FileEngine, FilesHome, MemoryHome, RealFiles};
 use self::identity::{FORMAT, Identity, UNDER_WAY, identity, write_identity};
-use self::keeper::{Inheritance, Keeper, Rules, Tools};
+use self::keeper::{Inheritance, Keeper, Room, Rules, Tools};
 use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk};
 use self::log::segment::Maker;
@@ -270,6 +270,7 @@ fn assemble(
     let snapshots = snapshot::list(&*disk).map_err(io("could not list the snapshots in"))?;
     let newest = snapshots.last().copied().unwrap_or(0);
     let segments = Arc::clone(log.segments());
+    let room = Arc::new(Room::default());
     let copier = Arc::new(Copier::new(backup::Tools {
         engine: Arc::clone(&engine) as Arc<dyn Engine>,
         segments: Arc::clone(&segments),
@@ -279,6 +280,7 @@ fn assemble(
         store,
         key_mark: settings.key_mark,
         run,
+        room: Arc::clone(&room),
     }));
     let live = match snapshots.last() {
         Some(frame) if live == 0 => snapshot::live_bytes(&*disk, *frame).unwrap_or(0),
@@ -294,6 +296,7 @@ fn assemble(
             figures: Arc::clone(&figures),
             aside,
             clock: Arc::clone(&clock),
+            room,
         },
         Rules {
             rebuild_factor: settings.rebuild_factor,

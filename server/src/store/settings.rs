@@ -81,6 +81,8 @@ pub struct BackupPlan {
     pub every: Duration,
     /// How many are kept; at least 1.
     pub keep: u32,
+    /// How long each is kept; the newest one stays whatever its age.
+    pub keep_for: Duration,
 }
 
 impl StoreSettings {

@@ -747,7 +747,7 @@ impl SyncStore {
     #[cfg(test)]
     pub(super) fn schedule(
         &self,
-        disk: &MemoryDisk,
+        disk: Arc<dyn Disk>,
         plan: super::BackupPlan,
     ) -> (BackupTurns, Arc<super::BackupFigures>) {
         let life = self.life();
@@ -756,7 +756,7 @@ impl SyncStore {
         parts.writer.note_erased(Arc::clone(&fresh));
         let figures = Arc::new(super::BackupFigures::default());
         let turns = BackupTurns::new(super::Schedule {
-            disk: Arc::new(disk.clone()),
+            disk,
             plan,
             copier: Arc::clone(&life.copier),
             reader: parts.reader.clone(),
@@ -852,6 +852,8 @@ impl Life {
         if let Some(copier) = Arc::get_mut(&mut parts.copier) {
             // So that little data makes many blocks, and much happens between them.
             copier.set_block(BACKUP_BLOCK);
+            // All of the little log that there is counts.
+            copier.set_held_max(0);
         }
         let life = Life {
             desk: Desk::new(),

@@ -15,7 +15,7 @@ use data_encoding::HEXLOWER;
 
 use super::erasures::{Fresh, Mirror};
 use super::read::{BackupFault, read};
-use super::write::Copier;
+use super::write::{Copier, Gentle};
 use super::{HEADER, head_of};
 use crate::delivery::Mono;
 use crate::ports::{BackupError, BackupStats, BackupSummary, Clock};
@@ -185,9 +185,9 @@ impl Schedule {
         format!("bellwire-{}-", HEXLOWER.encode(&self.copier.store[..4]))
     }
 
-    /// Makes a backup, proves it, and lets go of the oldest.
-    fn make(&self) -> Result<BackupSummary, Unmade> {
-        let made = self.made()?;
+    /// Makes a backup, proves it, and lets go of old ones. Answers why one could not go, if so: there is a good backup all the same.
+    fn make(&self) -> Result<Option<io::Error>, Unmade> {
+        let mut made = self.made()?;
         let expected = made.last().map_or(0, |last| last.bytes);
         self.room(expected)?;
         self.sweep()?;
@@ -209,13 +209,17 @@ impl Schedule {
         };
         self.disk.rename(&partial, &name)?;
         self.disk.sync_dir("")?;
-        self.retire(made)?;
         let took = self.clock.now().mono - begun.mono;
         let figures = &self.figures;
         figures.last_ms.store(summary.begun_ms, Ordering::Relaxed);
         figures.bytes.store(summary.bytes, Ordering::Relaxed);
         let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
         figures.took_ms.store(took_ms, Ordering::Relaxed);
+        let newest = Made {
+            name: name.clone(),
+            begun_ms: summary.begun_ms,
+            bytes: summary.bytes,
+        };
         tracing::info!(
             file = name,
             bytes = summary.bytes,
@@ -224,7 +228,8 @@ impl Schedule {
             took_ms,
             "made a backup and read it again"
         );
-        Ok(summary)
+        made.push(newest);
+        Ok(self.retire(made).err())
     }
 
     fn write(&self, partial: &str) -> Result<BackupSummary, Unmade> {
@@ -256,6 +261,7 @@ impl Schedule {
         let mut input = In {
             file: &*file,
             at: 0,
+            gentle: Gentle::new(&*self.clock),
         };
         let read = read(
             &mut input,
@@ -286,19 +292,30 @@ impl Schedule {
         Ok(())
     }
 
-    /// Removes the oldest of those that were there before the one just proved.
+    /// Removes the oldest, by number and by age, but never the newest one.
     fn retire(&self, mut made: Vec<Made>) -> io::Result<()> {
         let keep = usize::try_from(self.plan.keep.max(1)).unwrap_or(usize::MAX);
-        let superfluous = (made.len() + 1).saturating_sub(keep);
-        for old in made.drain(..superfluous.min(made.len())) {
-            self.disk.remove(&old.name)?;
+        let keep_ms = u64::try_from(self.plan.keep_for.as_millis()).unwrap_or(u64::MAX);
+        let too_old = self.clock.now().unix_ms.saturating_sub(keep_ms);
+        let mut gone = 0;
+        let mut removed = Ok(());
+        while made.len() - gone > 1 && (made.len() - gone > keep || made[gone].begun_ms < too_old) {
+            let old = &made[gone];
+            removed = self.disk.remove(&old.name);
+            if removed.is_err() {
+                break;
+            }
             tracing::info!(file = old.name, "removed an old backup");
+            gone += 1;
         }
-        self.disk.sync_dir("")?;
+        made.drain(..gone);
         self.figures
             .kept
-            .store(made.len() as u64 + 1, Ordering::Relaxed);
-        Ok(())
+            .store(made.len() as u64, Ordering::Relaxed);
+        if gone > 0 {
+            self.disk.sync_dir("")?;
+        }
+        removed
     }
 
     fn room(&self, expected: u64) -> Result<(), Unmade> {
@@ -343,9 +360,17 @@ impl Turns {
             return;
         }
         let wait = match self.schedule.make() {
-            Ok(_) => {
+            Ok(left) => {
                 self.failed = 0;
-                self.schedule.figures.trouble(None);
+                let trouble = left.map(|error| {
+                    tracing::error!(
+                        %error,
+                        directory = %self.schedule.plan.dir.display(),
+                        "a backup was made, but an old one could not be removed"
+                    );
+                    format!("an old backup could not be removed: {error}")
+                });
+                self.schedule.figures.trouble(trouble);
                 self.schedule.plan.every
             }
             Err(Unmade::Backup(BackupError::Busy)) => BUSY,
@@ -452,10 +477,12 @@ impl io::Write for Out<'_> {
 struct In<'a> {
     file: &'a dyn DiskFile,
     at: u64,
+    gentle: Gentle<'a>,
 }
 
 impl Read for In<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.gentle.rest();
         let left = self.file.length()?.saturating_sub(self.at);
         let step = buffer
             .len()

@@ -12,14 +12,22 @@ use super::{
     BLOCK, BLOCK_HEAD, END, ENTRIES, FRAMES, HEADER, MAGIC, PROGRAM_MAX, TOTALS, VERSION,
     block_sum, header_sum,
 };
+use crate::delivery::Mono;
 use crate::ports::{BackupError, BackupProgress, BackupSummary, BackupWatch, Clock};
 use crate::store::committer::LogFigures;
 use crate::store::engine::{Direction, Engine, EngineError};
+use crate::store::keeper::Room;
 use crate::store::keys::{self, Key};
 use crate::store::log::{LiveError, Segments};
 use crate::store::record::{self, Fault};
 use crate::store::set_aside::SetAside;
 
+/// So much of the log is kept for a backup whatever the free room. Beyond it a backup gives way to new pings when the reserve
+/// is touched.
+const HELD_MAX: u64 = 256 << 20;
+/// How long a store that is closed waits for a backup that is being broken off, and how often it looks.
+const CLOSE_WAIT: Duration = Duration::from_secs(5);
+const CLOSE_LOOK: Duration = Duration::from_millis(2);
 /// Longest pause after a block.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
@@ -33,6 +41,9 @@ pub(in crate::store) struct Copier {
     pub(in crate::store) store: [u8; 16],
     pub(in crate::store) key_mark: [u8; 32],
     pub(in crate::store) run: u32,
+    room: Arc<Room>,
+    /// So much of the log may be kept for a backup although the disk runs full.
+    held_max: u64,
     /// A block is closed once it holds this much.
     block: usize,
     busy: AtomicBool,
@@ -49,6 +60,7 @@ pub(in crate::store) struct Tools {
     pub(in crate::store) store: [u8; 16],
     pub(in crate::store) key_mark: [u8; 32],
     pub(in crate::store) run: u32,
+    pub(in crate::store) room: Arc<Room>,
 }
 
 /// Held by whoever makes the one backup.
@@ -77,6 +89,8 @@ impl Copier {
             store: tools.store,
             key_mark: tools.key_mark,
             run: tools.run,
+            room: tools.room,
+            held_max: HELD_MAX,
             block: BLOCK,
             busy: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -88,14 +102,31 @@ impl Copier {
         self.block = bytes.clamp(1, BLOCK);
     }
 
+    /// Less of the log may be kept, so that little data is too much.
+    pub(in crate::store) fn set_held_max(&mut self, bytes: u64) {
+        self.held_max = bytes;
+    }
+
     /// Whether one is being made.
     pub(in crate::store) fn is_busy(&self) -> bool {
         self.busy.load(Ordering::Acquire)
     }
 
-    /// Breaks off what is under way and makes no more.
+    /// Breaks off what is under way and makes no more. Waits a while for it to end, so that nobody reads an engine that is
+    /// being closed.
     pub(in crate::store) fn close(&self) {
         self.closing.store(true, Ordering::Release);
+        let mut left = CLOSE_WAIT.as_millis() / CLOSE_LOOK.as_millis();
+        while self.is_busy() && left > 0 {
+            std::thread::sleep(CLOSE_LOOK);
+            left -= 1;
+        }
+    }
+
+    /// Whether the log that is kept for a backup takes room that is needed.
+    fn is_in_the_way(&self, first_frame: u64) -> bool {
+        self.room.full.load(Ordering::Relaxed)
+            && self.segments.size_from(first_frame) >= self.held_max
     }
 
     /// Writes a backup. It is whole only if this says so; `out` is flushed, and syncing it is the caller's.
@@ -137,6 +168,7 @@ impl Copier {
             out,
             watch,
             closing: &self.closing,
+            in_the_way: &|| self.is_in_the_way(first_frame),
             limit: self.block,
             place: 0,
             kind: ENTRIES,
@@ -163,12 +195,9 @@ impl Copier {
         out: &mut dyn Write,
         watch: BackupWatch<'_>,
     ) -> Result<BackupSummary, BackupError> {
-        let began = std::cell::Cell::new(self.clock.now().mono);
+        let gentle = std::cell::RefCell::new(Gentle::new(&*self.clock));
         self.copy(out, &|progress| {
-            let took = self.clock.now().mono - began.get();
-            // As long a pause as the block took.
-            std::thread::sleep(took.min(PAUSE_MAX));
-            began.set(self.clock.now().mono);
+            gentle.borrow_mut().rest();
             watch(progress)
         })
     }
@@ -255,6 +284,28 @@ impl Copier {
     }
 }
 
+/// Work that leaves half of a core to others.
+pub(in crate::store) struct Gentle<'a> {
+    clock: &'a dyn Clock,
+    began: Mono,
+}
+
+impl<'a> Gentle<'a> {
+    pub(in crate::store) fn new(clock: &'a dyn Clock) -> Gentle<'a> {
+        Gentle {
+            clock,
+            began: clock.now().mono,
+        }
+    }
+
+    /// As long a pause as the work since the last one took.
+    pub(in crate::store) fn rest(&mut self) {
+        let took = self.clock.now().mono - self.began;
+        std::thread::sleep(took.min(PAUSE_MAX));
+        self.began = self.clock.now().mono;
+    }
+}
+
 fn header(summary: &BackupSummary) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[0..8].copy_from_slice(&MAGIC);
@@ -278,6 +329,7 @@ struct Blocks<'a> {
     out: &'a mut dyn Write,
     watch: BackupWatch<'a>,
     closing: &'a AtomicBool,
+    in_the_way: &'a dyn Fn() -> bool,
     limit: usize,
     /// Of the block that is being filled.
     place: u64,
@@ -341,6 +393,9 @@ impl Blocks<'_> {
         written?;
         if self.closing.load(Ordering::Acquire) || (self.watch)(&self.progress).is_break() {
             return Err(BackupError::Interrupted);
+        }
+        if (self.in_the_way)() {
+            return Err(BackupError::NoRoom);
         }
         Ok(())
     }

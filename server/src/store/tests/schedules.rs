@@ -25,6 +25,7 @@ fn plan() -> BackupPlan {
         dir: "backups".into(),
         every: HOUR,
         keep: 3,
+        keep_for: 100 * HOUR,
     }
 }
 
@@ -42,7 +43,7 @@ impl Scene {
             .unwrap()
             .unwrap();
         let disk = MemoryDisk::new();
-        let (turns, figures) = store.schedule(&disk, plan());
+        let (turns, figures) = store.schedule(Arc::new(disk.clone()), plan());
         Scene {
             store,
             clock,
@@ -54,7 +55,8 @@ impl Scene {
 
     /// The server starts anew: what it knew in memory is gone.
     fn restart(&mut self) {
-        (self.turns, self.figures) = self.store.schedule(&self.disk, plan());
+        let disk = Arc::new(self.disk.clone());
+        (self.turns, self.figures) = self.store.schedule(disk, plan());
     }
 
     fn after(&mut self, time: Duration) {
@@ -261,4 +263,105 @@ fn a_file_of_erasures_that_has_grown_old_is_written_anew() {
             0
         )
     );
+}
+
+#[test]
+fn backups_go_by_age_as_well_but_never_the_newest_one() {
+    let mut scene = Scene::new();
+    let plan = BackupPlan {
+        keep: 100,
+        keep_for: 3 * HOUR,
+        ..plan()
+    };
+    let disk = Arc::new(scene.disk.clone());
+    (scene.turns, scene.figures) = scene.store.schedule(disk, plan);
+    scene.turns.turn();
+    for _ in 0..8 {
+        scene.after(HOUR);
+    }
+    // Those of now, of one, two and three hours ago.
+    assert_eq!(scene.backups().len(), 4);
+    assert_eq!(scene.stats().kept, 4);
+    // None could be made for a week: what is there is old, and stays until there is a newer one.
+    let old = scene.backups();
+    scene.disk.set_capacity(Some(scene.disk.used()));
+    scene.after(200 * HOUR);
+    assert_eq!(scene.backups(), old);
+    scene.disk.set_capacity(None);
+    scene.after(HOUR);
+    assert_eq!(scene.backups().len(), 1);
+    assert!(!old.contains(&scene.backups()[0]));
+}
+
+/// A disk from which no backup can be removed.
+struct Sticky(MemoryDisk);
+
+impl Disk for Sticky {
+    fn make_dir(&self, name: &str) -> std::io::Result<()> {
+        self.0.make_dir(name)
+    }
+
+    fn create(&self, name: &str) -> std::io::Result<Box<dyn log::disk::DiskFile>> {
+        self.0.create(name)
+    }
+
+    fn open(&self, name: &str) -> std::io::Result<Box<dyn log::disk::DiskFile>> {
+        self.0.open(name)
+    }
+
+    fn list(&self, dir: &str) -> std::io::Result<Vec<String>> {
+        self.0.list(dir)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> std::io::Result<()> {
+        self.0.rename(from, to)
+    }
+
+    fn remove(&self, _: &str) -> std::io::Result<()> {
+        Err(std::io::Error::from(std::io::ErrorKind::PermissionDenied))
+    }
+
+    fn sync_dir(&self, dir: &str) -> std::io::Result<()> {
+        self.0.sync_dir(dir)
+    }
+
+    fn free(&self) -> std::io::Result<u64> {
+        self.0.free()
+    }
+}
+
+#[test]
+fn an_old_backup_that_cannot_be_removed_is_told_and_the_new_one_counts() {
+    let mut scene = Scene::new();
+    let sticky = Arc::new(Sticky(scene.disk.clone()));
+    (scene.turns, scene.figures) = scene.store.schedule(sticky, plan());
+    scene.turns.turn();
+    for made in 2..=5 {
+        scene.after(HOUR);
+        assert_eq!(
+            scene.backups().len(),
+            made,
+            "one each hour, not one a minute"
+        );
+        scene.after(Duration::from_secs(61));
+        assert_eq!(scene.backups().len(), made);
+    }
+    let stats = scene.stats();
+    assert_eq!((stats.failures, stats.kept), (0, 5));
+    assert!(stats.trouble.unwrap().contains("could not be removed"));
+}
+
+#[test]
+fn a_backup_gives_way_when_the_log_that_it_keeps_takes_the_last_room() {
+    let scene = Scene::new();
+    let go_on = |_: &crate::ports::BackupProgress| std::ops::ControlFlow::Continue(());
+    let full = |full| {
+        let keeper = scene.store.keeper();
+        keeper.room.full.store(full, Ordering::Relaxed);
+    };
+    full(true);
+    let refused = scene.store.backup(&mut Vec::new(), &go_on);
+    assert!(matches!(refused, Err(BackupError::NoRoom)));
+    full(false);
+    assert!(scene.store.backup(&mut Vec::new(), &go_on).is_ok());
 }
