@@ -5,13 +5,15 @@
 
 mod cli_support;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cli_support::{Room, mode};
+use cli_support::{Room, mode, until};
 use rustix::process::Signal;
+use serde_json::Value;
 
 /// Everything below a directory, and the directory.
 fn walk(dir: &Path) -> Vec<PathBuf> {
@@ -188,4 +190,295 @@ fn an_inspection_beside_a_server_says_so_and_disturbs_nobody() {
         .map(|path| fs::metadata(path).unwrap().permissions().mode() & 0o077)
         .collect();
     assert!(modes.iter().all(|mode| *mode == 0));
+}
+
+// ---- Verify, salvage, and who may be in the way ----------------------------------------------------------------------
+
+/// A directory with a device, waiting pings and a few segments' worth of nothing; the server is gone.
+fn lived() -> Room {
+    let room = Room::new();
+    let server = room.serve();
+    room.run(&["device", "add", "--user", "ada"]).good();
+    for n in 0..PINGS {
+        let body = format!("ping {n}");
+        room.run(&["ping", "--user", "ada", "--body", &body]).good();
+    }
+    server.stop();
+    room
+}
+
+const PINGS: u64 = 5;
+
+/// What is in every file.
+fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    walk(dir)
+        .into_iter()
+        .filter(|path| path.is_file())
+        .map(|path| {
+            let bytes = fs::read(&path).unwrap();
+            (path, bytes)
+        })
+        .collect()
+}
+
+/// Breaks a promised frame in the middle of the log, and takes the engine away so that it is needed.
+fn break_the_log(room: &Room) -> PathBuf {
+    fs::remove_dir_all(room.data().join("sled")).unwrap();
+    let segment = walk(&room.data().join("log"))
+        .into_iter()
+        .find(|path| path.to_string_lossy().ends_with("0000000001.seg"))
+        .unwrap();
+    let mut bytes = fs::read(&segment).unwrap();
+    let place = bytes
+        .windows(6)
+        .position(|part| part == b"ping 2")
+        .expect("content is kept as it came");
+    bytes[place] ^= 1;
+    fs::write(&segment, bytes).unwrap();
+    segment
+}
+
+fn rows(verified: &Value) -> u64 {
+    verified["state"]["records"]["r"].as_u64().unwrap()
+}
+
+#[test]
+fn a_sound_store_is_verified_and_salvaged_without_changing_a_byte() {
+    let room = lived();
+    let before = contents(&room.data());
+    let said = room.run(&["store", "verify"]).good();
+    assert!(said.out.contains("nothing is wrong"), "{}", said.out);
+    let found = room.ask(&["store", "verify"]);
+    assert_eq!((&found["sound"], rows(&found)), (&Value::from(true), PINGS));
+    let said = room.run(&["store", "salvage", "--dry-run"]).good();
+    assert!(said.out.contains("dry run"), "{}", said.out);
+    let dry = room.ask(&["store", "salvage", "--dry-run"]);
+    assert_eq!(
+        (&dry["into"], &dry["records"]["r"]),
+        (&Value::Null, &Value::from(PINGS))
+    );
+    let saved = room.ask(&["store", "salvage", "--into", "new"]);
+    assert_eq!(saved["records"]["r"], PINGS);
+    assert_eq!(saved["lost_frames"], serde_json::json!([]));
+    assert!(before == contents(&room.data()), "the old one is as it was");
+
+    // The new one starts, with the old key and the same device, and everything waits.
+    let mut command = room.command(&["serve"]);
+    command.env("BELLWIRE__DATA_DIR", room.path().join("new"));
+    fs::remove_dir_all(room.data()).unwrap();
+    std::os::unix::fs::symlink(room.path().join("new"), room.data()).unwrap();
+    let server = room.serve_by(command);
+    let devices = room.ask(&["device", "list", "--user", "ada"]);
+    assert!(devices.to_string().contains("\"ada\""), "{devices}");
+    server.stop();
+    let found = room.ask(&["store", "verify"]);
+    assert_eq!((&found["sound"], rows(&found)), (&Value::from(true), PINGS));
+}
+
+#[test]
+fn damage_is_found_told_salvaged_and_never_deleted() {
+    let room = lived();
+    let segment = break_the_log(&room);
+    let damaged = fs::read(&segment).unwrap();
+    let before = contents(&room.data());
+    let said = room.run(&["store", "verify"]);
+    assert_eq!(said.code, 1);
+    assert!(said.out.contains("wrong:"), "{}", said.out);
+    assert!(said.err.contains("bellwire store salvage"), "{}", said.err);
+    let said = room.run(&["store", "verify", "--json"]);
+    assert_eq!(said.code, 1);
+    assert_eq!(said.json()["sound"], false);
+    assert!(!said.json()["wrong"].as_array().unwrap().is_empty());
+    let dry = room.ask(&["store", "salvage", "--dry-run"]);
+    assert_eq!(dry["records"]["r"], PINGS - 1);
+    let saved = room.ask(&["store", "salvage", "--into", "new"]);
+    assert_eq!(saved["records"]["r"], PINGS - 1);
+    assert_eq!(saved["lost_frames"].as_array().unwrap().len(), 1);
+    assert!(before == contents(&room.data()));
+    for path in walk(&room.path().join("new")) {
+        let expected = if path.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(mode(&path), expected, "{}", path.display());
+    }
+
+    // A start goes on without what it cannot prove, and keeps it; a salvage after it finds the same.
+    let server = room.serve();
+    room.run(&["ping", "--user", "ada", "--body", "later"])
+        .good();
+    server.stop();
+    let after = contents(&room.data());
+    assert!(after.values().any(|bytes| *bytes == damaged));
+    let seen = room.ask(&["store", "inspect"]);
+    assert!(!seen["set_aside"].as_array().unwrap().is_empty());
+    let saved = room.ask(&["store", "salvage", "--into", "newer"]);
+    assert_eq!(
+        saved["records"]["r"], PINGS,
+        "all but one, and the later one"
+    );
+    assert!(after == contents(&room.data()));
+}
+
+#[test]
+fn a_salvage_says_what_it_needs() {
+    let room = lived();
+    let before = contents(&room.data());
+    let refused = |arguments: &[&str], code: i32, words: &[&str]| {
+        let mut all = vec!["store", "salvage"];
+        all.extend(arguments);
+        let said = room.run(&all);
+        assert_eq!(said.code, code, "{arguments:?}: {}", said.err);
+        for word in words {
+            assert!(said.err.contains(word), "{arguments:?}: {}", said.err);
+        }
+    };
+    refused(&[], 2, &["--into"]);
+    refused(&["--into", "new", "--dry-run"], 2, &["--dry-run"]);
+    fs::create_dir(room.path().join("full")).unwrap();
+    fs::write(room.path().join("full/letter"), "keep me").unwrap();
+    refused(&["--into", "full"], 1, &["full is not empty", "--into"]);
+    let letter = fs::read_to_string(room.path().join("full/letter")).unwrap();
+    assert_eq!(letter, "keep me");
+    refused(&["--into", "bellwire-data/new"], 1, &["outside of it"]);
+    refused(&["--data-dir", "nowhere", "--dry-run"], 1, &["nowhere"]);
+    assert!(before == contents(&room.data()));
+
+    // What a later version wrote is left alone by all of them.
+    let format = room.data().join("format");
+    let text = fs::read_to_string(&format).unwrap();
+    fs::write(
+        &format,
+        text.replace("bellwire-store 1 ", "bellwire-store 2 "),
+    )
+    .unwrap();
+    let before = contents(&room.data());
+    refused(&["--into", "new"], 1, &["format 2"]);
+    assert!(!room.path().join("new").exists());
+    let said = room.run(&["store", "verify"]);
+    assert_eq!(said.code, 1);
+    assert!(said.out.contains("format 2"), "{}", said.out);
+    let said = room.run(&["serve"]);
+    assert_eq!(said.code, 1);
+    assert!(said.err.contains("format 2"), "{}", said.err);
+    let mut after = contents(&room.data());
+    // The server's two locks say who came last.
+    for lock in ["lock", "server.lock"] {
+        let path = room.data().join(lock);
+        after.insert(path.clone(), before[&path].clone());
+    }
+    assert!(before == after);
+}
+
+#[test]
+fn whoever_comes_to_a_running_server_is_told_its_process_and_place() {
+    let room = Room::new();
+    let server = room.serve();
+    room.run(&["device", "add", "--user", "ada"]).good();
+    room.run(&["backup", "--to", "b.backup"]).good();
+    let place = fs::canonicalize(room.data()).unwrap();
+    let pid = server.pid().to_string();
+    let commands: [&[&str]; 6] = [
+        &["serve"],
+        &["store", "salvage", "--into", "new"],
+        &["store", "salvage", "--dry-run"],
+        &["store", "convert", "--to", "fjall"],
+        &["restore", "--from", "b.backup", "--replace"],
+        &["backup", "--offline", "--to", "c.backup"],
+    ];
+    for command in commands {
+        let said = room.run(command);
+        assert_eq!(said.code, 1, "{command:?}: {}", said.out);
+        for word in [&pid, place.to_str().unwrap()] {
+            assert!(said.err.contains(word), "{command:?}: {}", said.err);
+        }
+        assert!(said.err.contains("stop"), "{command:?}: {}", said.err);
+    }
+    // A check reads what can be read safely, and says so.
+    let found = room.ask(&["store", "verify"]);
+    assert_eq!(found["inspection"]["holder"]["pid"], server.pid());
+    // And nobody was disturbed.
+    room.run(&["ping", "--user", "ada", "--body", "hello"])
+        .good();
+    server.stop();
+    assert_eq!(rows(&room.ask(&["store", "verify"])), 1);
+}
+
+#[test]
+fn files_made_late_are_for_their_owner_alone_as_well() {
+    for engine in ["sled", "fjall"] {
+        let room = Room::new();
+        let backups = room.path().join("backups");
+        fs::create_dir(&backups).unwrap();
+        fs::set_permissions(&backups, fs::Permissions::from_mode(0o700)).unwrap();
+        let start = |kind: &str| {
+            let mut command = without_mask(&room, &["serve"]);
+            command
+                .env("BELLWIRE__STORE__ENGINE", kind)
+                .env("BELLWIRE__STORE__SEGMENT_BYTES", "1MiB")
+                .env("BELLWIRE__STORE__SNAPSHOT_BYTES", "1MiB")
+                .env("BELLWIRE__BACKUP__DIR", &backups)
+                .env("BELLWIRE__BACKUP__EVERY", "1m");
+            room.serve_by(command)
+        };
+        let run = |arguments: &[&str]| {
+            let output = without_mask(&room, arguments).output().unwrap();
+            let err = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{arguments:?}: {err}");
+        };
+        let server = start(engine);
+        run(&["device", "add", "--user", "ada", "--out", "ada.json"]);
+        // Enough for snapshots, segments that follow each other, and a backup.
+        let data = room.write("data", &"x".repeat(3_000));
+        let data = data.to_str().unwrap();
+        let snapshots = room.data().join("snapshots");
+        until("there is a snapshot", || {
+            for _ in 0..40 {
+                run(&["ping", "--user", "ada", "--data-file", data]);
+            }
+            let found = fs::read_dir(&snapshots).ok()?.any(|entry| {
+                entry.is_ok_and(|entry| entry.path().extension().is_some_and(|end| end == "snap"))
+            });
+            found.then_some(())
+        });
+        run(&["backup", "--to", backups.to_str().unwrap()]);
+        server.stop();
+        // Another engine takes its place, and something rots and is set aside.
+        let other = if engine == "sled" { "fjall" } else { "sled" };
+        run(&["store", "convert", "--to", other]);
+        start(other).stop();
+        let mut segments: Vec<PathBuf> = walk(&room.data().join("log"))
+            .into_iter()
+            .filter(|path| path.extension().is_some_and(|end| end == "seg"))
+            .collect();
+        segments.sort();
+        let last = segments.last().unwrap();
+        let mut bytes = fs::read(last).unwrap();
+        bytes[20] ^= 1;
+        fs::write(last, bytes).unwrap();
+        start(other).stop();
+        run(&["store", "salvage", "--into", "saved"]);
+        let mut kinds = 0;
+        for (dir, parts) in [
+            (
+                room.data(),
+                &["log", "snapshots", "set-aside", "engine", ".aside-"][..],
+            ),
+            (backups, &["backup", "erasures"][..]),
+            (room.path().join("saved"), &["log", "format"][..]),
+        ] {
+            let seen = walk(&dir);
+            for part in parts {
+                let there = seen.iter().any(|path| {
+                    let name = path.strip_prefix(&dir).unwrap();
+                    name.to_string_lossy().contains(part)
+                });
+                assert!(there, "no {part} in {}: {seen:?}", dir.display());
+                kinds += 1;
+            }
+            for path in seen {
+                let expected = if path.is_dir() { 0o700 } else { 0o600 };
+                assert_eq!(mode(&path), expected, "{engine}: {}", path.display());
+            }
+        }
+        assert_eq!(kinds, 9);
+        assert_eq!(mode(&room.path().join("ada.json")), 0o600);
+    }
 }

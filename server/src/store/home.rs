@@ -259,6 +259,25 @@ impl Pointer {
     }
 }
 
+/// The file that names this place, for golden files.
+#[cfg(test)]
+pub(super) fn pointer_text(place: &str, replaced: &[&str]) -> String {
+    let parse = |name: &&str| Place::parse(name).expect("the test names places");
+    let pointer = Pointer {
+        place: parse(&place),
+        replaced: replaced.iter().map(parse).collect(),
+    };
+    pointer.encode()
+}
+
+/// The format of the file that names the engine that counts, if a later version of this program wrote it.
+pub(super) fn newer(disk: &dyn Disk) -> Option<u32> {
+    match Pointer::decode(&read_small(disk, POINTER).ok()???) {
+        Err(BadPointer::Newer(version)) => Some(version),
+        Ok(_) | Err(BadPointer::Rotten) => None,
+    }
+}
+
 /// The directories of engines, and how one is opened.
 pub(super) trait Files: Send + Sync {
     /// The names of all directories that are there.

@@ -23,7 +23,7 @@ use super::engine::{Engine, EngineError};
 use super::home::{Before, EngineHome};
 use super::log::disk::Disk;
 use super::log::{SET_ASIDE, Segments};
-use super::set_aside::SetAside;
+use super::set_aside::{SetAside, free_name};
 use super::snapshot::{self, Info, SnapshotError, Surroundings};
 use crate::delivery::Mono;
 use crate::ports::Clock;
@@ -517,6 +517,22 @@ impl Keeper {
         }
     }
 
+    /// Removes a snapshot that others have made superfluous; one that cannot be read is kept aside.
+    fn retire(&self, frame: u64) -> std::io::Result<()> {
+        let name = snapshot::name(frame);
+        match snapshot::check(&*self.disk, frame, Some(self.store)) {
+            Ok(_) => self.disk.remove(&name),
+            Err(SnapshotError::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => {
+                let to = free_name(&*self.disk, &format!("retired-{frame:020}"), "snap")?;
+                tracing::error!(%error, file = to, "a snapshot that is not needed any more cannot be read and was set aside");
+                self.disk.rename(&name, &to)?;
+                self.disk.sync_dir(SET_ASIDE)?;
+                self.disk.sync_dir(snapshot::DIR)
+            }
+        }
+    }
+
     /// Takes a snapshot now and lets go of what it makes superfluous. `None`: nothing has changed since the last one.
     pub(super) fn take_snapshot(&self) -> Result<Option<Info>, SnapshotError> {
         let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
@@ -560,7 +576,7 @@ impl Keeper {
             }
         }
         for frame in retired {
-            self.disk.remove(&snapshot::name(frame))?;
+            self.retire(frame)?;
         }
         self.measure_snapshots();
         Ok(Some(info))

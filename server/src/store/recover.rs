@@ -55,7 +55,13 @@ pub(super) fn recover(
     report: &mut OpenReport,
 ) -> Result<Recovered, OpenError> {
     report.engine = home.name();
-    let found = home.open();
+    let found = match home.open() {
+        // Nothing was done yet, and nothing is.
+        Err(Unusable::Busy(why)) => return Err(OpenError::Engine(why)),
+        Err(Unusable::Newer(what)) => return Err(OpenError::Newer { what }),
+        Ok(engine) => Ok(engine),
+        Err(Unusable::Broken(why)) => Err(why),
+    };
     // Before the first write to the engine, and after the look at the last note.
     home.begin()
         .map_err(OpenError::io("could not note the use of", home.name()))?;
@@ -82,9 +88,7 @@ pub(super) fn recover(
             },
             Err(why) => Some(why),
         },
-        Err(Unusable::Broken(why)) => Some(why),
-        Err(Unusable::Busy(why)) => return Err(OpenError::Engine(why)),
-        Err(Unusable::Newer(what)) => return Err(OpenError::Newer { what }),
+        Err(why) => Some(why),
     };
     // Once the new one counts.
     let move_aside = || {

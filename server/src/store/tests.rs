@@ -5,6 +5,7 @@ mod applying;
 mod backups;
 mod committing;
 mod crashes;
+mod damages;
 mod examining;
 mod files;
 pub(super) mod formats;

@@ -85,6 +85,14 @@ fn header() -> [u8; UNIT] {
     header
 }
 
+/// A file of these erasures, for golden files.
+#[cfg(test)]
+pub(in crate::store) fn file_of(erasures: &[Erasure]) -> Vec<u8> {
+    let mut file = header().to_vec();
+    file.extend(erasures.iter().flat_map(encode));
+    file
+}
+
 /// Whether bytes begin like a file of erasures.
 pub(in crate::store) fn is_one(head: &[u8]) -> bool {
     head.starts_with(&MAGIC)

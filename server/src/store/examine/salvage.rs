@@ -47,6 +47,7 @@ use crate::store::log::disk::{Disk, RealDisk, make_private_dir};
 use crate::store::record::{self, Pair, PairStored};
 use crate::store::set_aside::{self, SetAside};
 use crate::store::settings::{OpenError, StoreSettings};
+use crate::store::snapshot::SnapshotError;
 use crate::store::write::Write;
 use crate::store::{keys, open, snapshot};
 
@@ -126,8 +127,10 @@ pub enum SalvageError {
     #[error(transparent)]
     Inspect(#[from] InspectError),
     /// A server has it.
-    #[error("a server has the data directory{}; stop it first", pid.map_or(String::new(), |pid| format!(" (process {pid})")))]
+    #[error("a server has the data directory {dir}{}; stop it first", pid.map_or(String::new(), |pid| format!(" (process {pid})")))]
     InUse {
+        /// The data directory.
+        dir: PathBuf,
         /// Which.
         pid: Option<u32>,
     },
@@ -173,7 +176,10 @@ pub fn salvage(
         scratch: ask.scratch.clone(),
     })?;
     if let Holder::Server { pid } = inspection.holder {
-        return Err(SalvageError::InUse { pid });
+        return Err(SalvageError::InUse {
+            dir: inspection.dir,
+            pid,
+        });
     }
     // Held until the end, so that no server starts on what is read.
     let _probe = super::lock::Probe::take(&inspection.dir);
@@ -299,7 +305,22 @@ fn nothing_newer(inspection: &Inspection) -> Result<(), SalvageError> {
             )));
         }
     }
-    match read_identity(&ViewDisk::new(&inspection.dir), &inspection.dir) {
+    let disk = ViewDisk::new(&inspection.dir);
+    for seen in inspection.snapshots.iter().filter(|seen| !seen.verified) {
+        if let Err(SnapshotError::Newer(_)) = snapshot::check(&disk, seen.frame, None) {
+            return Err(SalvageError::Newer(format!(
+                "{} is of a later format",
+                seen.file
+            )));
+        }
+    }
+    if let Some(version) = home::newer(&disk) {
+        return Err(SalvageError::Newer(format!(
+            "the file `{}` has format {version}",
+            home::POINTER
+        )));
+    }
+    match read_identity(&disk, &inspection.dir) {
         Err(OpenError::Newer { what }) => Err(SalvageError::Newer(what)),
         Ok(_) | Err(_) => Ok(()),
     }

@@ -42,6 +42,7 @@ use bytes::Bytes;
 use self::disk::{Disk, is_no_room};
 use self::frame::End;
 use self::segment::{BadHeader, Header, Maker, Segment};
+use super::set_aside::free_name;
 
 pub(in crate::store) use self::live::LiveError;
 
@@ -110,6 +111,8 @@ pub(in crate::store) struct Tail {
     pub(in crate::store) ending: Ending,
     /// Frames that are missing or bad but that nobody needs.
     pub(in crate::store) gaps: u64,
+    /// Segments in which they are: they are not thrown away when they are released.
+    damaged: Vec<u64>,
     /// The segment to go on with, and where.
     place: Option<(usize, u64)>,
     /// The last frame: its segment, its offset, its length.
@@ -239,6 +242,7 @@ impl Shelf {
                         },
                     },
                     gaps: 0,
+                    damaged: Vec::new(),
                     place: None,
                     last: None,
                 }),
@@ -248,6 +252,7 @@ impl Shelf {
             next_frame: from,
             ending: Ending::Clean,
             gaps: 0,
+            damaged: Vec::new(),
             place: None,
             last: None,
         };
@@ -272,6 +277,9 @@ impl Shelf {
                 header.first_frame,
                 from,
             );
+            if !scan.gaps.is_empty() {
+                tail.damaged.push(kept.number);
+            }
             tail.gaps += scan.gaps.iter().map(|gap| gap.end - gap.start).sum::<u64>();
             for found in &scan.frames {
                 if found.number >= from {
@@ -393,6 +401,7 @@ impl Shelf {
                     number: kept.number,
                     first_frame: header.first_frame,
                     size: kept.size,
+                    damaged: tail.damaged.contains(&kept.number),
                 })
             })
             .collect();
@@ -456,6 +465,8 @@ struct SegmentInfo {
     number: u64,
     first_frame: u64,
     size: u64,
+    /// The start found bad places in it.
+    damaged: bool,
 }
 
 impl SegmentInfo {
@@ -464,6 +475,7 @@ impl SegmentInfo {
             number: segment.header.number,
             first_frame: segment.header.first_frame,
             size: segment.size,
+            damaged: false,
         }
     }
 }
@@ -543,7 +555,7 @@ impl Segments {
     }
 
     /// Deletes the segments whose frames are all below `frame` and that nobody [holds](Segments::hold); the last one
-    /// always stays. Answers how many went.
+    /// always stays. One in which the start found bad places is kept aside. Answers how many went.
     pub(in crate::store) fn release(&self, frame: u64) -> io::Result<usize> {
         let mut released = 0;
         loop {
@@ -553,11 +565,22 @@ impl Segments {
                 let held = self.holds().iter().map(|(frame, _)| *frame).min();
                 let needed = held.map_or(frame, |held| frame.min(held));
                 match list.as_slice() {
-                    [oldest, next, ..] if next.first_frame <= needed => oldest.number,
+                    [oldest, next, ..] if next.first_frame <= needed => *oldest,
                     _ => break,
                 }
             };
-            match self.disk.remove(&segment::name(oldest)) {
+            let name = segment::name(oldest.number);
+            let gone = if oldest.damaged {
+                // Not under a name like those that a start gives: its frames are no history of their own.
+                let stem = format!("released-{:010}", oldest.number);
+                let to = free_name(&*self.disk, &stem, "segment")?;
+                let moved = self.disk.rename(&name, &to);
+                self.disk.sync_dir(SET_ASIDE)?;
+                moved
+            } else {
+                self.disk.remove(&name)
+            };
+            match gone {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 Ok(()) | Err(_) => {}
             }

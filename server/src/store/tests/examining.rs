@@ -89,11 +89,11 @@ fn a_look_says_what_the_start_then_does() {
 
 const ENGINES: [EngineKind; 3] = [EngineKind::Memory, EngineKind::Sled, EngineKind::Fjall];
 
-fn checked(dir: &Path) -> Verified {
+pub(super) fn checked(dir: &Path) -> Verified {
     verify(dir.to_owned(), None, &|_| {}).unwrap()
 }
 
-fn try_salvage(shop: &Shop, into: Option<&Path>) -> Result<Salvaged, SalvageError> {
+pub(super) fn try_salvage(shop: &Shop, into: Option<&Path>) -> Result<Salvaged, SalvageError> {
     salvage(
         &Salvage {
             broken: shop.data(),
@@ -108,7 +108,7 @@ fn try_salvage(shop: &Shop, into: Option<&Path>) -> Result<Salvaged, SalvageErro
 }
 
 /// Salvages into a fresh directory, and sees that the old one is as it was and the new one is sound.
-fn saved(shop: &Shop) -> (tempfile::TempDir, Salvaged) {
+pub(super) fn saved(shop: &Shop) -> (tempfile::TempDir, Salvaged) {
     let room = tempfile::tempdir().unwrap();
     let into = room.path().join("new");
     let before = portrait(&shop.data());
@@ -119,7 +119,7 @@ fn saved(shop: &Shop) -> (tempfile::TempDir, Salvaged) {
     (room, salvaged)
 }
 
-fn opened(room: &tempfile::TempDir, engine: EngineKind) -> House {
+pub(super) fn opened(room: &tempfile::TempDir, engine: EngineKind) -> House {
     open_house(
         &settings(&room.path().join("new"), engine),
         Arc::new(testing::ManualClock::new(1_700_000_200_000)),
@@ -129,10 +129,10 @@ fn opened(room: &tempfile::TempDir, engine: EngineKind) -> House {
     .0
 }
 
-const DEVICE: u64 = 1;
+pub(super) const DEVICE: u64 = 1;
 
 /// A store in which one device is sent a notification in each frame.
-fn posted(engine: EngineKind, count: u64) -> Shop {
+pub(super) fn posted(engine: EngineKind, count: u64) -> Shop {
     let shop = Shop::new(engine, 1);
     let (house, _) = shop.open();
     commit(&house, vec![register(device_id(DEVICE), "ada")]).unwrap();
@@ -141,7 +141,7 @@ fn posted(engine: EngineKind, count: u64) -> Shop {
     shop
 }
 
-fn note(n: u64) -> Arc<Notification> {
+pub(super) fn note(n: u64) -> Arc<Notification> {
     notification(ping_id(n), |note| {
         note.accepted_ms = 1_000 + n;
         note.expires_ms = 1_800_000_000_000 + n;
@@ -150,7 +150,7 @@ fn note(n: u64) -> Arc<Notification> {
     })
 }
 
-fn post(house: &House, pings: std::ops::RangeInclusive<u64>) {
+pub(super) fn post(house: &House, pings: std::ops::RangeInclusive<u64>) {
     for n in pings {
         let view = house.read_mailbox(&everything(device_id(DEVICE))).unwrap();
         let order = view.summary.unwrap().next_order;
@@ -166,8 +166,23 @@ fn post(house: &House, pings: std::ops::RangeInclusive<u64>) {
     }
 }
 
-/// The device acknowledges a ping.
-fn acknowledge(house: &House, ping: u64) {
+/// Waits until the history knows how a ping ended; a start tells it what the engine knows.
+pub(super) fn remembered(house: &House, ping: u64) {
+    let give_up = std::time::Instant::now() + PATIENCE;
+    let known = || house.outcomes_of_ping(AppId::DEFAULT, ping_id(ping), None, 1);
+    while known().unwrap().is_empty() {
+        assert!(std::time::Instant::now() < give_up, "ping {ping}");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// The device acknowledges a ping, long ago.
+pub(super) fn acknowledge(house: &House, ping: u64) {
+    acknowledge_at(house, ping, 5_000 + ping);
+}
+
+/// The same at a time.
+pub(super) fn acknowledge_at(house: &House, ping: u64, at_ms: u64) {
     let view = house.read_mailbox(&everything(device_id(DEVICE))).unwrap();
     let row = view
         .rows
@@ -184,7 +199,7 @@ fn acknowledge(house: &House, ping: u64) {
                 row.key.order,
                 &note(ping),
                 crate::delivery::Outcome::Acknowledged,
-                5_000 + ping,
+                at_ms,
             ),
             summary(device_id(DEVICE), count, u64::from(count) * 300, next),
         ],
@@ -193,7 +208,7 @@ fn acknowledge(house: &House, ping: u64) {
 }
 
 /// The pings that wait for the device, each with the content that it was sent with.
-fn waiting(house: &House) -> Vec<u64> {
+pub(super) fn waiting(house: &House) -> Vec<u64> {
     let device = device_id(DEVICE);
     let view = house.read_mailbox(&everything(device)).unwrap();
     let rows: Vec<_> = view.rows.iter().map(|row| row.key).collect();
@@ -215,7 +230,7 @@ fn waiting(house: &House) -> Vec<u64> {
 }
 
 /// Breaks the frame that carries a ping; answers the segment.
-fn rot(shop: &Shop, ping: u64) -> usize {
+pub(super) fn rot(shop: &Shop, ping: u64) -> usize {
     let segments = shop.segments();
     for (index, segment) in segments.iter().enumerate() {
         let data = fs::read(segment).unwrap();
@@ -439,7 +454,7 @@ fn a_snapshot_that_knows_more_than_log_and_engine_is_used() {
     assert_eq!(waiting(&house), (1..=60).collect::<Vec<u64>>());
 }
 
-fn copy_tree(from: &Path, to: &Path) {
+pub(super) fn copy_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
