@@ -29,6 +29,8 @@ const MAY_NOT_MOUNT: &str = "mounting is not allowed: run the tests as root, in 
                              profile that forbids `mount`";
 /// How long a mount that is given up may take to end its threads.
 const ENDING: Duration = Duration::from_secs(5);
+/// How often a disk is filled anew while somebody else takes room.
+const FILL_ATTEMPTS: usize = 100;
 
 /// How a [`FaultFs`] begins.
 #[derive(Debug, Clone, Default)]
@@ -357,9 +359,18 @@ impl SmallDisk {
             .create(true)
             .append(true)
             .open(&path)?;
-        let length = file.metadata()?.len() + self.free()?.saturating_sub(bytes);
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
-        Ok(path)
+        // Whoever else writes may take room between the look and the taking.
+        for _ in 0..FILL_ATTEMPTS {
+            let length = file.metadata()?.len() + self.free()?.saturating_sub(bytes);
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length) {
+                Err(Errno::NOSPC) => {}
+                other => {
+                    other?;
+                    return Ok(path);
+                }
+            }
+        }
+        Err(Errno::NOSPC.into())
     }
 }
 
