@@ -9,8 +9,11 @@
 //! - an interval between two snapshots is `I = max(S, 2 L)` of log, and what is written while one is taken;
 //! - the log is at most `2 I` and 3 segments: back to the older of two snapshots, the segment in use, the one made ready;
 //! - snapshots are at most `3 L`: two that are kept, one being written (plus 8 bytes a MiB and 6 an entry);
-//! - the engine is at most `max(B, F (L + I))`, just after a snapshot at most `max(B, F L)`; while it is built anew there is
-//!   the new one beside it.
+//! - the engine is at most `max(B, F (L + I), 2 R)`, where `R` is its size just after it was last built anew, and what is
+//!   written from one look to the next; just after a snapshot `I` is nothing. While it is built anew there is the new one
+//!   beside it.
+//!
+//! `store/tests/growing.rs` holds the store to this.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -286,17 +289,22 @@ impl Keeper {
                 return;
             }
             drop(state);
-            self.look_at_room();
             if look.is_multiple_of(ASIDE_EVERY) {
                 self.measure_aside();
             }
-            self.let_go();
-            if self.due() {
-                self.try_snapshot();
-            }
-            if self.overgrown() {
-                self.try_rebuild();
-            }
+            self.look();
+        }
+    }
+
+    /// Looks around once, and does what is due.
+    pub(super) fn look(&self) {
+        self.look_at_room();
+        self.let_go();
+        if self.due() {
+            self.try_snapshot();
+        }
+        if self.overgrown() {
+            self.try_rebuild();
         }
     }
 

@@ -9,6 +9,7 @@ mod damages;
 mod examining;
 mod files;
 pub(super) mod formats;
+mod growing;
 mod model;
 mod mounted;
 mod rebuilding;
