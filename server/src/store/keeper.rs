@@ -9,9 +9,9 @@
 //! - an interval between two snapshots is `I = max(S, 2 L)` of log, and what is written while one is taken;
 //! - the log is at most `2 I` and 3 segments: back to the older of two snapshots, the segment in use, the one made ready;
 //! - snapshots are at most `3 L`: two that are kept, one being written (plus 8 bytes a MiB and 6 an entry);
-//! - the engine is at most `max(B, F (L + I), 2 R)`, where `R` is its size just after it was last built anew, and what is
-//!   written from one look to the next; just after a snapshot `I` is nothing. While it is built anew there is the new one
-//!   beside it.
+//! - the engine is at most `max(B, F (L + I), 2 R)`, and what is written from one look to the next. `R` is its size just after
+//!   it was last built anew, in the proportion of what lives now to what lived then, if that is less; just after a
+//!   snapshot `I` is nothing. While it is built anew there is the new one beside it.
 //!
 //! `store/tests/growing.rs` holds the store to this.
 
@@ -126,8 +126,9 @@ struct State {
     mark_frame: u64,
     taken_at: Mono,
     not_before: Mono,
-    /// The size of the engine just after it was built anew in this run, or 0.
+    /// The size of the engine just after it was built anew in this run, or 0, and the bytes that may have lived then.
     rebuilt_bytes: u64,
+    rebuilt_live: u64,
     rebuild_not_before: Mono,
     /// Size of the snapshot files.
     snapshot_bytes: u64,
@@ -202,6 +203,7 @@ impl Keeper {
                 taken_at: now,
                 not_before: now,
                 rebuilt_bytes: 0,
+                rebuilt_live: 0,
                 rebuild_not_before: now,
                 snapshot_bytes: 0,
             }),
@@ -371,6 +373,12 @@ impl Keeper {
         }
     }
 
+    /// Bytes of keys and values that may live: what did at the last snapshot, and all that was written since.
+    fn may_live(&self, state: &State) -> u64 {
+        let written = self.figures.bytes.load(Ordering::Relaxed) - state.mark + state.inherited;
+        state.live.saturating_add(written)
+    }
+
     /// Whether the engine's files have grown too large for what can live in them.
     fn overgrown(&self) -> bool {
         if self.rules.rebuild_factor == 0 {
@@ -379,12 +387,15 @@ impl Keeper {
         let now = self.clock.now().mono;
         let (limit, not_before) = {
             let state = self.lock();
-            let written = self.figures.bytes.load(Ordering::Relaxed) - state.mark + state.inherited;
-            let may_live = state.live.saturating_add(written);
+            let may_live = self.may_live(&state);
+            let regrown = state.rebuilt_bytes.saturating_mul(REGROWN);
+            // When less lives than then, less is left alone.
+            let regrown = u128::from(regrown) * u128::from(may_live.min(state.rebuilt_live))
+                / u128::from(state.rebuilt_live.max(1));
             let limit = may_live
                 .saturating_mul(self.rules.rebuild_factor)
                 .max(self.rules.rebuild_floor)
-                .max(state.rebuilt_bytes.saturating_mul(REGROWN));
+                .max(u64::try_from(regrown).unwrap_or(u64::MAX));
             (limit, state.rebuild_not_before)
         };
         now >= not_before && self.engine.size_bytes() > limit
@@ -394,10 +405,7 @@ impl Keeper {
         let before = self.engine.size_bytes();
         let need = {
             let state = self.lock();
-            let written = self.figures.bytes.load(Ordering::Relaxed) - state.mark + state.inherited;
-            state
-                .live
-                .saturating_add(written)
+            self.may_live(&state)
                 .saturating_mul(REBUILD_ROOM)
                 .min(before)
                 .saturating_add(REBUILD_ROOM_LEAST)
@@ -485,7 +493,11 @@ impl Keeper {
         };
         self.rebuilds.fetch_add(1, Ordering::Relaxed);
         self.replaced().push(before);
-        self.lock().rebuilt_bytes = self.engine.size_bytes();
+        let size = self.engine.size_bytes();
+        let mut state = self.lock();
+        state.rebuilt_live = self.may_live(&state);
+        state.rebuilt_bytes = size;
+        drop(state);
         between(Stage::TookPlace)?;
         self.let_go();
         Ok(copied)
