@@ -32,7 +32,7 @@
 //!
 //! `format.rs` has their layout. Each run begins a segment of its own with its first record, so no position is ever used
 //! twice. Records are never written over; an index is written under another name and renamed. A file that nobody
-//! can read is kept until the segment after it is dropped by age; one of another store is never touched.
+//! can read is kept until the segment after it is dropped by age, and then set aside; one of another store is never touched.
 
 mod format;
 mod look;
@@ -51,7 +51,9 @@ pub(super) use self::format::DIR;
 use self::format::{SLOT, Slots, Summary, Unusable, index_name, segment_name};
 pub(super) use self::look::{IndexLook, check, look};
 use self::segment::{Bare, Kind, Segment};
+use super::log::SET_ASIDE;
 use super::log::disk::Disk;
+use super::set_aside::free_name;
 use crate::delivery::{AppId, DeviceId, Mono, PingId};
 use crate::ports::{Clock, ClockState, OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats};
 
@@ -586,14 +588,31 @@ impl History {
         }
     }
 
+    /// Keeps a file in which nothing can be read where nobody asks for its age.
+    fn set_aside(&self, number: u32) -> io::Result<()> {
+        let to = free_name(&*self.disk, &format!("outcomes-{number:010}"), "out")?;
+        self.disk.rename(&segment_name(number), &to)?;
+        self.disk.sync_dir(SET_ASIDE)?;
+        tracing::warn!(
+            file = to,
+            "outcomes that cannot be read were set aside: they are past their time"
+        );
+        Ok(())
+    }
+
     /// Drops a segment. What is reading it reads on or finds nothing.
     fn remove(&self, writing: &mut Writing, segment: &Arc<Segment>, why: &str) {
         let number = segment.number;
-        let gone = |name: &str| match self.disk.remove(name) {
+        let gone = |result: io::Result<()>| match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         };
-        match gone(&segment_name(number)).and_then(|()| gone(&index_name(number))) {
+        let records = if segment.says_nothing() {
+            gone(self.set_aside(number))
+        } else {
+            gone(self.disk.remove(&segment_name(number)))
+        };
+        match records.and_then(|()| gone(self.disk.remove(&index_name(number)))) {
             Ok(()) => {
                 self.segments
                     .write()

@@ -191,6 +191,15 @@ impl Segment {
         }
     }
 
+    /// Whether there are bytes and not one record that can be read.
+    pub(super) fn says_nothing(&self) -> bool {
+        match &self.kind {
+            Kind::Unusable(_) => true,
+            Kind::Open(_) => false,
+            Kind::Sealed(_) | Kind::Bare(_) => self.length() > 0 && self.span().is_none(),
+        }
+    }
+
     /// Whether nobody knows how old it is.
     pub(super) fn is_undated(&self) -> bool {
         self.span().is_none() && !matches!(self.kind, Kind::Open(_))

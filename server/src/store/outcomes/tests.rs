@@ -259,11 +259,15 @@ fn what_a_later_program_or_another_store_wrote_is_kept_and_told_until_its_age_sa
     history.turn();
     assert_eq!(
         bench.disk.names(),
-        ["outcomes/0000000002.idx", "outcomes/0000000002.out"],
-        "old and unreadable goes with those after it, another store's stays"
+        [
+            "outcomes/0000000002.idx",
+            "outcomes/0000000002.out",
+            "set-aside/outcomes-0000000001.out"
+        ],
+        "what cannot be read is set aside with those after it, another store's stays"
     );
     tight.open().turn();
-    assert_eq!(bench.disk.names().len(), 2);
+    assert_eq!(bench.disk.names().len(), 3);
 }
 
 #[test]
