@@ -403,82 +403,80 @@ fn whoever_comes_to_a_running_server_is_told_its_process_and_place() {
 
 #[test]
 fn files_made_late_are_for_their_owner_alone_as_well() {
-    for engine in ["sled", "fjall"] {
-        let room = Room::new();
-        let backups = room.path().join("backups");
-        fs::create_dir(&backups).unwrap();
-        fs::set_permissions(&backups, fs::Permissions::from_mode(0o700)).unwrap();
-        let start = |kind: &str| {
-            let mut command = without_mask(&room, &["serve"]);
-            command
-                .env("BELLWIRE__STORE__ENGINE", kind)
-                .env("BELLWIRE__STORE__SEGMENT_BYTES", "1MiB")
-                .env("BELLWIRE__STORE__SNAPSHOT_BYTES", "1MiB")
-                .env("BELLWIRE__BACKUP__DIR", &backups)
-                .env("BELLWIRE__BACKUP__EVERY", "1m");
-            room.serve_by(command)
-        };
-        let run = |arguments: &[&str]| {
-            let output = without_mask(&room, arguments).output().unwrap();
-            let err = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(output.status.success(), "{arguments:?}: {err}");
-        };
-        let server = start(engine);
-        run(&["device", "add", "--user", "ada", "--out", "ada.json"]);
-        // Enough for snapshots, segments that follow each other, and a backup.
-        let data = room.write("data", &"x".repeat(3_000));
-        let data = data.to_str().unwrap();
-        let snapshots = room.data().join("snapshots");
-        until("there is a snapshot", || {
-            for _ in 0..40 {
-                run(&["ping", "--user", "ada", "--data-file", data]);
-            }
-            let found = fs::read_dir(&snapshots).ok()?.any(|entry| {
-                entry.is_ok_and(|entry| entry.path().extension().is_some_and(|end| end == "snap"))
-            });
-            found.then_some(())
-        });
-        run(&["backup", "--to", backups.to_str().unwrap()]);
-        server.stop();
-        // Another engine takes its place, and something rots and is set aside.
-        let other = if engine == "sled" { "fjall" } else { "sled" };
-        run(&["store", "convert", "--to", other]);
-        start(other).stop();
-        let mut segments: Vec<PathBuf> = walk(&room.data().join("log"))
-            .into_iter()
-            .filter(|path| path.extension().is_some_and(|end| end == "seg"))
-            .collect();
-        segments.sort();
-        let last = segments.last().unwrap();
-        let mut bytes = fs::read(last).unwrap();
-        bytes[20] ^= 1;
-        fs::write(last, bytes).unwrap();
-        start(other).stop();
-        run(&["store", "salvage", "--into", "saved"]);
-        let mut kinds = 0;
-        for (dir, parts) in [
-            (
-                room.data(),
-                &["log", "snapshots", "set-aside", "engine", ".aside-"][..],
-            ),
-            (backups, &["backup", "erasures"][..]),
-            (room.path().join("saved"), &["log", "format"][..]),
-        ] {
-            let seen = walk(&dir);
-            for part in parts {
-                let there = seen.iter().any(|path| {
-                    let name = path.strip_prefix(&dir).unwrap();
-                    name.to_string_lossy().contains(part)
-                });
-                assert!(there, "no {part} in {}: {seen:?}", dir.display());
-                kinds += 1;
-            }
-            for path in seen {
-                let expected = if path.is_dir() { 0o700 } else { 0o600 };
-                assert_eq!(mode(&path), expected, "{engine}: {}", path.display());
-            }
+    let (engine, other) = ("sled", "fjall");
+    let room = Room::new();
+    let backups = room.path().join("backups");
+    fs::create_dir(&backups).unwrap();
+    fs::set_permissions(&backups, fs::Permissions::from_mode(0o700)).unwrap();
+    let start = |kind: &str| {
+        let mut command = without_mask(&room, &["serve"]);
+        command
+            .env("BELLWIRE__STORE__ENGINE", kind)
+            .env("BELLWIRE__STORE__SEGMENT_BYTES", "1MiB")
+            .env("BELLWIRE__STORE__SNAPSHOT_BYTES", "1MiB")
+            .env("BELLWIRE__BACKUP__DIR", &backups)
+            .env("BELLWIRE__BACKUP__EVERY", "1m");
+        room.serve_by(command)
+    };
+    let run = |arguments: &[&str]| {
+        let output = without_mask(&room, arguments).output().unwrap();
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {err}");
+    };
+    let server = start(engine);
+    run(&["device", "add", "--user", "ada", "--out", "ada.json"]);
+    // Enough for snapshots, segments that follow each other, and a backup.
+    let data = room.write("data", &"x".repeat(3_000));
+    let data = data.to_str().unwrap();
+    let snapshots = room.data().join("snapshots");
+    until("there is a snapshot", || {
+        for _ in 0..40 {
+            run(&["ping", "--user", "ada", "--data-file", data]);
         }
-        assert_eq!(kinds, 9);
-        assert_eq!(mode(&room.path().join("ada.json")), 0o600);
+        let found = fs::read_dir(&snapshots).ok()?.any(|entry| {
+            entry.is_ok_and(|entry| entry.path().extension().is_some_and(|end| end == "snap"))
+        });
+        found.then_some(())
+    });
+    run(&["backup", "--to", backups.to_str().unwrap()]);
+    server.stop();
+    // Another engine takes its place, and something rots and is set aside.
+    run(&["store", "convert", "--to", other]);
+    start(other).stop();
+    let mut segments: Vec<PathBuf> = walk(&room.data().join("log"))
+        .into_iter()
+        .filter(|path| path.extension().is_some_and(|end| end == "seg"))
+        .collect();
+    segments.sort();
+    let last = segments.last().unwrap();
+    let mut bytes = fs::read(last).unwrap();
+    bytes[20] ^= 1;
+    fs::write(last, bytes).unwrap();
+    start(other).stop();
+    run(&["store", "salvage", "--into", "saved"]);
+    let mut kinds = 0;
+    for (dir, parts) in [
+        (
+            room.data(),
+            &["log", "snapshots", "set-aside", "engine", ".aside-"][..],
+        ),
+        (backups, &["backup", "erasures"][..]),
+        (room.path().join("saved"), &["log", "format"][..]),
+    ] {
+        let seen = walk(&dir);
+        for part in parts {
+            let there = seen.iter().any(|path| {
+                let name = path.strip_prefix(&dir).unwrap();
+                name.to_string_lossy().contains(part)
+            });
+            assert!(there, "no {part} in {}: {seen:?}", dir.display());
+            kinds += 1;
+        }
+        for path in seen {
+            let expected = if path.is_dir() { 0o700 } else { 0o600 };
+            assert_eq!(mode(&path), expected, "{engine}: {}", path.display());
+        }
     }
+    assert_eq!(kinds, 9);
+    assert_eq!(mode(&room.path().join("ada.json")), 0o600);
 }
