@@ -20,7 +20,7 @@ use bytes::Bytes;
 use super::apply::apply_run;
 use super::engine::Engine;
 use super::home::{Before, Built, EngineHome, Unusable};
-use super::log::disk::Disk;
+use super::log::disk::{Disk, is_no_room};
 use super::log::{Ending, ReplayError, Shelf, Tail};
 use super::settings::{OpenError, OpenReport, Rebuilt};
 use super::snapshot::{self, SnapshotError};
@@ -63,8 +63,13 @@ pub(super) fn recover(
         Err(Unusable::Broken(why)) => Err(why),
     };
     // Before the first write to the engine, and after the look at the last note.
-    home.begin()
-        .map_err(OpenError::io("could not note the use of", home.name()))?;
+    home.begin().map_err(|error| {
+        if is_no_room(&error) {
+            OpenError::NoRoom(error.to_string())
+        } else {
+            OpenError::io("could not note the use of", home.name())(error)
+        }
+    })?;
     let why = match found {
         Ok(None) => None,
         Ok(Some(engine)) => match try_engine(&engine, shelf)? {
