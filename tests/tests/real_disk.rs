@@ -155,7 +155,7 @@ async fn slow_syncs_make_answers_late_and_not_untrue() {
     );
     here.given(40).await;
     // Each answer came after its sync: nothing is lost when the power goes right behind the last one.
-    disk.power_cut(5);
+    disk.power_cut_without_luck();
     server.kill();
     here.crash().await;
     disk.power_on().unwrap();

@@ -183,6 +183,12 @@ impl FaultFs {
         self.shared.wake();
     }
 
+    /// The same without luck: nothing stays of what was not synced.
+    pub fn power_cut_without_luck(&self) {
+        self.shared.lock().cut_all();
+        self.shared.wake();
+    }
+
     /// As the end of every process that uses it: everything fails with `EIO` until [`FaultFs::power_on`], and nothing is lost.
     /// For what cannot be killed, because it runs in this process.
     pub fn disconnect(&self) {

@@ -451,7 +451,18 @@ impl State {
             .collect();
         let first = orders.iter().min().copied().unwrap_or(0);
         let last = orders.iter().max().copied().unwrap_or(0);
-        let mut chance = Chance::new(seed, first, last);
+        self.cut_by(Chance::new(seed, first, last));
+    }
+
+    /// The power goes, and nothing stays that was not synced.
+    pub(crate) fn cut_all(&mut self) {
+        self.cut_by(Chance {
+            rng: StdRng::seed_from_u64(0),
+            style: Style::Nothing,
+        });
+    }
+
+    fn cut_by(&mut self, mut chance: Chance) {
         for inode in self.inodes.values_mut() {
             if let Node::File(file) = &mut inode.node {
                 file.survive(&mut chance);
