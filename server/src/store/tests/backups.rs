@@ -394,3 +394,14 @@ fn a_backup_reads_as_it_was_written_by_version_1() {
     assert_eq!(waiting(1).len(), 0);
     assert_eq!(waiting(4)[0].ping, ping_id(4));
 }
+
+#[test]
+fn a_header_that_was_changed_with_its_checksum_is_seen_by_the_digest() {
+    let mut bytes = a_backup();
+    // When it was begun.
+    bytes[24] ^= 1;
+    let sum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..12]), &bytes[16..128]);
+    bytes[12..16].copy_from_slice(&sum.to_le_bytes());
+    let fault = verify(&mut bytes.as_slice(), &mut |_| {}).unwrap_err();
+    assert!(fault.to_string().contains("digest"), "{fault}");
+}
