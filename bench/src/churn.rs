@@ -49,7 +49,7 @@ const SNAPSHOT_EVERY: Duration = Duration::from_secs(10);
 /// Rows that are written before a kill.
 const BEFORE_KILL: u64 = 50_000;
 
-/// Budget of the resident memory over the cache, as a part of it.
+/// Budget of the resident memory, as a part of what the engine may use.
 const OVER_CACHE: f64 = 1.25;
 
 /// Which engine.
@@ -82,8 +82,8 @@ pub(crate) struct Churn {
     /// Devices that they wait for
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     devices: u64,
-    /// The engine's cache, MiB
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    /// Memory that the engine may use, MiB (store.cache_bytes)
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     cache_mib: u64,
     /// Where the data directory is made, and left; default: a temporary one, which is removed
     #[arg(long, value_name = "DIR")]

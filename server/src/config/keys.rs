@@ -77,8 +77,8 @@ keys! {
         ],
         refused: &[],
     }, "sled";
-    /// Memory that the engine may use as its cache.
-    STORE_CACHE: BytesSetting = "store.cache_bytes", bytes(MIB, TIB), "64MiB";
+    /// Memory that the engine may use: half of it is sled's cache, a quarter fjall's, the rest is for what is being written.
+    STORE_CACHE: BytesSetting = "store.cache_bytes", bytes(MIB, TIB), "128MiB";
     /// Longest time that a notification for an attached device is kept from the disk, waiting for its acknowledgement. Longer saves disk work, and makes an answer later when the acknowledgement does not come. `0s` turns it off.
     STORE_DEFER_MAX: SpanSetting = "store.defer_max", span(0, SECOND), "50ms";
     /// Size of one file of the log, allocated in full before it is used.

@@ -71,7 +71,7 @@ impl SledEngine {
         let db = guarded("open its files", || {
             sled::Config::new()
                 .path(dir)
-                .cache_capacity(cache_bytes)
+                .cache_capacity(cache_bytes / 2)
                 .segment_size(SEGMENT)
                 .flush_every_ms(None)
                 .open()
