@@ -49,7 +49,7 @@ const SNAPSHOT_EVERY: Duration = Duration::from_secs(10);
 /// Rows that are written before a kill.
 const BEFORE_KILL: u64 = 50_000;
 
-/// Budget of the resident memory, as a part of what the engine may use.
+/// Budget of the resident memory, as a part of what the store may use.
 const OVER_CACHE: f64 = 1.25;
 
 /// Which engine.
@@ -82,9 +82,9 @@ pub(crate) struct Churn {
     /// Devices that they wait for
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     devices: u64,
-    /// Memory that the engine may use, MiB (store.cache_bytes)
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..=65_536))]
-    cache_mib: u64,
+    /// Memory that the store may use, MiB (store.memory_bytes)
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(4..=65_536))]
+    memory_mib: u64,
     /// Where the data directory is made, and left; default: a temporary one, which is removed
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -212,7 +212,7 @@ pub(crate) async fn run(args: Churn, progress: Progress) -> Outcome<Report> {
     ));
     let memory = Figure::new("resident, peak", mib(most(|sample| sample.peak)), "MiB");
     report.push(match args.engine {
-        Engine::Fjall => memory.budget(Budget::AtMost(args.cache_mib as f64 * OVER_CACHE)),
+        Engine::Fjall => memory.budget(Budget::AtMost(args.memory_mib as f64 * OVER_CACHE)),
         Engine::Sled | Engine::Memory => memory,
     });
     for (name, bytes) in [
@@ -390,7 +390,7 @@ fn open_store(dir: &Path, churn: &Churn) -> Outcome<store::Opened> {
             Engine::Fjall => EngineKind::Fjall,
             Engine::Memory => EngineKind::Memory,
         },
-        cache_bytes: churn.cache_mib << 20,
+        memory_bytes: churn.memory_mib << 20,
         snapshot_every: SNAPSHOT_EVERY,
         ..StoreSettings::new(dir)
     };

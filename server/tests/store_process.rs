@@ -34,7 +34,7 @@ fn open_store(dir: &Path, engine: EngineKind, seed: u64) -> Opened {
         // Small, so that segments change and snapshots are taken while the killing goes on.
         segment_bytes: 64 << 10,
         snapshot_bytes: 128 << 10,
-        cache_bytes: 8 << 20,
+        memory_bytes: 32 << 20,
         reserve_bytes: 0,
         ..StoreSettings::new(dir)
     };
@@ -223,7 +223,7 @@ fn waves(dir: &Path, engine: &str) {
         },
         segment_bytes: 1 << 20,
         snapshot_bytes: 8 << 20,
-        cache_bytes: 8 << 20,
+        memory_bytes: 32 << 20,
         reserve_bytes: 0,
         ..StoreSettings::new(dir)
     };

@@ -452,7 +452,7 @@ pub(super) fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings
             Engine::Fjall => EngineKind::Fjall,
             Engine::Memory => EngineKind::Memory,
         },
-        cache_bytes: store.cache_bytes,
+        memory_bytes: store.memory_bytes,
         segment_bytes: store.segment_bytes,
         snapshot_bytes: store.snapshot_bytes,
         snapshot_every: store.snapshot_every,

@@ -90,7 +90,7 @@ pub struct Store {
     /// What indexes it.
     pub engine: Engine,
     /// The engine's cache, bytes.
-    pub cache_bytes: u64,
+    pub memory_bytes: u64,
     /// How long a row may be held back from the disk.
     pub defer_max: Duration,
     /// Size of one log file, bytes.
@@ -238,7 +238,7 @@ impl Checked {
         }
         let store = Store {
             engine: source.get(&keys::STORE_ENGINE),
-            cache_bytes: source.get(&keys::STORE_CACHE),
+            memory_bytes: source.get(&keys::STORE_MEMORY),
             defer_max: source.get(&keys::STORE_DEFER_MAX),
             segment_bytes: source.get(&keys::STORE_SEGMENT),
             snapshot_bytes: source.get(&keys::STORE_SNAPSHOT_BYTES),
@@ -566,12 +566,12 @@ mod tests {
     #[test]
     fn all_problems_are_told_at_once_in_the_order_of_the_file() {
         let found =
-            wrong("[store]\nengine = \"redb\"\ncache_bytes = \"64MB\"\n[limits]\nttl_max = 30\n");
+            wrong("[store]\nengine = \"redb\"\nmemory_bytes = \"64MB\"\n[limits]\nttl_max = 30\n");
         assert_eq!(found.len(), 3, "{found:#?}");
         assert!(found[0].starts_with("2:10 store.engine: \"redb\""));
         assert!(
             found[1]
-                .starts_with("3:15 store.cache_bytes: \"64MB\" does not do here | write a size")
+                .starts_with("3:16 store.memory_bytes: \"64MB\" does not do here | write a size")
         );
         assert!(found[2].starts_with("5:11 limits.ttl_max: 30 has no unit of time"));
     }

@@ -77,8 +77,8 @@ keys! {
         ],
         refused: &[],
     }, "sled";
-    /// Memory that the engine may use: half of it is sled's cache, a quarter fjall's, the rest is for what is being written.
-    STORE_CACHE: BytesSetting = "store.cache_bytes", bytes(MIB, TIB), "128MiB";
+    /// Memory that the store may use, about: an eighth of it is fjall's cache, a quarter sled's; the rest is for what is being written, and for the frames that the engine has not applied yet.
+    STORE_MEMORY: BytesSetting = "store.memory_bytes", bytes(4 * MIB, TIB), "256MiB";
     /// Longest time that a notification for an attached device is kept from the disk, waiting for its acknowledgement. Longer saves disk work, and makes an answer later when the acknowledgement does not come. `0s` turns it off.
     STORE_DEFER_MAX: SpanSetting = "store.defer_max", span(0, SECOND), "50ms";
     /// Size of one file of the log, allocated in full before it is used.
@@ -91,7 +91,7 @@ keys! {
     STORE_REBUILD: CountSetting = "store.rebuild_factor", count(0, 100), "4";
     /// New pings are refused (507) while less than this is free on the volume of the data directory; delivery and removal go on.
     STORE_RESERVE: BytesSetting = "store.reserve_bytes", bytes(0, TIB), "512MiB";
-    /// How far the engine may be behind the log before new work waits.
+    /// How far the engine may be behind the log before new work waits. Never more than a quarter of `store.memory_bytes`.
     STORE_LAG_BYTES: BytesSetting = "store.lag_bytes", bytes(MIB, 4 * GIB), "64MiB";
     /// The same, as a time.
     STORE_LAG_TIME: SpanSetting = "store.lag_time", span(100, MINUTE), "2s";

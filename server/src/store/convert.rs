@@ -193,7 +193,7 @@ pub fn plan_conversion(settings: &StoreSettings) -> Result<ConvertPlan, ConvertE
     let site = take(settings)?;
     let home = FilesHome::new(
         Arc::clone(&site.disk),
-        Box::new(RealFiles::new(&site.dir, settings.cache_bytes)),
+        Box::new(RealFiles::new(&site.dir, settings.memory_bytes)),
         target,
     );
     let there = there(&home, &site, target)?;
@@ -270,7 +270,7 @@ pub fn convert(
 ) -> Result<Converted, ConvertError> {
     let target = target(settings)?;
     let site = take(settings)?;
-    let files = || -> Box<dyn Files> { Box::new(RealFiles::new(&site.dir, settings.cache_bytes)) };
+    let files = || -> Box<dyn Files> { Box::new(RealFiles::new(&site.dir, settings.memory_bytes)) };
     convert_at(&site, &files, target, clock, progress)
 }
 

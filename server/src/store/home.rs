@@ -304,14 +304,14 @@ const BUSY_WAIT: Duration = Duration::from_millis(50);
 /// Directories of the real file system.
 pub(super) struct RealFiles {
     dir: PathBuf,
-    cache_bytes: u64,
+    memory_bytes: u64,
 }
 
 impl RealFiles {
-    pub(super) fn new(dir: &Path, cache_bytes: u64) -> RealFiles {
+    pub(super) fn new(dir: &Path, memory_bytes: u64) -> RealFiles {
         RealFiles {
             dir: dir.to_owned(),
-            cache_bytes,
+            memory_bytes,
         }
     }
 }
@@ -331,7 +331,7 @@ impl Files for RealFiles {
     }
 
     fn open(&self, kind: FileEngine, name: &str) -> Result<Arc<dyn Engine>, Unusable> {
-        open_files(kind, &self.dir.join(name), self.cache_bytes)
+        open_files(kind, &self.dir.join(name), self.memory_bytes)
     }
 
     fn make(&self, name: &str) -> io::Result<()> {
@@ -369,16 +369,16 @@ fn boot() -> Option<String> {
 pub(super) fn open_files(
     kind: FileEngine,
     dir: &Path,
-    cache_bytes: u64,
+    memory_bytes: u64,
 ) -> Result<Arc<dyn Engine>, Unusable> {
     let mut tries = 0;
     loop {
         let opened: Result<Arc<dyn Engine>, EngineError> = match kind {
             FileEngine::Sled => {
-                SledEngine::open(dir, cache_bytes).map(|engine| Arc::new(engine) as _)
+                SledEngine::open(dir, memory_bytes).map(|engine| Arc::new(engine) as _)
             }
             FileEngine::Fjall => {
-                FjallEngine::open(dir, cache_bytes).map(|engine| Arc::new(engine) as _)
+                FjallEngine::open(dir, memory_bytes).map(|engine| Arc::new(engine) as _)
             }
         };
         let busy = |error: &EngineError| match kind {

@@ -89,6 +89,9 @@ pub use self::convert::{
 };
 pub use self::settings::{BackupPlan, EngineKind, OpenError, OpenReport, Rebuilt, StoreSettings};
 
+/// Which part of the memory that the store may use is for frames that the engine has not applied yet.
+const LAG_PART: u64 = 4;
+
 /// An open store and how it was found.
 pub struct Opened {
     /// The store.
@@ -163,7 +166,7 @@ fn home(settings: &StoreSettings, disk: &Arc<dyn Disk>, engine: EngineKind) -> A
         EngineKind::Sled => FileEngine::Sled,
         EngineKind::Fjall => FileEngine::Fjall,
     };
-    let files = RealFiles::new(&settings.dir, settings.cache_bytes);
+    let files = RealFiles::new(&settings.dir, settings.memory_bytes);
     Arc::new(FilesHome::new(Arc::clone(disk), Box::new(files), kind))
 }
 
@@ -233,7 +236,8 @@ fn assemble(
     let overlay = Arc::new(Overlay::new());
     let queue = Arc::new(Queue::new(
         LagLimit {
-            bytes: settings.lag_bytes,
+            // What waits for the engine is in memory.
+            bytes: settings.lag_bytes.min(settings.memory_bytes / LAG_PART),
             time: settings.lag_time,
         },
         next_frame - 1,

@@ -35,9 +35,10 @@ pub struct StoreSettings {
     pub dir: PathBuf,
     /// Which engine indexes the log. Default sled.
     pub engine: EngineKind,
-    /// Memory that the engine may use: sled's cache is half of it, fjall's a quarter, the rest is for what is being written.
-    /// Default 128 MiB; smaller makes reads of absent devices slower, nothing else.
-    pub cache_bytes: u64,
+    /// Memory that the store may use, about: sled's cache is a quarter of it, fjall's an eighth, frames that the engine has not
+    /// applied yet are at most a quarter, the rest is for what is being written. Default 256 MiB; smaller makes reads of
+    /// absent devices slower, and bursts wait sooner.
+    pub memory_bytes: u64,
     /// Size of one log segment, allocated in full before it is used. Default 64 MiB; smaller means more frequent,
     /// shorter pauses to change over.
     pub segment_bytes: u64,
@@ -93,7 +94,7 @@ impl StoreSettings {
         StoreSettings {
             dir: dir.into(),
             engine: EngineKind::default(),
-            cache_bytes: 128 << 20,
+            memory_bytes: 256 << 20,
             segment_bytes: 64 << 20,
             snapshot_bytes: 256 << 20,
             snapshot_every: Duration::from_secs(3600),

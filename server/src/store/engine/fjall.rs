@@ -25,14 +25,14 @@ use crate::store::keys;
 /// The one keyspace.
 const KEYSPACE: &str = "store";
 
-/// Size at which a memtable is written as a table, as a part of the memory that fjall may use, and its bounds: small beside the
+/// Size at which a memtable is written as a table, as a part of the memory that the store may use, and its bounds: small beside the
 /// cache, and a few seconds of writing.
-const MEMTABLE_PART: u64 = 16;
+const MEMTABLE_PART: u64 = 32;
 const MEMTABLE_BYTES: (u64, u64) = (1 << 20, 8 << 20);
 
 /// Which part of that memory is the cache. The rest is for memtables (one that grows and up to three that are being written) and
 /// for what a merge reads and writes.
-const CACHE_PART: u64 = 4;
+const CACHE_PART: u64 = 8;
 
 /// Journals kept at most, bytes. fjall takes no less; it begins a new journal at 64 MB.
 const JOURNAL_BYTES: u64 = 64 << 20;
@@ -80,10 +80,13 @@ pub(in crate::store) struct FjallEngine {
 
 impl FjallEngine {
     /// Opens or makes the files below `dir`.
-    pub(in crate::store) fn open(dir: &Path, cache_bytes: u64) -> Result<FjallEngine, EngineError> {
+    pub(in crate::store) fn open(
+        dir: &Path,
+        memory_bytes: u64,
+    ) -> Result<FjallEngine, EngineError> {
         let (db, entries) = guarded("open its files", || {
             let db = Database::builder(dir)
-                .cache_size(cache_bytes / CACHE_PART)
+                .cache_size(memory_bytes / CACHE_PART)
                 .max_cached_files(Some(OPEN_FILES))
                 .max_journaling_size(JOURNAL_BYTES)
                 .worker_threads(WORKERS)
@@ -91,7 +94,7 @@ impl FjallEngine {
                 .open()?;
             let entries = db.keyspace(KEYSPACE, || {
                 KeyspaceCreateOptions::default().max_memtable_size(
-                    (cache_bytes / MEMTABLE_PART).clamp(MEMTABLE_BYTES.0, MEMTABLE_BYTES.1),
+                    (memory_bytes / MEMTABLE_PART).clamp(MEMTABLE_BYTES.0, MEMTABLE_BYTES.1),
                 )
             })?;
             Ok((db, entries))

@@ -60,6 +60,9 @@ impl Drop for Handle {
     }
 }
 
+/// Which part of the memory that the store may use is sled's cache.
+const CACHE_PART: u64 = 4;
+
 pub(in crate::store) struct SledEngine {
     db: Handle,
     dir: PathBuf,
@@ -67,11 +70,11 @@ pub(in crate::store) struct SledEngine {
 
 impl SledEngine {
     /// Opens or makes the files below `dir`.
-    pub(in crate::store) fn open(dir: &Path, cache_bytes: u64) -> Result<SledEngine, EngineError> {
+    pub(in crate::store) fn open(dir: &Path, memory_bytes: u64) -> Result<SledEngine, EngineError> {
         let db = guarded("open its files", || {
             sled::Config::new()
                 .path(dir)
-                .cache_capacity(cache_bytes / 2)
+                .cache_capacity(memory_bytes / CACHE_PART)
                 .segment_size(SEGMENT)
                 .flush_every_ms(None)
                 .open()

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::lock::Probe;
-use super::{Inspect, InspectError, cache_bytes, names, size};
+use super::{Inspect, InspectError, memory_bytes, names, size};
 use crate::store::engine::Engine;
 use crate::store::home::{self, FileEngine, Role, Unusable};
 use crate::store::log::disk::{Disk, FILE_MODE, make_private_dir};
@@ -145,7 +145,7 @@ fn position(kind: FileEngine, dir: &Path) -> Result<Option<u64>, String> {
 
 /// Opens the engine in a copy of its files.
 pub(super) fn open_engine(kind: FileEngine, dir: &Path) -> Result<Arc<dyn Engine>, String> {
-    home::open_files(kind, dir, cache_bytes()).map_err(|error| match error {
+    home::open_files(kind, dir, memory_bytes()).map_err(|error| match error {
         Unusable::Broken(why) | Unusable::Busy(why) | Unusable::Newer(why) => why,
     })
 }

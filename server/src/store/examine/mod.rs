@@ -887,6 +887,6 @@ fn told(
 }
 
 /// The default settings of a store, as far as a look needs them.
-fn cache_bytes() -> u64 {
-    StoreSettings::new("").cache_bytes
+fn memory_bytes() -> u64 {
+    StoreSettings::new("").memory_bytes
 }

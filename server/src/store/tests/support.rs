@@ -142,7 +142,7 @@ pub(super) fn settings(dir: &Path, engine: EngineKind) -> StoreSettings {
     StoreSettings {
         engine,
         segment_bytes: 256 << 10,
-        cache_bytes: 8 << 20,
+        memory_bytes: 64 << 20,
         reserve_bytes: 0,
         ..StoreSettings::new(dir)
     }
