@@ -26,10 +26,6 @@ use crate::failure::{During, Failure, Outcome};
 use crate::progress::Progress;
 use crate::report::Report;
 
-/// The server's allocator: `churn` plays the store in a process of this program.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Measures a Bellwire server on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "bellwire-bench", version, arg_required_else_help = true)]

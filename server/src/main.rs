@@ -6,11 +6,6 @@ mod demo;
 
 use std::process::ExitCode;
 
-/// Gives freed memory back, and keeps no arena for each thread: docs/decisions/0022.
-#[cfg(feature = "mimalloc")]
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     // First of all, because the first TLS configuration would otherwise have to guess. It fails only if somebody was
     // here before, and nobody was.
