@@ -30,8 +30,8 @@
 //!
 //! # Files
 //!
-//! `format.rs` has their layout. Each run begins a segment of its own with its first record, so no position is ever used
-//! twice. Records are never written over; an index is written under another name and renamed. A file that nobody
+//! `format.rs` has their layout. Each run begins a segment of its own with its first record, and when all are
+//! dropped an empty one stays, so no position is ever used twice. Records are never written over; an index is written under another name and renamed. A file that nobody
 //! can read is kept until the segment after it is dropped by age, and then set aside; one of another store is never touched.
 
 mod format;
@@ -551,8 +551,8 @@ impl History {
                             None if segment.length() > 0 => {
                                 latest_ms.is_some_and(|latest| latest < long_before_ms)
                             }
-                            // Nothing was ever written.
-                            None => true,
+                            // Nothing was ever written. The last one keeps the numbers rising.
+                            None => place + 1 < segments.len(),
                         };
                         if old_enough {
                             old.push(Arc::clone(segment));
@@ -560,7 +560,11 @@ impl History {
                     }
                 }
             }
+            let last = segments.last().map(|segment| segment.number);
             for segment in old.iter().rev() {
+                if Some(segment.number) == last && !self.keep_number(writing) {
+                    break;
+                }
                 self.remove(writing, segment, "age");
             }
             removed = !old.is_empty();
@@ -568,7 +572,8 @@ impl History {
         let segments = self.list();
         let mut bytes: u64 = segments.iter().map(|segment| segment.bytes()).sum();
         let mut count = segments.len();
-        for segment in &segments {
+        // All but the last one, which keeps the numbers rising.
+        for segment in segments.iter().rev().skip(1).rev() {
             if bytes <= self.rules.max_bytes && count <= SEGMENTS_MAX {
                 break;
             }
@@ -585,6 +590,22 @@ impl History {
         }
         if removed && let Err(error) = self.disk.sync_dir(DIR) {
             tracing::warn!(%error, "that old outcomes were dropped may be forgotten by a crash of the machine");
+        }
+    }
+
+    /// Begins a segment before the last one is dropped: a later run goes on behind the highest number that it finds, and
+    /// without one it would use positions again that somebody may still hold.
+    fn keep_number(&self, writing: &mut Writing) -> bool {
+        match self.begin(writing) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(
+                    %error,
+                    "the last old outcomes are kept: no segment could be begun after them; it is tried again"
+                );
+                writing.remove_not_before = self.clock.now().mono + RETRY_AFTER;
+                false
+            }
         }
     }
 

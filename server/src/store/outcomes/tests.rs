@@ -262,12 +262,23 @@ fn what_a_later_program_or_another_store_wrote_is_kept_and_told_until_its_age_sa
         [
             "outcomes/0000000002.idx",
             "outcomes/0000000002.out",
+            "outcomes/0000000004.out",
             "set-aside/outcomes-0000000001.out"
         ],
-        "what cannot be read is set aside with those after it, another store's stays"
+        "what cannot be read is set aside with those after it, another store's stays, an empty one keeps the number"
     );
     tight.open().turn();
-    assert_eq!(bench.disk.names().len(), 3);
+    assert_eq!(
+        bench.disk.names(),
+        [
+            "outcomes/0000000002.idx",
+            "outcomes/0000000002.out",
+            "outcomes/0000000004.idx",
+            "outcomes/0000000004.out",
+            "set-aside/outcomes-0000000001.out"
+        ],
+        "size drops none of them"
+    );
 }
 
 #[test]
@@ -459,8 +470,45 @@ fn segments_are_dropped_whole_by_age_and_nothing_older_is_told_meanwhile() {
     bench.advance(91_000);
     history.turn();
     history.turn();
-    assert_eq!(history.stats().segments, 0);
-    assert_eq!(bench.disk.names(), [""; 0]);
+    assert_eq!(history.stats().records, 0);
+    // An empty one is left, so that its number is not used again.
+    assert_eq!(history.stats().segments, 1);
+    assert_eq!(bench.disk.used(), 64);
+}
+
+#[test]
+fn no_position_is_used_again_when_all_was_dropped_before_a_restart() {
+    let bench = Bench::new(80_000, 1 << 30, 5);
+    let history = bench.open();
+    write(&history, (0..12).map(record));
+    let page = OutcomeQuery {
+        limit: 3,
+        ..query(OutcomeOrder::OldestFirst)
+    };
+    let kept = history.query(&page).unwrap().next.unwrap();
+    for _ in 0..3 {
+        // Also when the one that was left has grown old itself.
+        bench.advance(200_000);
+        history.turn();
+        history.turn();
+    }
+    assert_eq!(all(&history), []);
+    drop(history);
+    let history = bench.open();
+    let now_ms = bench.clock.now().unix_ms;
+    let late: Vec<OutcomeRecord> = (0..4)
+        .map(|n| OutcomeRecord {
+            at_ms: now_ms + n,
+            ..record(n)
+        })
+        .collect();
+    write(&history, late.clone());
+    // Whoever still holds the place of an old record misses none of the new ones.
+    let from_there = OutcomeQuery {
+        start: Some(kept),
+        ..query(OutcomeOrder::OldestFirst)
+    };
+    assert_eq!(walk(&history, from_there), late);
 }
 
 #[test]
