@@ -381,6 +381,23 @@ fn an_engine_too_far_behind_makes_new_work_wait() {
 }
 
 #[test]
+fn what_waits_for_the_engine_is_bounded_by_the_memory_of_the_store_too() {
+    for (memory_bytes, behind) in [(16_000, StoreHealth::Behind), (64 << 20, StoreHealth::Open)] {
+        let stand = stand(|settings| {
+            settings.lag_bytes = u64::MAX;
+            settings.memory_bytes = memory_bytes;
+        });
+        stand.house.queue.pause(true);
+        let big = notification(ping_id(1), |note| note.content = vec![7; 8_000].into());
+        let insert = vec![insert(device_id(1), 1, &big)];
+        assert_eq!(commit(&*stand.house, insert), Ok(()));
+        assert_eq!(stand.house.health(), behind, "{memory_bytes} bytes");
+        stand.house.queue.pause(false);
+        stand.house.close();
+    }
+}
+
+#[test]
 fn lag_is_also_a_matter_of_time() {
     let stand = stand(|_| {});
     stand.house.queue.pause(true);
