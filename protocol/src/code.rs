@@ -156,7 +156,7 @@ codes! {
         "Wait for the `welcome`.";
     Unauthorized = "unauthorized", Device, -, 11, Never;
         "The device id is unknown or revoked, or its secret is wrong; the answer is the same for all of them.";
-        "Check the id and the secret that `POST /v1/devices` returned; rotate the secret, or enrol the device again.";
+        "Check the id and the secret that `POST /v1/devices` returned; if they are lost, enrol the device again.";
     StaleAttempt = "stale_attempt", Device, -, 12, Later;
         "The same client process is already connected with this `attempt` or a higher one.";
         "Raise `attempt` with every connection of one `instance`; say `hello` only on the carrier that won the race.";
@@ -213,7 +213,7 @@ codes! {
         "Drop the id from your records, or enrol the device again.";
     PingNotRetained = "ping_not_retained", Publisher, 404, -, Never;
         "Nothing is known of this ping: it never was, or its outcomes are past their keeping time.";
-        "Ask earlier, follow the event stream, or raise `receipts.keep`.";
+        "Ask earlier, or raise `receipts.keep` and `receipts.max_bytes`.";
     NotFound = "not_found", Publisher, 404, -, Never;
         "There is nothing at this path.";
         "Compare the path with the OpenAPI document.";
@@ -228,7 +228,7 @@ codes! {
         "Use one key for one ping, for ever; make a new key for a new ping.";
     BackupUnderWay = "backup_under_way", Operator, 409, -, Later;
         "A backup is being made already, by somebody else or by the server's own schedule; one is made at a time.";
-        "Wait until that one is done; `bellwire status` shows it.";
+        "Wait until that one is done; with `backup.dir` set, `bellwire status` shows it.";
     ContentTooLarge = "content_too_large", Publisher, 413, -, Never;
         "The content of the notification is larger than the limit (4,096 bytes unless set otherwise).";
         "Send less, or send a reference that the app fetches; the operator may raise the limit to 65,536.";
@@ -245,7 +245,7 @@ codes! {
         "The request is right and asks for something that this version does not have yet.";
         "The detail names what to use in its place; upgrade the server once a version has it.";
     MailboxFull = "mailbox_full", Publisher, 429, -, Later;
-        "The device's mailbox is full, and the app refuses rather than evicts.";
+        "The device's mailbox is full, and the server is set to refuse rather than evict.";
         "Wait until the device has been back, use collapse keys, or set the mailbox to evict.";
     RateLimited = "rate_limited", Publisher, 429, -, Later;
         "The key sends faster than it may.";

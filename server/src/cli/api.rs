@@ -448,9 +448,9 @@ fn refused(status: StatusCode, body: &Value, base: &str) -> Failure {
         404 if body.is_null() => {
             Some("is this the API of a bellwire server? Its default port is 8480")
         }
-        409 if code == "backup_under_way" => Some(
-            "wait until that one is done; `bellwire status` shows those of the server's own schedule",
-        ),
+        409 if code == "backup_under_way" => {
+            Some("wait until that one is done; with backup.dir set, `bellwire status` shows it")
+        }
         409 => {
             Some("the idempotency key was used with another body: take a new key for a new ping")
         }

@@ -222,8 +222,8 @@ fn failure(error: &RestoreError) -> Failure {
             "name a newer backup, a file of erasures, or a data directory with --erasures"
         }
         RestoreError::Target { .. } => {
-            "a restore needs room for about three times the backup, and a log segment; nothing of it was left behind. Make \
-             room, or name another volume with --data-dir"
+            "a restore needs room for the backup several times over, and for three log segments; nothing of it was left \
+             behind. Make room, or name another volume with --data-dir"
         }
         RestoreError::Io { .. } | RestoreError::Open(_) | RestoreError::Erase(_) => {
             "look at the disk and its free room; nothing was deleted, and the restore can be done again"

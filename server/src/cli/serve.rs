@@ -314,11 +314,24 @@ impl House {
             return current;
         }
         self.handle.reload(&runtime_settings(&next));
+        // The one setting of the store that does not need a restart.
+        let store = config::Store {
+            defer_max: next.store.defer_max,
+            ..current.store.clone()
+        };
+        let receipts = |checked: &Checked| {
+            (
+                checked.receipts_keep,
+                checked.receipts_max_bytes,
+                checked.receipts_durable,
+            )
+        };
         for (setting, changed) in [
             ("listen", next.listen != current.listen),
             ("data_dir", next.data_dir != current.data_dir),
-            ("store", next.store != current.store),
+            ("store", next.store != store),
             ("backup", next.backup != current.backup),
+            ("receipts", receipts(&next) != receipts(&current)),
             ("runtime.shards", next.shards != current.shards),
             ("log", next.log != current.log),
             (
@@ -339,10 +352,17 @@ impl House {
         Checked {
             listen: current.listen,
             data_dir: current.data_dir,
-            store: current.store,
+            store,
             backup: current.backup,
+            receipts_keep: current.receipts_keep,
+            receipts_max_bytes: current.receipts_max_bytes,
+            receipts_durable: current.receipts_durable,
             shards: current.shards,
             log: current.log,
+            limits: config::Limits {
+                api_connections: current.limits.api_connections,
+                ..next.limits
+            },
             ..next
         }
     }

@@ -116,10 +116,15 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
                     };
                     let trouble = at("/backup/trouble").and_then(Value::as_str);
                     let trouble = trouble.map_or(String::new(), |why| {
-                        format!("; the last try failed: {}", plain(why))
+                        format!("; at the last try: {}", plain(why))
                     });
+                    let running = at("/backup/running").and_then(Value::as_bool);
+                    let now = match running {
+                        Some(true) => "; one is being made now",
+                        Some(false) | None => "",
+                    };
                     format!(
-                        "last {last}; {} kept, next {}{trouble}",
+                        "last {last}; {} kept, next {}{now}{trouble}",
                         number("/backup/kept"),
                         moment(number("/backup/due_ms")),
                     )

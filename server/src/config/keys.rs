@@ -98,7 +98,7 @@ keys! {
     /// The data directory may lie on a network file system or behind FUSE, because you know that a sync there reaches a disk and a lock holds. Said wrongly, promised notifications can be lost and two servers can write into one directory.
     STORE_TRUST: FlagSetting = "store.trust_file_system", FlagSetting, "false";
 
-    /// How long it is known that a device, an API key or a user was erased, so that restoring a backup made before does not bring it back. Longer than the oldest backup that anybody may restore.
+    /// How long it is known that a device or an API key was erased, so that restoring a backup made before does not bring it back. Longer than the oldest backup that anybody may restore.
     STORE_ERASURES_KEEP: SpanSetting = "store.erasures_keep", span(DAY, 3650 * DAY), "400d";
 
     /// Directory in which the server keeps backups of its own, best on another volume. It must exist, and lie outside the data directory. Without it the server makes none.

@@ -129,7 +129,7 @@ struct BackupReport {
     took_ms: u64,
     /// Its size, bytes.
     bytes: u64,
-    /// Backups of this store in the directory.
+    /// Backups in the directory that the schedule made of this store.
     kept: u64,
     /// Tries of this run that failed.
     failures: u64,
@@ -137,7 +137,7 @@ struct BackupReport {
     due_ms: u64,
     /// One is being made now.
     running: bool,
-    /// Why the last try failed, if it did.
+    /// What went wrong at the last try, if anything did; an old backup that could not be removed too.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     trouble: Option<String>,

@@ -120,7 +120,7 @@ metrics! {
     BACKUP_LAST_SUCCESS_SECONDS: Gauge "bellwire_backup_last_success_seconds" [] "When the last good backup of the server's own schedule was begun, Unix seconds; 0 if there is none.";
     BACKUP_SECONDS: Gauge "bellwire_backup_seconds" [] "How long that one took; 0 if an earlier run made it.";
     BACKUP_BYTES: Gauge "bellwire_backup_bytes" [] "Its size.";
-    BACKUPS_KEPT: Gauge "bellwire_backups_kept" [] "Backups of this store in the directory.";
+    BACKUPS_KEPT: Gauge "bellwire_backups_kept" [] "Backups in the directory that the schedule made of this store.";
     BACKUP_RUNNING: Gauge "bellwire_backup_running" [] "1 while a backup is made.";
     BACKUP_FAILURES_TOTAL: Counter "bellwire_backup_failures_total" [] "Backups of the server's own schedule that could not be made.";
     STORE_LOG_BYTES: Gauge "bellwire_store_log_bytes" [] "Size of the log.";
