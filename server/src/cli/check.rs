@@ -330,7 +330,7 @@ fn ports(checked: &Checked, findings: &mut Vec<Finding>) {
     let listen = &checked.listen;
     let tcp = |address: SocketAddr| TcpListener::bind(address).map(drop);
     let udp = |address: SocketAddr| UdpSocket::bind(address).map(drop);
-    let looks: [(&'static str, &dyn AnyKey, SocketAddr, io::Result<()>); 4] = [
+    let mut looks: Vec<(&'static str, &dyn AnyKey, SocketAddr, io::Result<()>)> = vec![
         (
             "devices, TCP",
             &keys::LISTEN_DEVICES,
@@ -351,6 +351,14 @@ fn ports(checked: &Checked, findings: &mut Vec<Finding>) {
             tcp(listen.operations),
         ),
     ];
+    if let Some(plain) = listen.devices_plain {
+        looks.push((
+            "load balancers",
+            &keys::LISTEN_DEVICES_PLAIN,
+            plain,
+            tcp(plain),
+        ));
+    }
     for (about, key, address, bound) in looks {
         let (mark, text) = match bound {
             Ok(()) if address.port() == 0 => {

@@ -67,6 +67,25 @@ impl Failure {
         })
     }
 
+    /// What is wrong, without the advice: for the log.
+    pub(crate) fn what(&self) -> String {
+        match self {
+            Failure::Config(problems) => problems.to_string(),
+            Failure::Trouble(trouble) => match &trouble.detail {
+                Some(detail) => format!("{}: {detail}", trouble.what),
+                None => trouble.what.clone(),
+            },
+        }
+    }
+
+    /// What to do about it, where that is one thing.
+    pub(crate) fn help(&self) -> Option<&str> {
+        match self {
+            Failure::Config(_) => None,
+            Failure::Trouble(trouble) => trouble.help.as_deref(),
+        }
+    }
+
     /// The exit code that belongs to it.
     pub(crate) fn exit(&self) -> u8 {
         match self {

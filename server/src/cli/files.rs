@@ -127,13 +127,16 @@ impl DataDir {
 
     /// Writes `listen.json`, whole, by renaming it into place.
     pub(crate) fn announce(&self, bound: Listen, api_scheme: &str) -> Result<(), Failure> {
-        let content = json!({
+        let mut content = json!({
             "devices": bound.devices.to_string(),
             "api": bound.api.to_string(),
             "operations": bound.operations.to_string(),
             "api_scheme": api_scheme,
             "pid": std::process::id(),
         });
+        if let Some(plain) = bound.devices_plain {
+            content["devices_plain"] = json!(plain.to_string());
+        }
         let path = self.path.join(LISTEN_JSON);
         write_private(&path, format!("{content}\n").as_bytes(), IfExists::Replace)
             .map_err(|error| cert(&error))

@@ -9,6 +9,7 @@ mod device;
 mod failure;
 mod files;
 mod key;
+mod notify;
 mod outcomes;
 mod ping;
 mod progress;

@@ -12,7 +12,8 @@ use bellwire_server::config::{
 };
 use bellwire_server::delivery::{AppId, OverflowRule, Policy};
 use bellwire_server::http::{
-    ALPN, ApiState, Listening, ServeReport, Sites, TlsSource, routers, serve as serve_http,
+    ALPN, ApiState, Listening, LoadedSettings, ServeReport, Sites, TlsSource, routers,
+    serve as serve_http,
 };
 use bellwire_server::ports::Scopes;
 use bellwire_server::runtime::{
@@ -20,9 +21,10 @@ use bellwire_server::runtime::{
     load_or_create_hash_key,
 };
 use bellwire_server::store::{self, BackupPlan, EngineKind, StoreSettings};
+use bellwire_server::telemetry::logging::Levels;
 use bellwire_server::telemetry::{logging, metrics};
 use bellwire_server::transport::{
-    PemSource, TlsSettings, Transport, TransportError, TransportSettings,
+    PemSource, Prepared, TlsSettings, Transport, TransportError, TransportSettings,
 };
 use clap::Args;
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -35,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::check::cannot_listen;
 use super::files::{DataDir, HASH_KEY, cert};
+use super::notify::Notify;
 use super::{
     ConfigArg, Console, EXIT_TROUBLE, Failure, Outcome, keep_to_ourselves, no_threads, now,
 };
@@ -43,6 +46,8 @@ use super::{
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 /// How long open requests of backends may take after the drain.
 const HTTP_DRAIN: Duration = Duration::from_secs(5);
+/// How long a stop may take after the drain: links that say good-bye, open requests, the last commit.
+const STOP_MAX: Duration = Duration::from_secs(60);
 /// Connections of the operations listener: probes and a scraper or two.
 const OPERATIONS_CONNECTIONS: usize = 256;
 
@@ -80,7 +85,7 @@ pub(crate) fn run(args: &ServeArgs) -> Outcome {
         LogFormat::Text => logging::Format::Text,
         LogFormat::Json => logging::Format::Json,
     };
-    logging::install(&checked.log.level, format)
+    let levels = logging::install(&checked.log.level, format)
         .map_err(|error| Failure::new(error.to_string(), "set log.level to something like info"))?;
     let exposition = metrics::install().map_err(|error| {
         Failure::new(
@@ -100,7 +105,7 @@ pub(crate) fn run(args: &ServeArgs) -> Outcome {
         .thread_name("bellwire")
         .build()
         .map_err(|error| no_threads(&error))?
-        .block_on(serve(args, checked, &data, devices_tls, exposition))
+        .block_on(serve(args, checked, &data, devices_tls, exposition, levels))
 }
 
 async fn serve(
@@ -109,7 +114,13 @@ async fn serve(
     data: &DataDir,
     devices_tls: TlsSettings,
     exposition: metrics::Exposition,
+    levels: Levels,
 ) -> Outcome {
+    let manager = Arc::new(Notify::of_process());
+    let alive = CancellationToken::new();
+    let watched = (Arc::clone(&manager), alive.clone());
+    tokio::spawn(async move { watched.0.live(watched.1).await });
+    manager.status("opening the store");
     // Before anything is bound, so that a signal during the start is not lost.
     let mut signals = Signals::new(args.until_stdin_ends)?;
     let entropy = Arc::new(SystemEntropy::new());
@@ -154,8 +165,9 @@ async fn serve(
     let handle = runtime.handle.clone();
     bootstrap(&handle, data, args.new_key).await?;
 
-    let house = House::open(handle, &checked, data, devices_tls, exposition).await?;
+    let house = House::open(handle, &checked, data, devices_tls, exposition, levels).await?;
     data.announce(house.bound, house.scheme)?;
+    manager.ready(&house.summary("serving"));
     Console::out().line(&format!(
         "bellwire {} is ready: devices {}, API {}://{}, operations http://{}, data {}",
         env!("CARGO_PKG_VERSION"),
@@ -169,9 +181,24 @@ async fn serve(
     let mut current = checked;
     loop {
         match signals.next().await {
-            Word::Reload => current = house.reload(args, current, data),
+            Word::Reload => {
+                manager.reloading();
+                let (now, said) = match house.reload(args, &current, data) {
+                    Ok(next) => {
+                        current = next;
+                        (house.summary("serving"), "settings were read anew")
+                    }
+                    Err(Refused) => (
+                        house.summary("serving with the settings of before"),
+                        "a reload was refused, see the log",
+                    ),
+                };
+                manager.ready(&format!("{now}; {said}"));
+            }
             Word::Stop(why) => {
-                tracing::info!(why, window_s = current.drain_window.as_secs(), "going down");
+                let window = current.drain_window;
+                tracing::info!(why, window_s = window.as_secs(), "going down");
+                manager.stopping(window + STOP_MAX, "sending devices away");
                 break;
             }
         }
@@ -183,6 +210,7 @@ async fn serve(
         std::process::exit(i32::from(EXIT_TROUBLE));
     });
     let committed = house.close(current.drain_window).await;
+    alive.cancel();
     data.forget_listeners()?;
     if !committed {
         return Err(Failure::new(
@@ -205,7 +233,14 @@ struct House {
     scheme: &'static str,
     shutdown: CancellationToken,
     serving: [JoinHandle<ServeReport>; 2],
+    levels: Levels,
+    /// What the process was started with: what cannot change while it runs.
+    started_with: Checked,
+    loaded: Arc<LoadedSettings>,
 }
+
+/// A reload that was refused; everything stayed as it was, and the log says why.
+struct Refused;
 
 impl House {
     /// Binds the three listeners and serves on them.
@@ -215,6 +250,7 @@ impl House {
         data: &DataDir,
         devices_tls: TlsSettings,
         exposition: metrics::Exposition,
+        levels: Levels,
     ) -> Result<House, Failure> {
         let api_tls = match &checked.api {
             ApiAccess::Https(pair) => Some(ApiTls::new(pair)?),
@@ -225,6 +261,7 @@ impl House {
             bind(&keys::LISTEN_OPERATIONS, checked.listen.operations).await?;
         let settings = TransportSettings {
             addr: checked.listen.devices,
+            plain: checked.listen.devices_plain,
             tls: devices_tls,
             count_loopback: false,
         };
@@ -233,12 +270,14 @@ impl House {
 
         let shutdown = CancellationToken::new();
         let rendering = exposition.clone();
+        let loaded = Arc::new(LoadedSettings::new(handle.now_ms()));
         let Sites {
             api: api_site,
             operations: operations_site,
         } = routers(ApiState {
             handle: handle.clone(),
             metrics: Arc::new(move || rendering.render()),
+            loaded: Arc::clone(&loaded),
             doors: compat::doors(handle.clone()),
         });
         tokio::spawn(upkeep(exposition, shutdown.clone()));
@@ -261,6 +300,7 @@ impl House {
         Ok(House {
             bound: Listen {
                 devices: transport.local_addr(),
+                devices_plain: transport.plain_addr(),
                 api,
                 operations,
             },
@@ -273,98 +313,113 @@ impl House {
             api: api_tls,
             scheme,
             shutdown,
+            levels,
+            started_with: checked.clone(),
+            loaded,
         })
     }
 
-    /// Takes what can change without a restart. On any mistake everything stays as it was.
-    fn reload(&self, args: &ServeArgs, current: Checked, data: &DataDir) -> Checked {
-        let next = match config::load(args.config.config.as_deref(), &Environment::of_process()) {
-            Ok(next) => next,
-            Err(problems) => {
-                for problem in problems.iter() {
-                    let place = problem
-                        .position()
-                        .map(|(file, line, _)| format!("{}:{line}", file.display()));
-                    tracing::error!(place, help = problem.advice(), "{problem}");
-                }
-                tracing::error!(
-                    "the settings are wrong and were not taken; everything stays as it was"
-                );
-                return current;
-            }
-        };
-        let taken = devices_tls(&next, data).and_then(|tls| {
-            let api = match (&self.api, &next.api) {
-                (Some(api), ApiAccess::Https(pair)) => Some((api, ApiTls::load(pair)?)),
-                (Some(_) | None, _) => None,
-            };
-            self.transport
-                .reload(&tls)
-                .map_err(|error| Failure::new(error.to_string(), "see `bellwire check`"))?;
-            if let Some((api, fresh)) = api {
-                api.0.store(fresh);
-            }
-            Ok(())
-        });
-        if let Err(failure) = taken {
-            failure.report(Console::err(), false);
+    /// Where it listens, for people who look at the service manager's status.
+    fn summary(&self, doing: &str) -> String {
+        format!(
+            "{doing}: devices {}, API {}://{}, operations http://{}",
+            self.bound.devices, self.scheme, self.bound.api, self.bound.operations
+        )
+    }
+
+    /// Reads the settings anew and takes what can change without a restart: everything that can, or, if anything is
+    /// wrong, nothing.
+    fn reload(
+        &self,
+        args: &ServeArgs,
+        current: &Checked,
+        data: &DataDir,
+    ) -> Result<Checked, Refused> {
+        let refuse = |problems: Vec<String>| {
             tracing::error!(
-                "the certificates cannot be used and nothing was taken; everything stays as it was"
+                "the reload was refused and nothing was taken; everything stays as it was"
             );
-            return current;
-        }
+            self.loaded.refused(self.handle.now_ms(), problems);
+            Refused
+        };
+        let next = config::load(args.config.config.as_deref(), &Environment::of_process())
+            .map_err(|problems| {
+                refuse(
+                    problems
+                        .iter()
+                        .map(|problem| {
+                            let place = problem.position().map(|(file, line, column)| {
+                                format!("{}:{line}:{column}", file.display())
+                            });
+                            tracing::error!(place, help = problem.advice(), "{problem}");
+                            place.map_or_else(
+                                || problem.to_string(),
+                                |place| format!("{place}: {problem}"),
+                            )
+                        })
+                        .collect(),
+                )
+            })?;
+        // Everything that can fail comes first, and changes nothing.
+        let prepared = self.prepare(&next, data).and_then(|prepared| {
+            // The last step that can fail, and it changes nothing if it does.
+            self.levels.set(&next.log.level).map_err(|error| {
+                Failure::new(error.to_string(), "set log.level to something like info")
+            })?;
+            Ok(prepared)
+        });
+        let (devices, api) = prepared.map_err(|failure| {
+            let what = failure.what();
+            tracing::error!(help = failure.help(), "{what}");
+            refuse(vec![what])
+        })?;
+
         self.handle.reload(&runtime_settings(&next));
-        // The one setting of the store that does not need a restart.
-        let store = config::Store {
-            defer_max: next.store.defer_max,
-            ..current.store.clone()
-        };
-        let receipts = |checked: &Checked| {
-            (
-                checked.receipts_keep,
-                checked.receipts_max_bytes,
-                checked.receipts_durable,
-            )
-        };
-        for (setting, changed) in [
-            ("listen", next.listen != current.listen),
-            ("data_dir", next.data_dir != current.data_dir),
-            ("store", next.store != store),
-            ("backup", next.backup != current.backup),
-            ("receipts", receipts(&next) != receipts(&current)),
-            ("runtime.shards", next.shards != current.shards),
-            ("log", next.log != current.log),
-            (
-                "api",
-                std::mem::discriminant(&next.api) != std::mem::discriminant(&current.api),
-            ),
-            (
-                "limits.api_connections",
-                next.limits.api_connections != current.limits.api_connections,
-            ),
-        ] {
-            if changed {
-                tracing::warn!(setting, "this changes at the next start only");
-            }
+        // After the runtime, whose keep-alive bounds go into what QUIC tells new devices.
+        self.transport.take(devices);
+        if let Some((current, fresh)) = api {
+            current.0.store(fresh);
         }
-        tracing::info!("settings and certificates were read anew");
-        // What needs a restart must not look as if it had been taken at the next reload.
-        Checked {
-            listen: current.listen,
-            data_dir: current.data_dir,
-            store,
-            backup: current.backup,
-            receipts_keep: current.receipts_keep,
-            receipts_max_bytes: current.receipts_max_bytes,
-            receipts_durable: current.receipts_durable,
-            shards: current.shards,
-            log: current.log,
-            limits: config::Limits {
-                api_connections: current.limits.api_connections,
-                ..next.limits
-            },
-            ..next
+        let changed = next.changes_since(current).live;
+        let waiting = next.changes_since(&self.started_with).restart;
+        for setting in &waiting {
+            tracing::warn!(
+                setting,
+                "this was changed, and changes at the next start only"
+            );
         }
+        for warning in &next.warnings {
+            tracing::warn!("{warning}");
+        }
+        tracing::info!(
+            changed = changed.join(" "),
+            waiting_for_restart = waiting.join(" "),
+            "settings and certificates were read anew"
+        );
+        self.loaded.taken(self.handle.now_ms(), &changed, &waiting);
+        Ok(next)
+    }
+
+    /// Reads and checks every certificate that these settings name.
+    fn prepare(
+        &self,
+        next: &Checked,
+        data: &DataDir,
+    ) -> Result<(Prepared, Option<FreshApi<'_>>), Failure> {
+        let devices = self
+            .transport
+            .prepare(&devices_tls(next, data)?)
+            .map_err(|error| {
+                Failure::new(
+                    format!("the devices' certificate cannot be used: {error}"),
+                    "look at tls.cert and tls.key with: bellwire certs inspect FILE --key FILE",
+                )
+            })?;
+        let api = match (&self.api, &next.api) {
+            (Some(api), ApiAccess::Https(pair)) => Some((api, ApiTls::load(pair)?)),
+            (Some(_) | None, _) => None,
+        };
+        Ok((devices, api))
     }
 
     /// Goes down in order. Answers whether everything accepted was committed.
@@ -422,6 +477,13 @@ fn device_port(error: &TransportError, data: &DataDir) -> Failure {
             format!(
                 "the server cannot listen for devices ({protocol}): {}",
                 cannot_listen(keys::LISTEN_DEVICES.name, *addr, source)
+            ),
+            "`bellwire check` looks at every port without starting",
+        ),
+        TransportError::BindPlain { addr, source } => Failure::new(
+            format!(
+                "the server cannot listen for load balancers: {}",
+                cannot_listen(keys::LISTEN_DEVICES_PLAIN.name, *addr, source)
             ),
             "`bellwire check` looks at every port without starting",
         ),
@@ -514,6 +576,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             per_address: limits.per_address,
             unauthenticated: limits.unauthenticated,
             exempt: limits.exempt.clone(),
+            proxies: checked.proxies.clone(),
             keep_alive_quic_s: (limits.keep_alive_quic.min_s, limits.keep_alive_quic.max_s),
             keep_alive_websocket_s: (
                 limits.keep_alive_websocket.min_s,
@@ -584,6 +647,9 @@ fn of_time(error: &CertError) -> bool {
         CertError::Expired { .. } | CertError::NotYetValid { .. }
     )
 }
+
+/// The API's TLS and what takes its place.
+type FreshApi<'a> = (&'a ApiTls, Arc<rustls::ServerConfig>);
 
 /// TLS of the API, exchanged while serving.
 struct ApiTls(Arc<ArcSwap<rustls::ServerConfig>>);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::keys;
 use super::problem::Problems;
+use super::reload::Values;
 use super::setting::AnyKey;
 use super::source::Source;
 
@@ -16,6 +17,8 @@ pub struct Checked {
     pub data_dir: PathBuf,
     /// Where to listen.
     pub listen: Listen,
+    /// Networks of load balancers that may use [`Listen::devices_plain`].
+    pub proxies: Vec<(IpAddr, u8)>,
     /// The certificate for devices; `None`: make one for development.
     pub tls: Option<PemPair>,
     /// How the API is protected on its way.
@@ -40,6 +43,8 @@ pub struct Checked {
     pub log: LogSettings,
     /// What is allowed and should be said loudly at each start.
     pub warnings: Vec<String>,
+    /// As it was given, to tell what a reload changes.
+    pub(super) values: Values,
 }
 
 /// Where to listen.
@@ -47,6 +52,8 @@ pub struct Checked {
 pub struct Listen {
     /// Devices, UDP and TCP.
     pub devices: SocketAddr,
+    /// Load balancers that ended TLS; `None`: nowhere.
+    pub devices_plain: Option<SocketAddr>,
     /// The API.
     pub api: SocketAddr,
     /// Health and metrics.
@@ -216,10 +223,12 @@ impl Checked {
         let mut warnings = Vec::new();
         let listen = Listen {
             devices: source.get(&keys::LISTEN_DEVICES),
+            devices_plain: source.find(&keys::LISTEN_DEVICES_PLAIN),
             api: source.get(&keys::LISTEN_API),
             operations: source.get(&keys::LISTEN_OPERATIONS),
         };
         check_ports(source, listen);
+        let proxies = proxies(source, listen.devices_plain, &mut warnings);
         let tls = pair(source, &keys::TLS_CERT, &keys::TLS_KEY);
         if tls.is_none() && !listen.devices.ip().is_loopback() {
             warnings.push(format!(
@@ -253,6 +262,7 @@ impl Checked {
         let checked = Checked {
             data_dir: source.get(&keys::DATA_DIR),
             listen,
+            proxies,
             tls,
             api,
             store,
@@ -270,6 +280,7 @@ impl Checked {
                 level: source.get(&keys::LOG_LEVEL),
             },
             warnings,
+            values: Values::of(source),
         };
         source.verdict()?;
         Ok(checked)
@@ -309,11 +320,14 @@ fn check_ports(source: &Source, listen: Listen) {
             && a.port() != 0
             && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
     };
-    let named: [(&dyn AnyKey, SocketAddr); 3] = [
+    let mut named: Vec<(&dyn AnyKey, SocketAddr)> = vec![
         (&keys::LISTEN_DEVICES, listen.devices),
         (&keys::LISTEN_API, listen.api),
         (&keys::LISTEN_OPERATIONS, listen.operations),
     ];
+    if let Some(plain) = listen.devices_plain {
+        named.push((&keys::LISTEN_DEVICES_PLAIN, plain));
+    }
     for (index, (key, address)) in named.iter().enumerate() {
         for (earlier, taken) in &named[..index] {
             if same(*address, *taken) {
@@ -328,6 +342,43 @@ fn check_ports(source: &Source, listen: Listen) {
             }
         }
     }
+}
+
+/// Who may bring devices without TLS.
+fn proxies(
+    source: &Source,
+    plain: Option<SocketAddr>,
+    warnings: &mut Vec<String>,
+) -> Vec<(IpAddr, u8)> {
+    let networks = source.get(&keys::LISTEN_PROXY_NETWORKS);
+    let asked = source.is_set(&keys::LISTEN_DEVICES_PLAIN);
+    if networks.is_empty() && asked {
+        source.note(
+            &keys::LISTEN_DEVICES_PLAIN,
+            "nobody may connect here, because no load balancer is listed",
+            "set listen.proxy_networks to the networks of your load balancers, such as [\"10.0.3.0/28\"]",
+        );
+    }
+    if !networks.is_empty() && !asked {
+        source.note(
+            &keys::LISTEN_PROXY_NETWORKS,
+            "load balancers are listed, but there is no listener for them",
+            "set listen.devices_plain to an address and a port, or remove the list",
+        );
+    }
+    if networks.iter().any(|(_, prefix)| *prefix == 0) {
+        source.note(
+            &keys::LISTEN_PROXY_NETWORKS,
+            "the whole world could say which address a device has",
+            "list the networks of your load balancers and nobody else",
+        );
+    }
+    if let Some(plain) = plain.filter(|plain| !plain.ip().is_loopback()) {
+        warnings.push(format!(
+            "load balancers bring devices to {plain} without TLS: keep listen.devices_plain inside your network"
+        ));
+    }
+    networks
 }
 
 fn pair(
@@ -613,6 +664,30 @@ mod tests {
         assert!(
             from_file("[listen]\napi = \"127.0.0.1:0\"\noperations = \"127.0.0.1:0\"\n").is_ok()
         );
+    }
+
+    #[test]
+    fn the_plain_listener_and_its_load_balancers_are_set_together() {
+        let plain = "[listen]\ndevices_plain = \"127.0.0.1:4434\"\n";
+        assert!(wrong(plain)[0].starts_with("2:17 listen.devices_plain: nobody may connect"));
+        let only = "[listen]\nproxy_networks = [\"10.0.3.0/28\"]\n";
+        assert!(
+            wrong(only)[0].starts_with("2:18 listen.proxy_networks: load balancers are listed")
+        );
+        let world = format!("{plain}proxy_networks = [\"0.0.0.0/0\"]\n");
+        assert!(wrong(&world)[0].contains("the whole world"));
+        let taken = format!("{plain}proxy_networks = [\"::1/128\"]\napi = \"127.0.0.1:4434\"\n");
+        assert!(
+            wrong(&taken)[0].contains("listen.api uses already"),
+            "{:?}",
+            wrong(&taken)
+        );
+        let good = from_file(&format!("{plain}proxy_networks = [\"10.0.3.0/28\"]\n")).unwrap();
+        assert_eq!((good.proxies.len(), good.warnings.len()), (1, 0));
+        let open = from_file(
+            "[listen]\ndevices_plain = \"10.0.3.1:4434\"\nproxy_networks = [\"10.0.3.0/28\"]\n",
+        );
+        assert!(open.unwrap().warnings[0].contains("without TLS"));
     }
 
     #[test]

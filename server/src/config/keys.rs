@@ -51,6 +51,10 @@ keys! {
 
     /// Where devices connect: QUIC over UDP and WebSocket over TCP, on the same port number.
     LISTEN_DEVICES: AddressSetting = "listen.devices", AddressSetting, "127.0.0.1:4433";
+    /// Where load balancers bring devices over plain TCP after they ended TLS themselves, each connection with a PROXY header of version 2. Needs `listen.proxy_networks`. Without TLS, so keep it inside your network.
+    LISTEN_DEVICES_PLAIN: AddressSetting = "listen.devices_plain", AddressSetting, "";
+    /// Networks of the load balancers that may connect to `listen.devices_plain`. Whoever is in them says which address a device has, so list the balancers and nobody else.
+    LISTEN_PROXY_NETWORKS: NetworksSetting = "listen.proxy_networks", NetworksSetting, "";
     /// Where backends call the API.
     LISTEN_API: AddressSetting = "listen.api", AddressSetting, "127.0.0.1:8480";
     /// Where health, metrics and the API's description are served, over plain HTTP. Keep it inside your network.

@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`keys`] is the list of everything that can be set; `setting` knows how each kind of value is
 //! written; `source` reads the file and the environment and remembers where each value stood; [`Checked`] is what the
-//! rest of the program sees. What is wrong comes back as [`Problem`]s, all of them at once, each pointing at its place.
+//! rest of the program sees; `reload` tells what of it can change while serving. What is wrong comes back as [`Problem`]s, all of them at once, each pointing at its place.
 //!
 //! Nothing here opens a socket, looks up a name or touches the data directory.
 
@@ -10,6 +10,7 @@ mod checked;
 pub mod fuzz;
 pub mod keys;
 mod problem;
+mod reload;
 mod setting;
 mod source;
 mod suggest;
@@ -20,6 +21,7 @@ pub use checked::{
     MailboxFull, PemPair, Store,
 };
 pub use problem::{Problem, Problems};
+pub use reload::{Changes, is_live};
 pub use setting::{AnyKey, Key, Setting};
 pub use source::{ENV_PREFIX, Environment, MAX_FILE_BYTES, Source, variable_of};
 pub use suggest::closest;

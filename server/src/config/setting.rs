@@ -44,7 +44,7 @@ pub struct Unfit {
 /// A kind of value.
 pub trait Setting: Sync {
     /// What it is once it is understood.
-    type Value;
+    type Value: PartialEq;
 
     /// Understands what was given.
     ///
@@ -91,6 +91,8 @@ pub trait AnyKey: Sync {
     /// # Errors
     /// What is wrong with it.
     fn check(&self, given: &Given) -> Result<(), Unfit>;
+    /// Whether two ways of writing it mean the same.
+    fn same(&self, one: &Given, other: &Given) -> bool;
 }
 
 impl<S: Setting> AnyKey for Key<S> {
@@ -112,6 +114,13 @@ impl<S: Setting> AnyKey for Key<S> {
 
     fn check(&self, given: &Given) -> Result<(), Unfit> {
         self.setting.parse(given).map(|_| ())
+    }
+
+    fn same(&self, one: &Given, other: &Given) -> bool {
+        match (self.setting.parse(one), self.setting.parse(other)) {
+            (Ok(one), Ok(other)) => one == other,
+            (Ok(_) | Err(_), _) => one == other,
+        }
     }
 }
 
@@ -346,7 +355,7 @@ pub struct ChoiceSetting<T: Copy + Sync + 'static> {
     pub refused: &'static [(&'static str, &'static str)],
 }
 
-impl<T: Copy + Sync + 'static> Setting for ChoiceSetting<T> {
+impl<T: Copy + PartialEq + Sync + 'static> Setting for ChoiceSetting<T> {
     type Value = T;
 
     fn parse(&self, given: &Given) -> Result<T, Unfit> {

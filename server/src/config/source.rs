@@ -121,6 +121,14 @@ impl Source {
         self.given.contains_key(key.name())
     }
 
+    /// Everything that was given.
+    pub(super) fn values(&self) -> BTreeMap<&'static str, Given> {
+        self.given
+            .iter()
+            .map(|(name, (given, _))| (*name, given.clone()))
+            .collect()
+    }
+
     /// Notes that something is wrong with a key, wherever it was set.
     pub(super) fn note(&self, key: &dyn AnyKey, what: &str, help: &str) {
         let name = key.name();

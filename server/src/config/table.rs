@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::keys;
+use super::reload::is_live;
 use super::source::variable_of;
 
 /// The line before the table in the document.
@@ -13,8 +14,9 @@ pub const END_MARK: &str = "<!-- /generated:settings -->";
 /// Every setting as a Markdown table.
 #[must_use]
 pub fn markdown() -> String {
-    let mut table =
-        String::from("| setting | default | takes | what it is for |\n| --- | --- | --- | --- |\n");
+    let mut table = String::from(
+        "| setting | default | takes | reload | what it is for |\n| --- | --- | --- | --- | --- |\n",
+    );
     for key in keys::ALL {
         let default = match key.default() {
             "" => "none".to_owned(),
@@ -23,9 +25,14 @@ pub fn markdown() -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(
             table,
-            "| `{}` | {default} | {} | {} |",
+            "| `{}` | {default} | {} | {} | {} |",
             key.name(),
             key.takes().replace('|', "\\|"),
+            if is_live(key.name()) {
+                "yes"
+            } else {
+                "restart"
+            },
             key.about().trim().replace('|', "\\|"),
         );
     }

@@ -17,6 +17,7 @@ mod error;
 pub mod fuzz;
 mod json;
 mod keys;
+mod loaded;
 mod operations;
 mod outcomes;
 mod ping_body;
@@ -36,6 +37,7 @@ use serde::Serialize;
 use utoipa_axum::router::OpenApiRouter;
 
 pub use document::document;
+pub use loaded::LoadedSettings;
 pub use serve::{ALPN, Listening, ServeReport, TlsSource, serve};
 pub use site::Site;
 
@@ -46,6 +48,7 @@ use crate::runtime::Handle;
 struct Backend {
     handle: Handle,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    loaded: Arc<LoadedSettings>,
     /// The OpenAPI document as it is served.
     document: bytes::Bytes,
 }
@@ -56,6 +59,8 @@ pub struct ApiState {
     pub handle: Handle,
     /// Renders the metrics in the Prometheus text format.
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    /// What is known of the settings in force.
+    pub loaded: Arc<LoadedSettings>,
     /// The front doors of other systems, served beside the native API under their own paths.
     pub doors: OpenApiRouter,
 }
@@ -76,6 +81,7 @@ pub fn routers(state: ApiState) -> Sites {
     let backend = Backend {
         handle: state.handle.clone(),
         metrics: state.metrics,
+        loaded: state.loaded,
         document: bytes::Bytes::from(document::render(&document)),
     };
     let api = document::api_routes()

@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 use super::auth::{Read, Scoped};
 use super::document::refusals;
 use super::error::Problem;
+use super::loaded::SettingsReport;
 use super::{Backend, answer};
 use crate::runtime::{ClockState, Status, StoreHealth};
 
@@ -41,6 +42,7 @@ pub(super) struct StatusReport {
     backup: Option<BackupReport>,
     clock: ClockReport,
     limits: LimitsReport,
+    settings: SettingsReport,
 }
 
 /// Connected devices.
@@ -185,7 +187,7 @@ struct LimitsReport {
 }
 
 impl StatusReport {
-    fn new(status: &Status, ready: bool) -> StatusReport {
+    fn new(status: &Status, ready: bool, settings: SettingsReport) -> StatusReport {
         let (health, detail) = match &status.health {
             StoreHealth::Open => ("open", None),
             StoreHealth::Full { free, reserve } => (
@@ -277,6 +279,7 @@ impl StatusReport {
                 ttl_max_s: status.limits.ttl_max_s,
                 devices_per_ping: status.limits.devices_max,
             },
+            settings,
         }
     }
 }
@@ -298,7 +301,11 @@ pub(super) async fn status(_who: Scoped<Read>, State(backend): State<Backend>) -
     let handle = &backend.handle;
     answer(
         StatusCode::OK,
-        &StatusReport::new(&handle.status(), handle.ready().is_ok()),
+        &StatusReport::new(
+            &handle.status(),
+            handle.ready().is_ok(),
+            backend.loaded.report(),
+        ),
     )
 }
 

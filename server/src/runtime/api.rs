@@ -130,6 +130,8 @@ pub struct LinkSettings {
     pub unauthenticated: u32,
     /// Networks that are not counted per address, as `address/prefix`.
     pub exempt: Vec<(std::net::IpAddr, u8)>,
+    /// Networks of load balancers that may say, by the PROXY protocol, for whom they connect. Default none.
+    pub proxies: Vec<(std::net::IpAddr, u8)>,
     /// Advised keep-alive over QUIC, seconds. Default 20..120.
     pub keep_alive_quic_s: (u32, u32),
     /// Advised keep-alive over WebSocket, seconds. Default 60..900.
@@ -146,6 +148,7 @@ impl Default for LinkSettings {
             per_address: 256,
             unauthenticated: 10_000,
             exempt: Vec::new(),
+            proxies: Vec::new(),
             keep_alive_quic_s: (20, 120),
             keep_alive_websocket_s: (60, 900),
             content_max: 4_096,

@@ -33,6 +33,9 @@ pub enum LoggingError {
     /// Somebody set up logging before.
     #[error("logging is set up already")]
     Again,
+    /// What was set up is no longer in use.
+    #[error("logging was taken down")]
+    Gone,
 }
 
 /// Checks a filter without setting anything up, for `bellwire check`.
@@ -40,10 +43,23 @@ pub fn check_filter(filter: &str) -> Result<(), LoggingError> {
     parse_filter(filter).map(drop)
 }
 
+/// Which log lines are written, changeable while the process runs.
+pub struct Levels(Box<dyn Fn(EnvFilter) -> Result<(), LoggingError> + Send + Sync>);
+
+impl Levels {
+    /// Takes another filter, of the form that [`install`] takes.
+    ///
+    /// # Errors
+    /// A filter that cannot be understood; nothing changes then.
+    pub fn set(&self, filter: &str) -> Result<(), LoggingError> {
+        (self.0)(parse_filter(filter)?)
+    }
+}
+
 /// Sends every log line of this process to standard error, so that standard output stays free for answers.
 ///
 /// `filter` is a list of `target=level`, such as `info` or `info,bellwire_server::store=debug`.
-pub fn install(filter: &str, format: Format) -> Result<(), LoggingError> {
+pub fn install(filter: &str, format: Format) -> Result<Levels, LoggingError> {
     let filter = parse_filter(filter)?;
     let terminal = std::io::stderr().is_terminal();
     let json = match format {
@@ -54,17 +70,30 @@ pub fn install(filter: &str, format: Format) -> Result<(), LoggingError> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
-    let done = if json {
-        builder
+    // One for each form, because they are of different types.
+    if json {
+        let builder = builder
             .json()
             .flatten_event(true)
             .with_current_span(true)
             .with_span_list(false)
-            .try_init()
+            .with_filter_reloading();
+        let handle = builder.reload_handle();
+        builder.try_init().map_err(|_| LoggingError::Again)?;
+        Ok(Levels(Box::new(move |filter| {
+            handle.reload(filter).map_err(|_| LoggingError::Gone)
+        })))
     } else {
-        builder.with_ansi(terminal).with_target(false).try_init()
-    };
-    done.map_err(|_| LoggingError::Again)
+        let builder = builder
+            .with_ansi(terminal)
+            .with_target(false)
+            .with_filter_reloading();
+        let handle = builder.reload_handle();
+        builder.try_init().map_err(|_| LoggingError::Again)?;
+        Ok(Levels(Box::new(move |filter| {
+            handle.reload(filter).map_err(|_| LoggingError::Gone)
+        })))
+    }
 }
 
 fn parse_filter(filter: &str) -> Result<EnvFilter, LoggingError> {

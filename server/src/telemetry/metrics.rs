@@ -74,6 +74,9 @@ metrics! {
     BUILD_INFO: Gauge "bellwire_build_info" ["version"] "Always 1; names the version that runs.";
     STARTED_SECONDS: Gauge "bellwire_started_seconds" [] "When this run started, Unix seconds.";
     DRAINING: Gauge "bellwire_draining" [] "1 while the server goes down.";
+    RELOADS_TOTAL: Counter "bellwire_reloads_total" ["result"] "Times that settings and certificates were read anew: `taken`, or `refused` because something was wrong and everything stayed as it was.";
+    SETTINGS_LOADED_SECONDS: Gauge "bellwire_settings_loaded_seconds" [] "When the settings in force were read, Unix seconds.";
+    SETTINGS_WAITING: Gauge "bellwire_settings_waiting" [] "Settings that were changed and wait for a restart.";
 
     PINGS_TOTAL: Counter "bellwire_pings_total" ["app", "result"] "Publish requests by what they were answered: `accepted`, or the reason of the refusal.";
     NOTIFICATIONS_TOTAL: Counter "bellwire_notifications_total" ["app"] "Notifications accepted, one for each device that a ping addresses.";
@@ -94,7 +97,7 @@ metrics! {
     AUTHENTICATIONS_TOTAL: Counter "bellwire_authentications_total" ["who", "result"] "Checks of devices and API keys, by result.";
     LINKS_UNAUTHENTICATED: Gauge "bellwire_links_unauthenticated" [] "Connections that have not said hello yet.";
     LINK_ACCEPTS_TOTAL: Counter "bellwire_link_accepts_total" ["carrier"] "Connections let in to try TLS and hello.";
-    LINK_REFUSALS_TOTAL: Counter "bellwire_link_refusals_total" ["carrier", "reason"] "Connections that never became a link: `address_crowded`, `total_crowded`, `retry` (asked to prove their address), `alpn`, `tls`, `closed`, `accept_failed`, or an error code.";
+    LINK_REFUSALS_TOTAL: Counter "bellwire_link_refusals_total" ["carrier", "reason"] "Connections that never became a link: `address_crowded`, `total_crowded`, `retry` (asked to prove their address), `alpn`, `tls`, `closed`, `accept_failed`, an error code, or on `listen.devices_plain`: `not_a_proxy`, `proxy_header_missing`, `proxy_version`, `proxy_header`, `proxy_header_too_large`.";
     LINK_ENDS_TOTAL: Counter "bellwire_link_ends_total" ["carrier", "reason"] "Links that ended: an error code (`bye`, `silence`, `slow_reader`, `replaced` and so on), `left` (closed without `bye`), `lost`, `tls`, `protocol_violation` or `shutdown`.";
     LINK_BYTES_TOTAL: Counter "bellwire_link_bytes_total" ["carrier", "direction"] "Bytes of links, `received` and `sent`: on TCP with TLS, on QUIC within the stream.";
     LINK_FRAMES_TOTAL: Counter "bellwire_link_frames_total" ["carrier", "direction"] "Frames of links, `received` and `sent`.";

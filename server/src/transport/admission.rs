@@ -69,30 +69,56 @@ impl Admission {
 
     /// A place for a connection from this address.
     pub(crate) fn knock(&self, from: IpAddr, limits: &LinkSettings) -> Result<Knock, Crowded> {
-        let counted = self.counted_as(from, limits);
+        let mut knock = self.knock_through_proxy(limits)?;
+        self.name(&mut knock, from, limits)?;
+        Ok(knock)
+    }
+
+    /// A place for a connection that has yet to say for whom it is; [`Admission::name`] follows.
+    pub(crate) fn knock_through_proxy(&self, limits: &LinkSettings) -> Result<Knock, Crowded> {
         let counts = &self.counts;
         // Taken first and given back on refusal, so that two threads cannot both take the last place.
         let total = counts.total.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut knock = Knock {
+        let knock = Knock {
             counts: Arc::clone(counts),
             counted: None,
         };
         if total > limits.unauthenticated {
             return Err(Crowded::Total);
         }
-        if let Some(address) = counted {
-            let mut addresses = counts.addresses();
-            let count = addresses.entry(address).or_default();
-            if *count >= limits.per_address {
-                if *count == 0 {
-                    addresses.remove(&address);
-                }
-                return Err(Crowded::Address);
-            }
-            *count += 1;
-            knock.counted = Some(address);
-        }
         Ok(knock)
+    }
+
+    /// Counts a place, taken without one, under an address.
+    pub(crate) fn name(
+        &self,
+        knock: &mut Knock,
+        from: IpAddr,
+        limits: &LinkSettings,
+    ) -> Result<(), Crowded> {
+        let Some(address) = self.counted_as(from, limits) else {
+            return Ok(());
+        };
+        let mut addresses = self.counts.addresses();
+        let count = addresses.entry(address).or_default();
+        if *count >= limits.per_address {
+            if *count == 0 {
+                addresses.remove(&address);
+            }
+            return Err(Crowded::Address);
+        }
+        *count += 1;
+        knock.counted = Some(address);
+        Ok(())
+    }
+
+    /// Whether this peer may say for whom it connects: a load balancer of the operator's.
+    pub(crate) fn is_proxy(from: IpAddr, limits: &LinkSettings) -> bool {
+        let from = from.to_canonical();
+        limits
+            .proxies
+            .iter()
+            .any(|&(network, prefix)| within(from, network.to_canonical(), prefix))
     }
 
     /// Whether a peer whose address is not proven must prove it before it costs a handshake.
@@ -233,6 +259,45 @@ mod tests {
             strict.knock(ip("127.0.0.1"), &limits).err(),
             Some(Crowded::Address)
         );
+    }
+
+    #[test]
+    fn a_place_taken_through_a_proxy_counts_under_the_address_behind_it() {
+        let (admission, limits) = (Admission::new(false), limits(1, 3));
+        let mut first = admission.knock_through_proxy(&limits).unwrap();
+        let mut second = admission.knock_through_proxy(&limits).unwrap();
+        let (near, far) = (ip("192.0.2.1"), ip("192.0.2.2"));
+        admission.name(&mut first, near, &limits).unwrap();
+        assert_eq!(
+            admission.name(&mut second, near, &limits),
+            Err(Crowded::Address)
+        );
+        admission.name(&mut second, far, &limits).unwrap();
+        let _third = admission.knock_through_proxy(&limits).unwrap();
+        assert_eq!(
+            admission.knock_through_proxy(&limits).err(),
+            Some(Crowded::Total)
+        );
+        drop((first, second));
+        assert_eq!(admission.total(), 1);
+        assert!(admission.counts.addresses().is_empty());
+    }
+
+    #[test]
+    fn only_listed_networks_may_say_for_whom_they_connect() {
+        let limits = LinkSettings {
+            proxies: vec![(ip("10.2.0.0"), 16), (ip("2001:db8::"), 32)],
+            ..limits(1, 1)
+        };
+        for (from, may) in [
+            ("10.2.3.4", true),
+            ("::ffff:10.2.3.4", true),
+            ("2001:db8::7", true),
+            ("10.3.0.1", false),
+            ("127.0.0.1", false),
+        ] {
+            assert_eq!(Admission::is_proxy(ip(from), &limits), may, "{from}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bellwire_protocol::{Carrier, Code};
@@ -21,7 +22,8 @@ use super::door::Door;
 use super::link::{Link, Shared, keep_alive};
 use super::meters::Meters;
 use super::outbox::Kick;
-use super::tls::{Tls, TlsError, TlsSettings};
+use super::tls::{Prepared, Tls, TlsError, TlsSettings};
+use super::websocket::ProxyTrouble;
 use super::wheel::Wheel;
 use super::{quic, websocket};
 use crate::telemetry::metrics as names;
@@ -42,6 +44,12 @@ const PAUSE_MIN: Duration = Duration::from_millis(10);
 /// Longest pause of accepting.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
+/// How often the operator is told that a load balancer is set up wrongly.
+const COMPLAINT_EVERY: Duration = Duration::from_secs(60);
+
+/// What to do about a stranger on the listener for load balancers.
+const NOT_A_PROXY: &str = "only load balancers connect here: if this is one of yours, add its network to listen.proxy_networks";
+
 /// One tick of the wheel.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -53,6 +61,8 @@ const SHUTDOWN_MAX: Duration = Duration::from_secs(10);
 pub struct TransportSettings {
     /// Where to listen. Port 0 picks one.
     pub addr: SocketAddr,
+    /// Where load balancers bring devices from whose connections they took TLS; `None`: nowhere. Port 0 picks one.
+    pub plain: Option<SocketAddr>,
     /// The certificate shown on both carriers.
     pub tls: TlsSettings,
     /// Counts connections from loopback by address, like all others. Default false: a proxy or a load generator on
@@ -76,6 +86,14 @@ pub enum TransportError {
         /// Why.
         source: io::Error,
     },
+    /// The address for load balancers.
+    #[error("cannot listen on {addr} for load balancers: {source}")]
+    BindPlain {
+        /// Which address.
+        addr: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
     /// No number was free for both TCP and UDP.
     #[error("no port of {0} is free for both TCP and UDP")]
     NoCommonPort(std::net::IpAddr),
@@ -84,6 +102,7 @@ pub enum TransportError {
 /// The device port, open. Dropping it does not close it; [`Transport::shutdown`] does.
 pub struct Transport {
     local_addr: SocketAddr,
+    plain_addr: Option<SocketAddr>,
     tls: Arc<Tls>,
     wheel: Arc<Wheel>,
     endpoint: Endpoint,
@@ -125,6 +144,7 @@ impl Transport {
             Arc::new(quinn::TokioRuntime),
         )
         .map_err(failed("UDP"))?;
+        let plain = settings.plain.map(bind_plain).transpose()?;
 
         let wheel = Arc::new(Wheel::new());
         let port = Port {
@@ -138,9 +158,11 @@ impl Transport {
             tls: Arc::clone(&tls),
             tasks: TaskTracker::new(),
             accepting: CancellationToken::new(),
+            complaints: Arc::default(),
         };
         let transport = Transport {
             local_addr,
+            plain_addr: plain.as_ref().map(|(_, addr)| *addr),
             tls,
             wheel: Arc::clone(&wheel),
             endpoint: endpoint.clone(),
@@ -155,7 +177,11 @@ impl Transport {
             transport.turning.clone(),
         ));
         tokio::spawn(accept_quic(port.clone(), endpoint));
-        tokio::spawn(accept_tcp(port, tcp));
+        if let Some((listener, address)) = plain {
+            tokio::spawn(accept_tcp(port.clone(), listener, Way::Plain));
+            info!(%address, "load balancers may bring devices without TLS, with a PROXY header of version 2");
+        }
+        tokio::spawn(accept_tcp(port, tcp, Way::Tls));
         info!(address = %local_addr, "devices are served over QUIC and WebSocket");
         Ok(transport)
     }
@@ -166,21 +192,44 @@ impl Transport {
         self.local_addr
     }
 
+    /// The address really bound for load balancers.
+    #[must_use]
+    pub fn plain_addr(&self) -> Option<SocketAddr> {
+        self.plain_addr
+    }
+
     /// Links that are open, and connections on their way to one.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.tasks.len()
     }
 
-    /// Takes another certificate, and the keep-alive bounds of the runtime's settings, for new connections. Living ones
-    /// keep theirs, and tickets stay good.
+    /// Reads and checks another certificate for [`Transport::take`]. Changes nothing.
+    ///
+    /// # Errors
+    /// When the certificate cannot be used.
+    pub fn prepare(&self, tls: &TlsSettings) -> Result<Prepared, TlsError> {
+        self.tls.prepare(tls)
+    }
+
+    /// Takes another certificate, and the keep-alive bounds that the runtime has by now, for new connections. Living
+    /// ones keep theirs, and tickets stay good.
+    pub fn take(&self, prepared: Prepared) {
+        self.tls.take(prepared);
+        if self.accepting.is_cancelled() {
+            // Going down: QUIC lets nobody in any more, and must not begin again.
+            return;
+        }
+        let config = quic::server_config(self.tls.quic(), (self.advised)());
+        self.endpoint.set_server_config(Some(config));
+    }
+
+    /// [`Transport::prepare`] and [`Transport::take`] in one.
     ///
     /// # Errors
     /// When the certificate cannot be used; nothing changes then.
     pub fn reload(&self, tls: &TlsSettings) -> Result<(), TlsError> {
-        self.tls.reload(tls)?;
-        let config = quic::server_config(self.tls.quic(), (self.advised)());
-        self.endpoint.set_server_config(Some(config));
+        self.take(self.prepare(tls)?);
         Ok(())
     }
 
@@ -259,6 +308,16 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
+/// Binds the listener for load balancers.
+fn bind_plain(addr: SocketAddr) -> Result<(TcpListener, SocketAddr), TransportError> {
+    let bound = || {
+        let listener = TcpListener::from_std(bind_tcp(addr)?)?;
+        let bound = listener.local_addr()?;
+        Ok((listener, bound))
+    };
+    bound().map_err(|source| TransportError::BindPlain { addr, source })
+}
+
 fn bind_udp(addr: SocketAddr) -> io::Result<UdpSocket> {
     let socket = socket(addr, Type::DGRAM, Protocol::UDP)?;
     // Asking is free; how much is granted is the system's limit, and worth a line.
@@ -287,6 +346,18 @@ struct Port<D> {
     tls: Arc<Tls>,
     tasks: TaskTracker,
     accepting: CancellationToken,
+    complaints: Arc<Complaints>,
+}
+
+impl<D: Door> Port<D> {
+    /// Tells the operator of a load balancer that is set up wrongly, now and then.
+    fn complain(&self, peer: SocketAddr, advice: &'static str) {
+        if self.complaints.due(self.shared.door.now_ms()) {
+            warn!(%peer, advice, "a connection on listen.devices_plain was refused; others like it are not logged for a minute");
+        } else {
+            debug!(%peer, advice, "a connection on listen.devices_plain was refused");
+        }
+    }
 }
 
 impl<D> Clone for Port<D> {
@@ -297,8 +368,40 @@ impl<D> Clone for Port<D> {
             tls: Arc::clone(&self.tls),
             tasks: self.tasks.clone(),
             accepting: self.accepting.clone(),
+            complaints: Arc::clone(&self.complaints),
         }
     }
+}
+
+/// By which door a TCP connection came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// The device port.
+    Tls,
+    /// The listener for load balancers.
+    Plain,
+}
+
+/// When the operator was last told of a load balancer that is set up wrongly.
+#[derive(Debug, Default)]
+struct Complaints {
+    last_ms: AtomicU64,
+}
+
+impl Complaints {
+    /// Whether to tell again. A balancer brings thousands of connections, each with the same mistake.
+    fn due(&self, now_ms: u64) -> bool {
+        let last = self.last_ms.load(Ordering::Relaxed);
+        (last == 0 || now_ms.saturating_sub(last) >= millis(COMPLAINT_EVERY))
+            && self
+                .last_ms
+                .compare_exchange(last, now_ms.max(1), Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+    }
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
 async fn turn(wheel: Arc<Wheel>, admission: Admission, turning: CancellationToken) {
@@ -312,7 +415,7 @@ async fn turn(wheel: Arc<Wheel>, admission: Admission, turning: CancellationToke
     }
 }
 
-async fn accept_tcp<D: Door>(port: Port<D>, listener: TcpListener) {
+async fn accept_tcp<D: Door>(port: Port<D>, listener: TcpListener, way: Way) {
     let meters = &port.shared.websocket;
     let mut pause = PAUSE_MIN;
     while let Some(accepted) = port.accepting.run_until_cancelled(listener.accept()).await {
@@ -320,10 +423,24 @@ async fn accept_tcp<D: Door>(port: Port<D>, listener: TcpListener) {
             Ok((tcp, peer)) => {
                 pause = PAUSE_MIN;
                 let limits = port.shared.door.link_settings();
-                match port.admission.knock(peer.ip(), &limits) {
+                let knock = match way {
+                    Way::Tls => port.admission.knock(peer.ip(), &limits),
+                    Way::Plain if !Admission::is_proxy(peer.ip(), &limits) => {
+                        meters.refused("not_a_proxy");
+                        port.complain(peer, NOT_A_PROXY);
+                        websocket::reset(&tcp);
+                        continue;
+                    }
+                    Way::Plain => port.admission.knock_through_proxy(&limits),
+                };
+                match knock {
                     Ok(knock) => {
                         meters.accepted();
-                        port.tasks.spawn(serve_tcp(port.clone(), tcp, peer, knock));
+                        let (port, tasks) = (port.clone(), &port.tasks);
+                        match way {
+                            Way::Tls => tasks.spawn(serve_tcp(port, tcp, peer, knock)),
+                            Way::Plain => tasks.spawn(serve_plain(port, tcp, peer, knock)),
+                        };
                     }
                     Err(crowded) => {
                         meters.refused(crowded.as_str());
@@ -368,6 +485,63 @@ async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, kno
         accepted = websocket::accept(tcp, port.tls.tcp()) => accepted,
         () = &mut deadline => Err(Code::HelloTimeout.name()),
     };
+    link(&port, accepted, knock, deadline, peer);
+}
+
+/// Serves a connection that a load balancer brings.
+async fn serve_plain<D: Door>(
+    port: Port<D>,
+    mut tcp: TcpStream,
+    proxy: SocketAddr,
+    mut knock: Knock,
+) {
+    let settings = port.shared.door.link_settings();
+    let mut deadline = Box::pin(sleep(settings.hello_deadline));
+    if let Err(error) = websocket::prepare(&tcp, settings.write_deadline) {
+        debug!(%proxy, %error, "the socket's options cannot be set");
+    }
+    let header = tokio::select! {
+        header = websocket::read_proxy_header(&mut tcp) => header,
+        () = &mut deadline => {
+            port.shared.websocket.refused(Code::HelloTimeout.name());
+            return;
+        }
+    };
+    let peer = match header {
+        Ok(from) => from.unwrap_or(proxy),
+        Err(ProxyTrouble::Closed) => {
+            port.shared.websocket.refused("closed");
+            return;
+        }
+        Err(ProxyTrouble::Unfit(unfit)) => {
+            port.shared.websocket.refused(unfit.as_str());
+            port.complain(proxy, unfit.advice());
+            return;
+        }
+    };
+    // The balancer's own connections are few, and it is trusted not to make many.
+    if peer != proxy
+        && let Err(crowded) = port.admission.name(&mut knock, peer.ip(), &settings)
+    {
+        port.shared.websocket.refused(crowded.as_str());
+        websocket::reset(&tcp);
+        return;
+    }
+    let accepted = tokio::select! {
+        accepted = websocket::accept_plain(tcp) => accepted,
+        () = &mut deadline => Err(Code::HelloTimeout.name()),
+    };
+    link(&port, accepted, knock, deadline, peer);
+}
+
+/// Starts the link of a WebSocket that stands.
+fn link<D: Door>(
+    port: &Port<D>,
+    accepted: Result<websocket::WebSocketPipe, websocket::Refusal>,
+    knock: Knock,
+    deadline: Pin<Box<Sleep>>,
+    peer: SocketAddr,
+) {
     match accepted {
         Ok(pipe) => {
             // A fresh task: this one keeps the size of the handshake.

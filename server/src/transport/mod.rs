@@ -2,7 +2,8 @@
 //!
 //! Read in this order: [`Link`](link::Link) is what both carriers share, with the [`Outbox`](outbox::Outbox) that the
 //! runtime writes to and the [`Wheel`](wheel::Wheel) that notices silence; `websocket` and `quic` bring frames to it;
-//! `listen` opens the port and lets connections in, as far as `admission` has room; `tls` is the only place that
+//! `listen` opens the port and lets connections in, as far as `admission` has room, also those that a load
+//! balancer brings without TLS (`proxy`); `tls` is the only place that
 //! configures TLS.
 //!
 //! Decides nothing about notifications, and knows nothing of the store or HTTP. What it answers to peers that
@@ -16,6 +17,7 @@ mod listen;
 mod meters;
 mod outbox;
 mod outgoing;
+mod proxy;
 mod quic;
 mod tls;
 mod websocket;
@@ -23,7 +25,7 @@ mod wheel;
 
 pub use door::Door;
 pub use listen::{Transport, TransportError, TransportSettings};
-pub use tls::{PemSource, TlsError, TlsSettings};
+pub use tls::{PemSource, Prepared, TlsError, TlsSettings};
 
 #[cfg(test)]
 mod testing {

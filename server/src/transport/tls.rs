@@ -142,7 +142,7 @@ pub enum TlsError {
     Quic(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
 }
 
-/// TLS for both carriers. What is handed out is for the next connection; [`Tls::reload`] changes what comes after.
+/// TLS for both carriers. What is handed out is for the next connection; [`Tls::take`] changes what comes after.
 pub(crate) struct Tls {
     provider: Arc<CryptoProvider>,
     /// Outlives reloads, so that tickets given before are good after.
@@ -169,16 +169,20 @@ impl Tls {
         })
     }
 
-    /// Takes another certificate for new connections; living ones keep theirs. On an error nothing changes.
+    /// Reads and checks another certificate; changes nothing.
     ///
     /// # Errors
     /// When certificate or key cannot be read or used.
-    pub(crate) fn reload(&self, settings: &TlsSettings) -> Result<(), TlsError> {
+    pub(crate) fn prepare(&self, settings: &TlsSettings) -> Result<Prepared, TlsError> {
         let pair = Pair::load(settings)?;
         let (tcp, quic) = configure(&self.provider, &self.ticketer, &pair)?;
-        self.tcp.store(tcp);
-        self.quic.store(quic);
-        Ok(())
+        Ok(Prepared { tcp, quic })
+    }
+
+    /// Takes another certificate for new connections; living ones keep theirs.
+    pub(crate) fn take(&self, prepared: Prepared) {
+        self.tcp.store(prepared.tcp);
+        self.quic.store(prepared.quic);
     }
 
     /// The configuration for the next TCP connection.
@@ -190,6 +194,12 @@ impl Tls {
     pub(crate) fn quic(&self) -> Arc<quinn::crypto::rustls::QuicServerConfig> {
         self.quic.load_full()
     }
+}
+
+/// A certificate that was read and checked, to be taken once everything else is in order too.
+pub struct Prepared {
+    tcp: Arc<ServerConfig>,
+    quic: Arc<quinn::crypto::rustls::QuicServerConfig>,
 }
 
 /// A chain and its key, read but not yet tried together.
@@ -275,7 +285,7 @@ mod tests {
         let (first, second) = (testing::tls(), testing::tls());
         let tls = Tls::new(&first).unwrap();
         let before = tls.tcp();
-        tls.reload(&second).unwrap();
+        tls.take(tls.prepare(&second).unwrap());
         assert!(!Arc::ptr_eq(&before, &tls.tcp()));
         assert_eq!(tls.tcp().max_early_data_size, 0);
     }
@@ -317,7 +327,7 @@ mod tests {
             (with(&good.chain, &other.key), "cannot be used together"),
         ];
         for (settings, expected) in cases {
-            let error = tls.reload(&settings).unwrap_err().to_string();
+            let error = tls.prepare(&settings).err().unwrap().to_string();
             assert!(error.contains(expected), "{error}");
         }
         assert!(Arc::ptr_eq(&before, &tls.tcp()));

@@ -1,4 +1,5 @@
-//! Frames as WebSocket messages over TLS over TCP, one message a frame (docs/protocol.md).
+//! Frames as WebSocket messages over TLS over TCP, one message a frame (docs/protocol.md); or over plain TCP, from a
+//! load balancer that ended TLS and says in a header of the PROXY protocol who connects.
 //!
 //! The way in (TLS, the HTTP head, the upgrade) runs in a task of its own, because a task keeps the size of the largest
 //! future that ever ran in it; the link then starts in a fresh one on boxed parts.
@@ -8,6 +9,7 @@
 //! here, without a copy that stays allocated while the link is idle.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -30,6 +32,7 @@ use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig};
 use super::http_head::{self, HEAD_MAX_BYTES, Head, Refused};
 use super::link::{Broken, Pipe, Traffic};
 use super::outgoing::Outgoing;
+use super::proxy;
 
 /// First byte of a TLS record that starts a handshake (RFC 8446 section 5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -86,30 +89,77 @@ pub(crate) async fn accept(
         traffic: Traffic::default(),
     };
     let accept = TlsAcceptor::from(tls).accept(counted);
-    let mut tls = Box::new(accept.await.map_err(|error| tls_refusal(&error))?);
+    let tls = Box::new(accept.await.map_err(|error| tls_refusal(&error))?);
+    upgrade(Wire::Tls(tls)).await
+}
 
+/// Takes a TCP connection from which a load balancer took TLS through the upgrade.
+///
+/// # Errors
+/// When it is no device link. Whoever can be told has been told.
+pub(crate) async fn accept_plain(tcp: TcpStream) -> Result<WebSocketPipe, Refusal> {
+    let counted = Counted {
+        tcp,
+        traffic: Traffic::default(),
+    };
+    upgrade(Wire::Plain(Box::new(counted))).await
+}
+
+async fn upgrade(mut wire: Wire) -> Result<WebSocketPipe, Refusal> {
     let mut head = Vec::with_capacity(1024);
     loop {
-        if tls.read_buf(&mut head).await.map_err(|_| "closed")? == 0 {
+        if wire.read_buf(&mut head).await.map_err(|_| "closed")? == 0 {
             return Err("closed");
         }
         match http_head::parse(&head[..head.len().min(HEAD_MAX_BYTES)]) {
             Head::Partial => {}
             Head::Refused(refused) => {
-                refuse(tls, refused).await;
+                refuse(wire, refused).await;
                 return Err(refused.code().name());
             }
             Head::Upgrade(upgrade, length) => {
                 let answer = upgrade.answer();
-                tls.write_all(answer.as_bytes())
+                wire.write_all(answer.as_bytes())
                     .await
                     .map_err(|_| "closed")?;
-                tls.flush().await.map_err(|_| "closed")?;
+                wire.flush().await.map_err(|_| "closed")?;
                 let early = head.split_off(length);
-                return Ok(WebSocketPipe::new(tls, early, upgrade.negotiated.codec).await);
+                return Ok(WebSocketPipe::new(wire, early, upgrade.negotiated.codec).await);
             }
         }
     }
+}
+
+/// What a load balancer says in front of a connection (see [`proxy`]).
+///
+/// # Errors
+/// When it says it wrongly or not at all.
+pub(crate) async fn read_proxy_header(
+    tcp: &mut TcpStream,
+) -> Result<Option<SocketAddr>, ProxyTrouble> {
+    let mut bytes = Vec::with_capacity(128);
+    let mut needed = proxy::FIXED_BYTES;
+    loop {
+        let room = needed - bytes.len();
+        // Never further than the header reaches, so that no word of the device is lost.
+        let read = tcp.take(room as u64).read_buf(&mut bytes).await;
+        if read.map_err(|_| ProxyTrouble::Closed)? == 0 {
+            return Err(ProxyTrouble::Closed);
+        }
+        match proxy::parse(&bytes) {
+            proxy::Header::Partial(more) => needed = more,
+            proxy::Header::Whole { from, .. } => return Ok(from),
+            proxy::Header::Refused(unfit) => return Err(ProxyTrouble::Unfit(unfit)),
+        }
+    }
+}
+
+/// Why nothing is known of who connects through a load balancer.
+pub(crate) enum ProxyTrouble {
+    /// The connection ended, as those of plain health checks do.
+    Closed,
+    /// What was said is not what is spoken here.
+    Unfit(proxy::Unfit),
 }
 
 fn tls_refusal(error: &io::Error) -> Refusal {
@@ -213,9 +263,66 @@ impl AsyncWrite for Counted {
     }
 }
 
-/// What tungstenite takes for its stream: reads come from TLS, writes go to the buffer of outgoing bytes.
+/// What a link is carried on below WebSocket.
+enum Wire {
+    /// TLS, ended here.
+    Tls(Box<TlsStream<Counted>>),
+    /// Plain TCP, from a load balancer that ended TLS.
+    Plain(Box<Counted>),
+}
+
+impl Wire {
+    fn traffic(&self) -> Traffic {
+        match self {
+            Wire::Tls(tls) => tls.get_ref().0.traffic,
+            Wire::Plain(counted) => counted.traffic,
+        }
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Wire::Tls(tls) => Pin::new(tls).poll_read(cx, buffer),
+            Wire::Plain(counted) => Pin::new(counted).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Wire::Tls(tls) => Pin::new(tls).poll_write(cx, bytes),
+            Wire::Plain(counted) => Pin::new(counted).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Wire::Tls(tls) => Pin::new(tls).poll_flush(cx),
+            Wire::Plain(counted) => Pin::new(counted).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Wire::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
+            Wire::Plain(counted) => Pin::new(counted).poll_shutdown(cx),
+        }
+    }
+}
+
+/// What tungstenite takes for its stream: reads come from the wire, writes go to the buffer of outgoing bytes.
 struct Tunnel {
-    tls: Box<TlsStream<Counted>>,
+    wire: Wire,
     outgoing: Outgoing,
 }
 
@@ -225,7 +332,7 @@ impl AsyncRead for Tunnel {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_read(cx, buffer)
+        Pin::new(&mut self.wire).poll_read(cx, buffer)
     }
 }
 
@@ -258,18 +365,18 @@ impl AsyncWrite for Tunnel {
 pub(crate) struct WebSocketPipe {
     socket: WebSocketStream<Tunnel>,
     codec: Codec,
-    /// Something was given to TLS that may not have reached the system.
+    /// Something was given to the wire that may not have reached the system.
     unflushed: bool,
     /// The peer sent its close frame; tungstenite answers it.
     closed_by_peer: bool,
-    /// After our close frame: TLS and TCP were shut for writing.
+    /// After our close frame: the wire was shut for writing.
     shut: bool,
     discarded: usize,
     held: Option<Bytes>,
 }
 
 impl WebSocketPipe {
-    async fn new(tls: Box<TlsStream<Counted>>, early: Vec<u8>, codec: Codec) -> WebSocketPipe {
+    async fn new(wire: Wire, early: Vec<u8>, codec: Codec) -> WebSocketPipe {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0)
@@ -277,7 +384,7 @@ impl WebSocketPipe {
             .max_message_size(Some(DEVICE_FRAME_MAX_BYTES))
             .max_frame_size(Some(DEVICE_FRAME_MAX_BYTES));
         let tunnel = Tunnel {
-            tls,
+            wire,
             outgoing: Outgoing::default(),
         };
         let socket =
@@ -321,8 +428,8 @@ impl WebSocketPipe {
         let mut scratch = [0; 1024];
         while self.discarded < DISCARD_MAX_BYTES {
             let mut buffer = ReadBuf::new(&mut scratch);
-            let tls = &mut self.socket.get_mut().tls;
-            match ready!(Pin::new(tls).poll_read(cx, &mut buffer)) {
+            let wire = &mut self.socket.get_mut().wire;
+            match ready!(Pin::new(wire).poll_read(cx, &mut buffer)) {
                 Ok(()) if !buffer.filled().is_empty() => self.discarded += buffer.filled().len(),
                 Ok(()) | Err(_) => break,
             }
@@ -367,9 +474,9 @@ impl Pipe for WebSocketPipe {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        let Tunnel { tls, outgoing } = self.socket.get_mut();
+        let Tunnel { wire, outgoing } = self.socket.get_mut();
         while !outgoing.is_empty() {
-            match ready!(Pin::new(&mut *tls).poll_write(cx, outgoing.rest())) {
+            match ready!(Pin::new(&mut *wire).poll_write(cx, outgoing.rest())) {
                 Ok(0) => return Poll::Ready(Err(Broken::Gone("lost"))),
                 Ok(written) => {
                     outgoing.advance(written);
@@ -379,7 +486,7 @@ impl Pipe for WebSocketPipe {
             }
         }
         if self.unflushed {
-            match ready!(Pin::new(tls).poll_flush(cx)) {
+            match ready!(Pin::new(wire).poll_flush(cx)) {
                 Ok(()) => self.unflushed = false,
                 Err(error) => return Poll::Ready(Err(broken(error.into()))),
             }
@@ -388,7 +495,7 @@ impl Pipe for WebSocketPipe {
     }
 
     fn traffic(&self) -> Traffic {
-        self.socket.get_ref().tls.get_ref().0.traffic
+        self.socket.get_ref().wire.traffic()
     }
 
     fn heard_of_peer(&self) -> Option<u64> {
@@ -417,8 +524,8 @@ impl Pipe for WebSocketPipe {
             if ready!(self.poll_send(cx)).is_err() {
                 return Poll::Ready(());
             }
-            let tls = &mut self.socket.get_mut().tls;
-            if ready!(Pin::new(tls).poll_shutdown(cx)).is_err() {
+            let wire = &mut self.socket.get_mut().wire;
+            if ready!(Pin::new(wire).poll_shutdown(cx)).is_err() {
                 return Poll::Ready(());
             }
             self.shut = true;

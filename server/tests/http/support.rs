@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bellwire_server::compat;
 use bellwire_server::delivery::{Acknowledged, AppId, DeviceId, Urgency};
-use bellwire_server::http::{self, ApiState, Listening, ServeReport, TlsSource};
+use bellwire_server::http::{self, ApiState, Listening, LoadedSettings, ServeReport, TlsSource};
 use bellwire_server::ports::{AppRecord, Scopes};
 use bellwire_server::runtime::{
     AttachRequest, Handle, HashKey, Identity, Out, Outlet, Runtime, RuntimeSettings, SystemClock,
@@ -85,6 +85,7 @@ pub(crate) async fn start_with(setup: Setup) -> Server {
     let sites = http::routers(ApiState {
         handle: handle.clone(),
         metrics: Arc::new(setup.metrics),
+        loaded: Arc::new(LoadedSettings::new(handle.now_ms())),
         doors: compat::doors(handle.clone()),
     });
     let shutdown = CancellationToken::new();

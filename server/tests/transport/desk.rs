@@ -288,6 +288,7 @@ pub fn start_counting(settings: LinkSettings, count_loopback: bool) -> (Desk, Tr
     let desk = Desk::new(settings);
     let settings = TransportSettings {
         addr: "127.0.0.1:0".parse().unwrap(),
+        plain: Some("127.0.0.1:0".parse().unwrap()),
         tls: certificate(),
         count_loopback,
     };

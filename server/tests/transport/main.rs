@@ -15,4 +15,5 @@ mod desk;
 mod device;
 mod life;
 mod misbehaviour;
+mod proxy;
 mod slow;

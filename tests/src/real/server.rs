@@ -37,6 +37,9 @@ pub fn binary(name: &str) -> PathBuf {
 pub struct Listen {
     /// Where devices connect, UDP and TCP.
     pub devices: SocketAddr,
+    /// Where load balancers bring devices.
+    #[serde(default)]
+    pub devices_plain: Option<SocketAddr>,
     /// Where backends call.
     pub api: SocketAddr,
     /// Where operators look.
