@@ -6,6 +6,7 @@ mod certs;
 mod check;
 mod console;
 mod device;
+mod doctor;
 mod failure;
 mod files;
 mod key;
@@ -58,6 +59,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Check settings, certificates, data directory and ports without starting
     Check(check::CheckArgs),
+    /// Look at this machine and at a server that runs here: time, disk, network, limits
+    Doctor(doctor::DoctorArgs),
     /// Make development certificates, look at any certificate
     Certs(certs::CertsArgs),
     /// API keys of backends
@@ -116,6 +119,7 @@ impl Command {
     fn json(&self) -> bool {
         match self {
             Command::Check(args) => args.json,
+            Command::Doctor(args) => args.json,
             Command::Certs(args) => args.json(),
             Command::Key(args) => args.json(),
             Command::Device(args) => args.json(),
@@ -137,6 +141,7 @@ impl Command {
             #[cfg(feature = "demo")]
             Command::Demo(args) => crate::demo::run(&args),
             Command::Check(args) => check::run(&args),
+            Command::Doctor(args) => on_one_thread(doctor::run(&args)),
             Command::Certs(args) => certs::run(&args),
             Command::Key(args) => on_one_thread(key::run(&args)),
             Command::Device(args) => on_one_thread(device::run(&args)),

@@ -17,7 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ProblemBody, retry_after_s};
-use super::{Backend, backup, devices, keys, operations, outcomes, pings};
+use super::{Backend, backup, devices, docs_page, keys, operations, outcomes, pings};
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
 macro_rules! refusals {
@@ -135,6 +135,8 @@ pub(super) fn operations_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(operations::ready))
         .routes(routes!(operations::metrics))
         .routes(routes!(operations::openapi))
+        .routes(routes!(docs_page::docs))
+        .routes(routes!(docs_page::style))
 }
 
 /// The document of the whole surface: the native API, operations, and the front doors whose document is given.

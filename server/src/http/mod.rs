@@ -12,6 +12,7 @@ mod auth;
 mod backup;
 mod body;
 mod devices;
+mod docs_page;
 mod document;
 mod error;
 pub mod fuzz;
@@ -26,6 +27,7 @@ mod query;
 mod serve;
 mod site;
 mod text;
+mod traceparent;
 
 use std::sync::Arc;
 
@@ -51,6 +53,8 @@ struct Backend {
     loaded: Arc<LoadedSettings>,
     /// The OpenAPI document as it is served.
     document: bytes::Bytes,
+    /// The same as a page for people.
+    page: bytes::Bytes,
 }
 
 /// What [`routers`] is made of.
@@ -82,6 +86,8 @@ pub fn routers(state: ApiState) -> Sites {
         handle: state.handle.clone(),
         metrics: state.metrics,
         loaded: state.loaded,
+        // Made of constants, which a test serialises.
+        page: docs_page::render(&serde_json::to_value(&document).unwrap_or_default()).into(),
         document: bytes::Bytes::from(document::render(&document)),
     };
     let api = document::api_routes()

@@ -16,7 +16,7 @@ use super::ping_body::{self, PingSchema};
 use super::query::{self, PathId, Query};
 use super::{Backend, answer, body, text};
 use crate::delivery::{DeviceId, PingId};
-use crate::runtime::{Content, PairState, PairView, PingAnswer, PingRequest, sha256};
+use crate::runtime::{Content, Origin, PairState, PairView, PingAnswer, PingRequest, sha256};
 
 /// Longest wait for acknowledgements.
 const WAIT_MAX_S: u64 = 60;
@@ -140,6 +140,8 @@ refusals! {
     params(
         ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255,
             description = "1 to 255 visible ASCII characters. One key is for one ping, for ever."),
+        ("traceparent" = Option<String>, Header,
+            description = "W3C Trace Context, level 1: the log lines of this ping's acceptance and outcomes name that trace. Of another form: as if absent."),
         ("wait" = Option<String>, Query, pattern = "^acknowledged$",
             description = "`acknowledged`: answer when every device's notification has ended, or the time is over."),
         ("timeout_s" = Option<u32>, Query, maximum = 60,
@@ -174,23 +176,24 @@ pub(super) async fn create(
         return Err(Problem::plain(Code::RateLimited));
     }
     let ping = ping_body::read(&bytes)?;
-    let answered = backend
-        .handle
-        .ping(PingRequest {
-            app: who.app(),
-            target: ping.target,
-            content: Content {
-                encoded: ping.content.to_cbor().into(),
-                // A body of at most 1 MiB holds less than 4 GiB.
-                size: u32::try_from(ping.content.size()).unwrap_or(u32::MAX),
-            },
-            ttl_s: ping.ttl_s,
-            urgency: ping.urgency,
-            collapse: ping.collapse,
-            idempotency: key.map(|key| (key, sha256(&bytes))),
-            wait_acknowledged: wait,
-        })
-        .await?;
+    let request = PingRequest {
+        app: who.app(),
+        target: ping.target,
+        content: Content {
+            encoded: ping.content.to_cbor().into(),
+            // A body of at most 1 MiB holds less than 4 GiB.
+            size: u32::try_from(ping.content.size()).unwrap_or(u32::MAX),
+        },
+        ttl_s: ping.ttl_s,
+        urgency: ping.urgency,
+        collapse: ping.collapse,
+        idempotency: key.map(|key| (key, sha256(&bytes))),
+        wait_acknowledged: wait,
+    };
+    let answered = match parts.extensions.get::<Origin>() {
+        Some(origin) => backend.handle.ping_traced(request, origin).await,
+        None => backend.handle.ping(request).await,
+    }?;
     Ok(accepted(&answered, wait.is_some()))
 }
 

@@ -20,7 +20,8 @@ use metrics::{Counter, Histogram};
 use tower::Service as _;
 
 use super::error::{Place, Problem};
-use crate::runtime::Handle;
+use super::traceparent;
+use crate::runtime::{Handle, Origin, Trace};
 use crate::telemetry::metrics::{HTTP_REQUESTS_TOTAL, HTTP_SECONDS};
 
 /// The header that names a request, in both directions.
@@ -63,12 +64,21 @@ impl Site {
     }
 
     /// Answers one request.
-    pub(super) async fn answer(&self, request: Request<Incoming>) -> Response {
+    pub(super) async fn answer(&self, mut request: Request<Incoming>) -> Response {
         let inner = &*self.0;
         let started = inner.handle.now().mono;
         let id = inner.request_id(&request);
         let route = inner.routes.find(request.uri().path());
         let method = request.method().clone();
+        let trace = inner.trace(&request);
+        if let Some(trace) = trace {
+            // Ids are made of plain characters only.
+            let request_id = id.to_str().unwrap_or_default().to_owned();
+            request.extensions_mut().insert(Origin {
+                trace,
+                request: request_id,
+            });
+        }
 
         let mut response = match refuse_early(&request) {
             Some(response) => response,
@@ -97,6 +107,7 @@ impl Site {
             status = status.as_u16(),
             micros = took.as_micros(),
             request_id = ?id,
+            trace_id = trace.map(|trace| tracing::field::display(trace.trace_id())),
             "answered"
         );
         if status == StatusCode::INTERNAL_SERVER_ERROR {
@@ -122,6 +133,14 @@ impl Inner {
             Ok(Err(never)) => match never {},
             Err(_) => problem(Problem::plain(Code::Internal)),
         }
+    }
+
+    /// The trace that the request belongs to, if anything of it will be logged.
+    fn trace(&self, request: &Request<Incoming>) -> Option<Trace> {
+        let told = traceparent::read(request.headers());
+        let sampled = told.is_some_and(|told| told.sampled);
+        (sampled || Trace::unsampled_are_logged())
+            .then(|| self.handle.trace(told.map(|told| told.trace_id), sampled))
     }
 
     /// The caller's id if it is short and plain, else one of ours.

@@ -22,6 +22,7 @@ mod settings;
 mod shard;
 mod start;
 mod status;
+mod traces;
 
 pub use api::{
     AttachRequest, Authenticated, Content, DeviceView, Identity, KeyView, LinkSettings, Out,
@@ -39,6 +40,7 @@ pub use settings::{
 };
 pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};
+pub use traces::{Origin, Trace};
 
 // What the answers are made of, for those who know the runtime and not its ports.
 pub use crate::delivery::Outcome;

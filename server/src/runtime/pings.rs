@@ -16,6 +16,7 @@ use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
+use super::traces::{Origin, Trace};
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
 use crate::ports::{
     IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState, ReadError, Store,
@@ -32,15 +33,24 @@ struct Publication<'a> {
     may_repeat: bool,
     request: &'a PingRequest,
     limits: Limits,
+    trace: Option<Trace>,
 }
 
 impl Inner {
     pub(super) async fn ping(
         self: &Arc<Inner>,
         request: PingRequest,
+        origin: Option<&Origin>,
     ) -> Result<PingAnswer, PingError> {
         let begun = self.shared.clock.now();
-        let answer = self.answer(&request).await;
+        let trace = origin.map(|origin| origin.trace);
+        let answer = self.answer(&request, trace).await;
+        if let Some(origin) = origin {
+            match &answer {
+                Ok(answer) => origin.accepted(answer.id, answer.devices, answer.rejected.len()),
+                Err(error) => origin.refused(code(error)),
+            }
+        }
         let took = self.shared.clock.now().mono - begun.mono;
         let meters = &self.shared.meters;
         meters.accept_seconds.record(took.as_secs_f64());
@@ -63,7 +73,11 @@ impl Inner {
         Ok(answer)
     }
 
-    async fn answer(self: &Arc<Inner>, request: &PingRequest) -> Result<PingAnswer, PingError> {
+    async fn answer(
+        self: &Arc<Inner>,
+        request: &PingRequest,
+        trace: Option<Trace>,
+    ) -> Result<PingAnswer, PingError> {
         if self.refusing.load(Ordering::Relaxed) {
             return Err(RuntimeError::Draining.into());
         }
@@ -85,11 +99,12 @@ impl Inner {
                     may_repeat: false,
                     request,
                     limits,
+                    trace,
                 })
                 .await
             }
             Some((key, body_hash)) => {
-                self.publish_once(app, request, limits, key, body_hash)
+                self.publish_once(app, request, limits, key, body_hash, trace)
                     .await
             }
         }
@@ -104,6 +119,7 @@ impl Inner {
         limits: Limits,
         key: &str,
         body_hash: &[u8; 32],
+        trace: Option<Trace>,
     ) -> Result<PingAnswer, PingError> {
         let id = derived_id(app, key, body_hash);
         let key_hash = sha256(key.as_bytes());
@@ -149,6 +165,7 @@ impl Inner {
                                 may_repeat: true,
                                 request,
                                 limits,
+                                trace,
                             };
                             (self.publish(publication).await, true)
                         }
@@ -215,6 +232,7 @@ impl Inner {
             may_repeat,
             request,
             limits,
+            trace,
         } = publication;
         let devices = self.resolve(request, &limits).await?;
         if self.shared.failed.load(Ordering::Relaxed) {
@@ -249,6 +267,10 @@ impl Inner {
             wire: WireSlot::default(),
             hold: Hold::of(share),
         });
+        // Before the shards see it, so that no outcome comes before the trace is known.
+        if let Some(trace) = trace {
+            self.shared.traces.open(id, trace, devices.len());
+        }
         let answer = |rejected| PingAnswer {
             id,
             devices: u32::try_from(devices.len()).unwrap_or(u32::MAX),
@@ -276,9 +298,17 @@ impl Inner {
                     Settled::Rejected(Rejection::UnknownDevice)
                         if !matches!(request.target, Target::Device(_)) =>
                     {
+                        if trace.is_some() {
+                            self.shared.traces.rejected(id, 1);
+                        }
                         Ok(answer(vec![(device, Rejection::UnknownDevice)]))
                     }
-                    Settled::Rejected(why) => Err(refusal(why)),
+                    Settled::Rejected(why) => {
+                        if trace.is_some() {
+                            self.shared.traces.rejected(id, 1);
+                        }
+                        Err(refusal(why))
+                    }
                 }
             }
             several => {
@@ -295,6 +325,9 @@ impl Inner {
                 let Parts { rejected, busy } = settled.await.map_err(|_| RuntimeError::Draining)?;
                 if busy {
                     return Err(RuntimeError::StoreBusy.into());
+                }
+                if trace.is_some() && !rejected.is_empty() {
+                    self.shared.traces.rejected(id, rejected.len());
                 }
                 if rejected.len() == several.len()
                     && let Some(error) = all_for_the_store(&rejected)

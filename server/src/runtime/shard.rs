@@ -26,6 +26,7 @@ use super::api::{Out, Outlet};
 use super::ledger::Ledger;
 use super::meters::Meters;
 use super::reading::{MailboxJob, Reading};
+use super::traces::Traces;
 use super::{locked, reply};
 use crate::delivery::{
     AppId, Attach, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono, Notification,
@@ -286,6 +287,7 @@ pub(super) struct Shared {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) reading: Reading,
     pub(super) ledger: Ledger,
+    pub(super) traces: Traces,
     pub(super) meters: Meters,
     /// Longest wait for a settlement, milliseconds.
     pub(super) accept_wait_ms: AtomicU64,
@@ -911,8 +913,11 @@ impl ShardTask {
                 .ended(app, ping, device, outcome, at_ms, stored, accepted_ms);
         self.shared.meters.ended(app, outcome, at_ms, noted);
         if !noted.repeated {
+            let accepted_ms = accepted_ms.or(noted.accepted_ms);
+            let took_ms = accepted_ms.map(|at| at_ms.saturating_sub(at));
+            self.shared.traces.ended(ping, device, outcome, took_ms);
             self.outcomes.push(OutcomeRecord {
-                accepted_ms: accepted_ms.or(noted.accepted_ms),
+                accepted_ms,
                 ..record
             });
         }

@@ -22,6 +22,7 @@ use super::reserve::Reserve;
 use super::settings::{READING_THREADS_MAX, RuntimeSettings, SHARDS_MAX};
 use super::shard::{ShardDoor, ShardTask, Shared};
 use super::status::DrainSummary;
+use super::traces::Traces;
 use crate::delivery::{AppId, CommitFailure, Policy};
 use crate::ports::{AppRecord, Clock, Entropy, Op, ReadError, Store};
 use crate::telemetry::metrics as names;
@@ -76,6 +77,7 @@ impl Runtime {
             store,
             clock,
             ledger: Ledger::new(settings.ledger_entries, settings.ledger_bytes),
+            traces: Traces::default(),
             meters,
             accept_wait_ms: AtomicU64::new(millis(settings.limits.accept_wait)),
             failed: AtomicBool::new(false),

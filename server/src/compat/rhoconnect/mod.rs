@@ -28,7 +28,8 @@ use utoipa_axum::routes;
 use self::params::Params;
 use crate::delivery::{AppId, Rejection, Urgency};
 use crate::runtime::{
-    Content, Handle, PingError, PingRequest, Principal, Scopes, Target, USERS_PER_PING, WhoError,
+    Content, Handle, Origin, PingError, PingRequest, Principal, Scopes, Target, USERS_PER_PING,
+    WhoError,
 };
 
 /// Largest body, bytes: as for the native API.
@@ -237,7 +238,8 @@ async fn handled(handle: &Handle, request: Request) -> Result<(), Refusal> {
         ));
     }
     let mut messages = Messages::default();
-    publish(handle, &who, &params, &mut messages).await;
+    let origin = parts.extensions.get::<Origin>();
+    publish(handle, &who, &params, origin, &mut messages).await;
     let Some(text) = messages.joined() else {
         return Ok(());
     };
@@ -328,7 +330,13 @@ impl Messages {
 }
 
 /// Pings the users in the order given, each once. A part that addresses too many devices for one ping is halved.
-async fn publish(handle: &Handle, who: &Principal, params: &Params, messages: &mut Messages) {
+async fn publish(
+    handle: &Handle,
+    who: &Principal,
+    params: &Params,
+    origin: Option<&Origin>,
+    messages: &mut Messages,
+) {
     let mut seen = HashSet::new();
     let mut users = params.list("user_id").unwrap_or_default();
     users.retain(|user| !user.is_empty() && seen.insert(user.clone()));
@@ -358,7 +366,11 @@ async fn publish(handle: &Handle, who: &Principal, params: &Params, messages: &m
             idempotency: None,
             wait_acknowledged: None,
         };
-        match handle.ping(request).await {
+        let answered = match origin {
+            Some(origin) => handle.ping_traced(request, origin).await,
+            None => handle.ping(request).await,
+        };
+        match answered {
             Ok(answered) => {
                 for (device, why) in answered.rejected {
                     messages.add(format!("device {device}: {}", rejected(why)));
