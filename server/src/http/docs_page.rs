@@ -111,7 +111,7 @@ impl Page<'_> {
             self,
             "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" \
              content=\"width=device-width, initial-scale=1\">\n<title>{title} {version}: the API</title>\n<link \
-             rel=\"stylesheet\" href=\"/docs/style.css\">\n<link rel=\"icon\" href=\"data:,\">\n</head>\n<body>\n"
+             rel=\"stylesheet\" href=\"/docs/style.css\">\n</head>\n<body>\n"
         );
         let tags: Vec<&Value> = document["tags"].as_array().into_iter().flatten().collect();
         put!(
