@@ -13,6 +13,7 @@ use bellwire_certs::{AltName, CertInfo, DevAuthority, Validity, check_server_fil
 use bellwire_server::config::{self, AnyKey, ApiAccess, Checked, Environment, PemPair, keys};
 use bellwire_server::ports::Clock;
 use bellwire_server::runtime::SystemClock;
+use bellwire_server::store::place::{FileSystem, Trust};
 use clap::Args;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustix::process::{Resource, getrlimit};
@@ -529,7 +530,7 @@ fn place_of(data_dir: &Path) -> PathBuf {
 
 fn disk(checked: &Checked, findings: &mut Vec<Finding>) {
     let place = place_of(&checked.data_dir);
-    findings.push(volume(&place));
+    findings.push(volume(&place, checked.store.trust_file_system));
     findings.push(room(&place, checked.store.reserve_bytes));
     findings.push(match measure_syncs(&place) {
         Ok((median, worst)) => {
@@ -558,41 +559,43 @@ fn disk(checked: &Checked, findings: &mut Vec<Finding>) {
     });
 }
 
-/// What kind of file system it is, where that matters.
-fn volume(place: &Path) -> Finding {
+/// What kind of file system it is, and whether its promises can be seen from here.
+fn volume(place: &Path, trusted: bool) -> Finding {
     const ABOUT: &str = "volume";
-    const TMPFS: i64 = 0x0102_1994;
-    const NETWORK: [(i64, &str); 4] = [
-        (0x6969, "NFS"),
-        (0xff53_4d42, "CIFS"),
-        (0xfe53_4d42, "SMB2"),
-        (0x00c3_6400, "Ceph"),
-    ];
     let shown = place.display();
-    match rustix::fs::statfs(place) {
-        #[allow(clippy::unnecessary_cast, reason = "its width differs between systems")]
-        Ok(found) => {
-            let kind = found.f_type as i64 & 0xffff_ffff;
-            if kind == TMPFS {
-                return warned(
-                    ABOUT,
-                    format!("{shown} is memory (tmpfs): what is kept there ends with the machine"),
-                    "put data_dir on a disk",
-                );
-            }
-            match NETWORK.iter().find(|(magic, _)| *magic == kind) {
-                Some((_, name)) => warned(
-                    ABOUT,
-                    format!("{shown} is a network file system ({name})"),
-                    "what a sync means there depends on its server: put data_dir on a local disk",
-                ),
-                None => good(ABOUT, format!("{shown} is on a local volume")),
-            }
+    let system = match FileSystem::of(place) {
+        Ok(system) => system,
+        Err(error) => {
+            return failed(
+                ABOUT,
+                format!("{shown} cannot be looked at: {error}"),
+                "let the user that runs this read it",
+            );
         }
-        Err(error) => failed(
+    };
+    let found = format!("{shown} lies on {system}");
+    match system.trust {
+        Trust::Local | Trust::Layered => good(ABOUT, found),
+        Trust::Volatile => warned(
             ABOUT,
-            format!("{shown} cannot be looked at: {error}"),
-            "let the user that runs this read it",
+            format!("{found}: everything is lost when the machine goes down"),
+            "put data_dir on a disk",
+        ),
+        Trust::Distant if trusted => warned(
+            ABOUT,
+            format!("{found}, and store.trust_file_system vouches for it"),
+            "make sure that a sync there reaches a disk and a lock holds",
+        ),
+        Trust::Distant => failed(
+            ABOUT,
+            format!("{found}: whether a sync there reaches a disk and a lock holds cannot be seen from here"),
+            "a start refuses it: put data_dir on a disk of this machine, or set store.trust_file_system = true \
+             (BELLWIRE__STORE__TRUST_FILE_SYSTEM) if you know that it keeps both promises",
+        ),
+        Trust::Unknown => warned(
+            ABOUT,
+            found,
+            "make sure that this file system keeps what was synced",
         ),
     }
 }

@@ -263,10 +263,10 @@ impl Page<'_> {
     }
 
     fn example(&mut self, name: &str, example: &Value) {
-        let shown = match example {
-            Value::String(text) => text.clone(),
+        let shown = match example.as_str() {
+            Some(text) => text.to_owned(),
             // A value of the document: written as it was read.
-            other => serde_json::to_string_pretty(other).unwrap_or_default(),
+            None => serde_json::to_string_pretty(example).unwrap_or_default(),
         };
         put!(self, "<figure>");
         if !name.is_empty() {
@@ -365,13 +365,13 @@ fn type_of(schema: &Value, depth: usize) -> String {
             return named.join(if kind == "allOf" { " and " } else { " or " });
         }
     }
-    let kinds = match &schema["type"] {
-        Value::Array(kinds) => kinds
+    let kinds = match schema["type"].as_array() {
+        Some(kinds) => kinds
             .iter()
             .map(text)
             .filter(|kind| *kind != "null")
             .collect(),
-        kind => vec![text(kind)],
+        None => vec![text(&schema["type"])],
     };
     let mut said = match kinds.as_slice() {
         ["array"] => format!("list of {}", type_of(&schema["items"], depth + 1)),
