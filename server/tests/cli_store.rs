@@ -118,7 +118,9 @@ fn a_link_to_the_data_directory_is_followed_and_shown_resolved() {
     fs::create_dir(&real).unwrap();
     std::os::unix::fs::symlink(&real, room.data()).unwrap();
     let server = room.serve();
-    assert!(server.out().contains("/volume"), "{}", server.out());
+    until("it says where the data is", || {
+        server.out().contains("/volume").then_some(())
+    });
     assert!(real.join("log").is_dir());
     let said = room.run(&["store", "inspect"]).good();
     assert!(said.out.contains("/volume"), "{}", said.out);

@@ -588,7 +588,9 @@ fn volume(place: &Path, trusted: bool) -> Finding {
         ),
         Trust::Distant => failed(
             ABOUT,
-            format!("{found}: whether a sync there reaches a disk and a lock holds cannot be seen from here"),
+            format!(
+                "{found}: whether a sync there reaches a disk and a lock holds cannot be seen from here"
+            ),
             "a start refuses it: put data_dir on a disk of this machine, or set store.trust_file_system = true \
              (BELLWIRE__STORE__TRUST_FILE_SYSTEM) if you know that it keeps both promises",
         ),
