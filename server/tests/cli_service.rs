@@ -469,7 +469,8 @@ fn unit_for_this_systemd() -> String {
     let unit = packaged("bellwire.service");
     assert!(unit.contains("\nType=notify-reload\n"));
     if version < 253 {
-        // A later setting counts, as that of a drop-in does.
+        // It skips the word that it does not know, with a line that is no fault of the unit, and takes the drop-in's.
+        let unit = unit.replace("Type=notify-reload\n", "");
         format!("{unit}\n{}", packaged("before-253.conf"))
     } else {
         unit

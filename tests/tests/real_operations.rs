@@ -297,7 +297,7 @@ async fn devices_come_through_a_load_balancer_that_ends_tls() {
     let refusals = |metrics: &str| -> Vec<String> {
         metrics
             .lines()
-            .filter(|line| line.contains("link_refusals") && line.contains("proxy"))
+            .filter(|line| line.starts_with("bellwire_link_refusals") && line.contains("proxy"))
             .map(str::to_owned)
             .collect()
     };
