@@ -270,8 +270,8 @@ fn the_description_loads_nothing_from_elsewhere_under_a_policy_that_says_so() {
     assert!(head.starts_with("http/1.1 200"), "{head}");
     for line in [
         "content-type: text/html; charset=utf-8",
-        "content-security-policy: default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; \
-         frame-ancestors 'none'",
+        "content-security-policy: default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; \
+         form-action 'none'; frame-ancestors 'none'",
         "x-content-type-options: nosniff",
         "x-frame-options: deny",
         "referrer-policy: no-referrer",
@@ -293,7 +293,9 @@ fn the_description_loads_nothing_from_elsewhere_under_a_policy_that_says_so() {
             }
         }
     }
-    assert!(loaded.contains(&"/docs/style.css"), "{loaded:?}");
+    for needed in ["/docs/style.css", "/docs/icon.svg"] {
+        assert!(loaded.contains(&needed), "{loaded:?}");
+    }
     for target in loaded {
         let (head, body) = get(&room, target);
         assert!(head.starts_with("HTTP/1.1 200"), "{target}: {head}");

@@ -94,6 +94,9 @@ impl ApiArgs {
 pub(crate) struct ListenFile {
     /// Devices.
     pub(crate) devices: SocketAddr,
+    /// Load balancers, if they have a listener.
+    #[serde(default)]
+    pub(crate) devices_plain: Option<SocketAddr>,
     /// The API.
     pub(crate) api: SocketAddr,
     /// Operations.

@@ -310,7 +310,13 @@ async fn running_server(listen: &ListenFile, findings: &mut Vec<Finding>) {
             "it was killed, or hangs: look at its log and start it again",
         ),
     });
-    for (about, address) in [("devices, TCP", listen.devices), ("API, TCP", listen.api)] {
+    let plain = listen
+        .devices_plain
+        .map(|plain| ("load balancers, TCP", plain));
+    for (about, address) in [("devices, TCP", listen.devices), ("API, TCP", listen.api)]
+        .into_iter()
+        .chain(plain)
+    {
         let target = reachable(address);
         findings.push(match TcpStream::connect_timeout(&target, ANSWER_MAX) {
             Ok(_) => good(about, format!("{target} takes connections")),

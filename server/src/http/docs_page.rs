@@ -1,7 +1,7 @@
 //! `/docs`: the OpenAPI document as a page for people, made once at the start.
 //!
-//! One HTML page and one style sheet, both from here: no script, no font, no picture, nothing from another host. The
-//! policy that is sent with them allows exactly that, so that a mistake in the page could do nothing either.
+//! One HTML page, one style sheet and one icon, all from here: no script, no font, nothing from another host. The policy
+//! that is sent with them allows exactly that, so that a mistake in the page could do nothing either.
 
 use std::fmt::Write as _;
 
@@ -18,10 +18,14 @@ use serde_json::Value;
 
 use super::Backend;
 
-/// What the page may load: its style sheet.
-const POLICY: &str = "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// What the page may load: its style sheet and its icon.
+const POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
+                      frame-ancestors 'none'";
 
 const STYLE: &str = include_str!("docs_page.css");
+
+/// Named in the page, or browsers would ask for one where there is none.
+const ICON: &str = include_str!("docs_icon.svg");
 
 /// The methods of an OpenAPI path, in the order of the page.
 const METHODS: [&str; 5] = ["get", "post", "put", "patch", "delete"];
@@ -56,6 +60,19 @@ pub(super) async fn style() -> Response {
         "text/css; charset=utf-8",
         Bytes::from_static(STYLE.as_bytes()),
     )
+}
+
+/// The icon of that page.
+#[utoipa::path(
+    get,
+    path = "/docs/icon.svg",
+    tag = "operations",
+    operation_id = "docs_icon",
+    security(()),
+    responses((status = 200, description = "It.", body = String, content_type = "image/svg+xml")),
+)]
+pub(super) async fn icon() -> Response {
+    dressed("image/svg+xml", Bytes::from_static(ICON.as_bytes()))
 }
 
 fn dressed(content_type: &'static str, body: Bytes) -> Response {
@@ -111,7 +128,8 @@ impl Page<'_> {
             self,
             "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" \
              content=\"width=device-width, initial-scale=1\">\n<title>{title} {version}: the API</title>\n<link \
-             rel=\"stylesheet\" href=\"/docs/style.css\">\n</head>\n<body>\n"
+             rel=\"stylesheet\" href=\"/docs/style.css\">\n<link rel=\"icon\" type=\"image/svg+xml\" \
+             href=\"/docs/icon.svg\">\n</head>\n<body>\n"
         );
         let tags: Vec<&Value> = document["tags"].as_array().into_iter().flatten().collect();
         put!(

@@ -137,6 +137,7 @@ pub(super) fn operations_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(operations::openapi))
         .routes(routes!(docs_page::docs))
         .routes(routes!(docs_page::style))
+        .routes(routes!(docs_page::icon))
 }
 
 /// The document of the whole surface: the native API, operations, and the front doors whose document is given.
