@@ -760,11 +760,11 @@ fn memory(checked: &Checked) -> Option<Finding> {
     let given = kernel_number("/sys/fs/cgroup/memory.max").map_or(total, |limit| limit.min(total));
     let wanted = checked
         .store
-        .cache_bytes
+        .memory_bytes
         .saturating_add(checked.limits.memory_bytes)
         .saturating_add(MEMORY_BYTES);
     let found = format!(
-        "{} MiB are there; store.cache_bytes, limits.memory_bytes and the rest may take {} MiB",
+        "{} MiB are there; store.memory_bytes, limits.memory_bytes and the rest may take {} MiB",
         given >> 20,
         wanted >> 20
     );
