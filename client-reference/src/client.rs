@@ -13,34 +13,35 @@ use futures_util::FutureExt;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::carrier::{ConnectError, Dialer, Link, Proxy};
+use crate::carrier::{
+    ConnectError, Dialer, Door, EnvironmentProxyError, Exceptions, Link, Proxy, ProxyUse, Route,
+    from_environment,
+};
 use crate::clock::Clock;
 use crate::end::Disconnect;
 use crate::endpoint::{Endpoint, ParseEndpointError};
 use crate::handover::{Desk, Events, Handler, Handover};
+use crate::keepalive::Silence;
 use crate::notification::{Event, Notification, Verdict};
 use crate::race::{HEAD_START, staggered};
 use crate::reconnect::Backoff;
 use crate::session::{self, Command, Ended, LAST_CALLBACK, Setting};
-use crate::state::{Journal, Lock, Networks, Opened, Record, StateError, make_directory};
+use crate::state::{
+    Journal, LastSession, Lock, Networks, Opened, Record, StateError, Winner, make_directory,
+};
+use crate::surroundings::Surroundings;
+use crate::testing;
 use crate::tls::{Trust, TrustError};
 
 /// Requests of the app that may wait. They are answered within one turn of the loop.
 const COMMANDS_MAX: usize = 16;
 
-/// Sign of life on QUIC unless the app says otherwise, in seconds: many home routers forget a UDP flow after 30 s, and a
-/// notification could then not come in. It costs a packet each way.
-const KEEP_ALIVE_QUIC_S: u32 = 25;
-
-/// Sign of life on WebSocket unless the app says otherwise, in seconds: below the 5 minutes after which many load balancers
-/// and firewalls forget a TCP flow.
-const KEEP_ALIVE_WEBSOCKET_S: u32 = 240;
+/// How soon after a silence that was not answered a new session must stand, for the network to be blamed, in milliseconds: one
+/// that comes later may have had other reasons.
+const BLAME_WITHIN_MS: u64 = 60_000;
 
 /// Pause before the next race when the app says that the network changed, at most, in milliseconds.
 const AFTER_CHANGE_MS: u64 = 200;
-
-/// Name of the network when the app names none.
-const ANY_NETWORK: &str = "";
 
 /// Greatest length of a network name in bytes.
 const NETWORK_BYTES_MAX: usize = 128;
@@ -70,6 +71,9 @@ pub enum BuildError {
     /// The state directory.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The proxy that the environment names.
+    #[error(transparent)]
+    Proxy(#[from] EnvironmentProxyError),
     /// A setting is missing.
     #[error("`{0}` is not set")]
     Missing(&'static str),
@@ -94,15 +98,46 @@ pub struct Builder {
     sync: bool,
     carriers: Carriers,
     codec: Codec,
-    proxy: Option<Proxy>,
+    proxy: ProxySetting,
+    proxy_trust: Option<Trust>,
     window: u16,
     min_urgency: Option<Urgency>,
     agent: Option<String>,
-    network: String,
+    network: Option<String>,
     keep_alive: Option<Duration>,
     leave_after: Option<u64>,
     handler: Option<Handler>,
     events: Events,
+    /// For tests: links in memory, and a clock that stands still.
+    memory: Option<(Door, testing::Clock)>,
+}
+
+/// Which proxy, and when.
+#[derive(Debug, Clone)]
+enum ProxySetting {
+    None,
+    Always(Proxy),
+    WhenNeeded(Proxy),
+    Environment,
+}
+
+impl ProxySetting {
+    fn read(self) -> Result<Option<ProxyUse>, EnvironmentProxyError> {
+        Ok(match self {
+            Self::None => None,
+            Self::Always(proxy) => Some(ProxyUse::always(proxy)),
+            Self::WhenNeeded(proxy) => Some(ProxyUse {
+                proxy,
+                except: Exceptions::default(),
+                when_needed: true,
+            }),
+            Self::Environment => from_environment()?.map(|(proxy, except)| ProxyUse {
+                proxy,
+                except,
+                when_needed: false,
+            }),
+        })
+    }
 }
 
 impl Builder {
@@ -116,15 +151,17 @@ impl Builder {
             sync: true,
             carriers: Carriers::Auto,
             codec: Codec::Cbor,
-            proxy: None,
+            proxy: ProxySetting::None,
+            proxy_trust: None,
             window: WINDOW_DEFAULT,
             min_urgency: None,
             agent: Some(concat!("bellwire-client/", env!("CARGO_PKG_VERSION")).to_owned()),
-            network: ANY_NETWORK.to_owned(),
+            network: None,
             keep_alive: None,
             leave_after: None,
             handler: None,
             events: Events(Arc::new(|_| {})),
+            memory: None,
         }
     }
 
@@ -176,9 +213,31 @@ impl Builder {
         self
     }
 
-    /// An HTTP proxy to go through by CONNECT. QUIC does not pass one, so WebSocket is used alone. Default: none.
+    /// An HTTP proxy to go through by CONNECT, always. QUIC does not pass one, so WebSocket is used alone. Default: none. Of
+    /// this and the next two, the last one called counts.
     pub fn proxy(mut self, proxy: Proxy) -> Self {
-        self.proxy = Some(proxy);
+        self.proxy = ProxySetting::Always(proxy);
+        self
+    }
+
+    /// An HTTP proxy for networks that have no other way out: the direct ways are raced against it, and what worked is
+    /// remembered for the network. For devices that move between an office and a home. The connection is the same TLS to the
+    /// server on every way; a company that wants to see all of it at its proxy sets [`proxy`](Self::proxy).
+    pub fn proxy_when_needed(mut self, proxy: Proxy) -> Self {
+        self.proxy = ProxySetting::WhenNeeded(proxy);
+        self
+    }
+
+    /// The proxy that the environment names, if it does: `HTTPS_PROXY` or `ALL_PROXY` (in lower case first), except for what
+    /// `NO_PROXY` names. The variables are read once, in [`start`](Self::start).
+    pub fn proxy_from_environment(mut self) -> Self {
+        self.proxy = ProxySetting::Environment;
+        self
+    }
+
+    /// Whose certificate to accept from a proxy that speaks TLS (`https://`). Default: as for the server.
+    pub fn proxy_trust(mut self, trust: Trust) -> Self {
+        self.proxy_trust = Some(trust);
         self
     }
 
@@ -201,18 +260,25 @@ impl Builder {
         self
     }
 
-    /// A name for the network that the device is on, at most 128 bytes (an SSID's hash, "mobile"): the carrier that won is
-    /// remembered by it. Default: one memory for all networks.
+    /// A name for the network that the device is on, at most 128 bytes (an SSID's hash, "mobile"): the way that won, and how
+    /// long the network bears silence, are remembered by it, for the last 32 networks. Default: told apart by gateway and own
+    /// addresses, and watched: when they change, the session moves. An app that names networks says so when they change
+    /// ([`Client::network_changed`]).
     pub fn network(mut self, name: impl Into<String>) -> Self {
-        self.network = name.into();
+        self.network = Some(name.into());
         self
     }
 
-    /// How often to give a sign of life when nothing else is said; the server's advice bounds it. Default: 25 s on QUIC,
-    /// 240 s on WebSocket. Longer saves battery; too long, and network equipment forgets the flow: notifications then wait
-    /// until the next sign of life.
+    /// How often to give a sign of life when nothing else is said; the server's advice bounds it. Default: learned for each
+    /// network and carrier from the silences that it bore, beginning at 25 s on QUIC and 240 s on WebSocket. Too long, and
+    /// network equipment forgets the flow: notifications then wait until the next sign of life.
     pub fn keep_alive(mut self, interval: Duration) -> Self {
         self.keep_alive = Some(interval);
+        self
+    }
+
+    pub(crate) fn in_memory(mut self, door: Door, clock: testing::Clock) -> Self {
+        self.memory = Some((door, clock));
         self
     }
 
@@ -297,28 +363,35 @@ impl Builder {
             "at most 256 bytes long",
         )?;
         check(
-            self.network.len() <= NETWORK_BYTES_MAX,
+            self.network.as_ref().map_or(0, String::len) <= NETWORK_BYTES_MAX,
             "network",
             "at most 128 bytes long",
         )?;
-        let carriers_fit = match self.carriers {
-            Carriers::Quic => endpoint.offers_quic() && self.proxy.is_none(),
-            Carriers::Auto | Carriers::WebSocket => true,
-        };
         check(self.leave_after != Some(0), "leave_after", "at least 1")?;
-        check(
-            carriers_fit,
-            "carriers",
-            "WebSocket or both for a wss:// address or through a proxy",
-        )?;
         let keep_alive_s = self
             .keep_alive
             .map(|interval| interval.as_secs().clamp(1, KEEP_ALIVE_MAX_S.into()) as u32);
 
-        let dialer = Dialer::new(endpoint, &self.trust)?
+        let (dialer, clock) = match self.memory {
+            None => (Dialer::new(endpoint, &self.trust)?, Clock::new()),
+            Some((door, clock)) => (Dialer::in_memory(endpoint, door)?, Clock::manual(clock)),
+        };
+        let mut dialer = dialer
             .with_codec(self.codec)
-            .with_proxy(self.proxy.clone());
-        let clock = Arc::new(Clock::new());
+            .with_proxy_use(self.proxy.read()?);
+        if let Some(trust) = &self.proxy_trust {
+            dialer = dialer.with_proxy_trust(trust)?;
+        }
+        check(
+            dialer
+                .routes()
+                .iter()
+                .any(|route| self.carriers.permit(route.carrier)),
+            "carriers",
+            "WebSocket or both for a wss:// address or through a proxy",
+        )?;
+        let clock = Arc::new(clock);
+        let surroundings = Surroundings::new(self.network, &clock);
         let wall_ms = clock.wall_ms();
         let sync = self.sync;
         let opening = tokio::task::spawn_blocking(move || {
@@ -374,8 +447,11 @@ impl Builder {
             dialer,
             carriers: self.carriers,
             keep_alive_s,
-            network: self.network,
+            surroundings,
             networks,
+            state_dir,
+            last: None,
+            suspect: None,
             demoted: None,
             backoff: Backoff::default(),
             desk,
@@ -546,16 +622,39 @@ struct Keeper {
     dialer: Dialer,
     carriers: Carriers,
     keep_alive_s: Option<u32>,
-    network: String,
+    surroundings: Surroundings,
     networks: Networks,
+    state_dir: PathBuf,
+    last: Option<LastSession>,
+    /// A silence that was perhaps lost, until a new session on the same network shows that nothing else was wrong.
+    suspect: Option<Suspect>,
     /// A carrier that connected but bore no session: the other one goes first.
-    demoted: Option<Carrier>,
+    demoted: Option<Route>,
     backoff: Backoff,
     desk: Arc<Desk>,
     journal: Arc<Mutex<Journal>>,
     events: Events,
     clock: Arc<Clock>,
     commands: mpsc::Receiver<Command>,
+}
+
+/// A silence that was perhaps lost.
+struct Suspect {
+    network: String,
+    mark: u64,
+    carrier: Carrier,
+    silent_ms: u64,
+    at_ms: u64,
+}
+
+impl Carriers {
+    fn permit(self, carrier: Carrier) -> bool {
+        match self {
+            Self::Auto => true,
+            Self::Quic => carrier == Carrier::Quic,
+            Self::WebSocket => carrier == Carrier::WebSocket,
+        }
+    }
 }
 
 /// What comes after waiting.
@@ -569,7 +668,7 @@ impl Keeper {
         // Closed without a session: `leave_after` was reached while the connection was gone.
         while !self.desk.is_closed() {
             let ended = match self.connect().await {
-                Some(Ok(link)) => self.hold(link).await,
+                Some(Ok((route, link))) => self.hold(route, link).await,
                 Some(Err(errors)) => unreachable(errors),
                 None => break,
             };
@@ -607,19 +706,19 @@ impl Keeper {
     }
 
     /// The race. `None`: the app wants to leave.
-    async fn connect(&mut self) -> Option<Result<Link, Vec<ConnectError>>> {
+    async fn connect(&mut self) -> Option<Result<(Route, Link), Vec<ConnectError>>> {
         let order = self.order();
         let mut runners = Vec::with_capacity(order.len());
-        for carrier in order {
+        for &route in &order {
             let dialer = self.dialer.clone();
-            runners.push(async move { dialer.dial(carrier).await }.boxed());
+            runners.push(async move { dialer.dial_route(route).await }.boxed());
         }
         let mut race = staggered(runners, HEAD_START).boxed();
         let raced = loop {
             tokio::select! {
                 raced = &mut race => break raced,
                 command = self.commands.recv() => match command {
-                    Some(Command::NetworkChanged(name)) => self.network = name.unwrap_or(std::mem::take(&mut self.network)),
+                    Some(Command::NetworkChanged(name)) => self.surroundings.told(name),
                     // Without a session there is nobody to tell.
                     Some(Command::Presence(_) | Command::Subscribe(_) | Command::Unsubscribe(_)) => {}
                     Some(Command::Shutdown) | None => return None,
@@ -627,7 +726,7 @@ impl Keeper {
             }
         };
         match raced {
-            Ok((_, link)) => Some(Ok(link)),
+            Ok((place, link)) => Some(Ok((order[place], link))),
             Err(errors) => {
                 // An endpoint that a `goaway` named gets one chance.
                 self.dialer = self.home.clone();
@@ -637,20 +736,27 @@ impl Keeper {
     }
 
     /// Who starts: the winner on this network, otherwise QUIC; never the one that just connected in vain.
-    fn order(&self) -> Vec<Carrier> {
-        let mut order = match self.carriers {
-            Carriers::Auto => vec![Carrier::Quic, Carrier::WebSocket],
-            Carriers::Quic => vec![Carrier::Quic],
-            Carriers::WebSocket => vec![Carrier::WebSocket],
+    fn order(&self) -> Vec<Route> {
+        let mut order = self.dialer.routes();
+        order.retain(|route| self.carriers.permit(route.carrier));
+        let winner = self
+            .networks
+            .winner(self.surroundings.network(), self.clock.wall_ms());
+        // What another proxy won says nothing of this one.
+        let proxy = self.dialer.proxy().map(|used| used.proxy.to_string());
+        let won = |route: &Route, winner: &Winner| {
+            winner.carrier() == route.carrier
+                && winner.proxy == proxy.clone().filter(|_| route.by_proxy)
         };
-        order.retain(|&carrier| self.dialer.offers(carrier));
-        let winner = self.networks.winner(&self.network, self.clock.wall_ms());
-        order.sort_by_key(|&carrier| (self.demoted == Some(carrier), winner != Some(carrier)));
+        order.sort_by_key(|route| {
+            let first = winner.is_some_and(|winner| won(route, winner));
+            (self.demoted == Some(*route), !first)
+        });
         order
     }
 
-    async fn hold(&mut self, link: Link) -> Ended {
-        let carrier = link.carrier();
+    async fn hold(&mut self, route: Route, link: Link) -> Ended {
+        let (carrier, codec) = (link.carrier(), link.codec());
         self.desk.begin_session();
         // One hello for one connection, so that the server can tell a late one from a new one.
         self.hello.attempt += 1;
@@ -659,26 +765,64 @@ impl Keeper {
             self.hello.seen = memory.seen();
             memory.mark()
         };
-        let default_s = match carrier {
-            Carrier::Quic => KEEP_ALIVE_QUIC_S,
-            Carrier::WebSocket => KEEP_ALIVE_WEBSOCKET_S,
+        let proxy = self.dialer.proxy().filter(|_| route.by_proxy);
+        let proxy = proxy.map(|used| used.proxy.to_string());
+        let (clock, state_dir) = (&self.clock, &self.state_dir);
+        let (last, suspect) = (&mut self.last, &mut self.suspect);
+        let server = self.dialer.endpoint().to_string();
+        let attached = |networks: &mut Networks, surroundings: &mut Surroundings, session| {
+            surroundings.look();
+            let (network, wall_ms) = (surroundings.network(), clock.wall_ms());
+            networks.remember(network, route, proxy.clone(), wall_ms);
+            if let Some(lost) = suspect.take()
+                && lost.mark == surroundings.mark()
+                && lost.network == network
+                && clock.now_ms().saturating_sub(lost.at_ms) <= BLAME_WITHIN_MS
+            {
+                networks.note(
+                    network,
+                    lost.carrier,
+                    lost.silent_ms,
+                    Silence::Lost,
+                    wall_ms,
+                );
+            }
+            let session = LastSession {
+                server: server.clone(),
+                carrier: carrier.name().to_owned(),
+                codec: codec.name().to_owned(),
+                proxy: proxy.clone(),
+                network: network.to_owned(),
+                session,
+                began_ms: wall_ms,
+                ended_ms: None,
+                why: None,
+            };
+            session.save(state_dir);
+            *last = Some(session);
         };
         let setting = Setting {
             hello: self.hello.clone(),
             hello_mark,
-            keep_alive_s: self.keep_alive_s.unwrap_or(default_s),
+            keep_alive_s: self.keep_alive_s,
+            networks: &mut self.networks,
+            surroundings: &mut self.surroundings,
             desk: &self.desk,
             events: &self.events,
-            clock: &self.clock,
+            clock,
             commands: &mut self.commands,
         };
-        let (network, networks, clock) = (&self.network, &mut self.networks, &self.clock);
-        let attached = |carrier| {
-            if networks.winner(network, clock.wall_ms()) != Some(carrier) {
-                networks.remember(network, carrier, clock.wall_ms());
-            }
-        };
         let ended = session::run(link, setting, attached).await;
+        let (network, wall_ms) = (self.surroundings.network().to_owned(), self.clock.wall_ms());
+        if let Some(silent_ms) = ended.unanswered_ms {
+            self.suspect = Some(Suspect {
+                network: network.clone(),
+                mark: self.surroundings.mark(),
+                carrier,
+                silent_ms,
+                at_ms: self.clock.now_ms(),
+            });
+        }
         match ended.stood_ms {
             Some(_) => self.demoted = None,
             None if matches!(
@@ -686,13 +830,16 @@ impl Keeper {
                 Disconnect::Lost { .. } | Disconnect::Silent | Disconnect::Misbehaved { .. }
             ) =>
             {
-                self.demoted = Some(carrier);
-                self.networks.forget(&self.network);
+                self.demoted = Some(route);
+                self.networks.forget(&network, wall_ms);
             }
             None => {}
         }
-        if let Some(name) = &ended.network {
-            self.network = name.clone();
+        self.networks.save_what_is_new(wall_ms);
+        if let Some(mut last) = self.last.take().filter(|_| ended.stood_ms.is_some()) {
+            last.ended_ms = Some(wall_ms);
+            last.why = Some(ended.why.to_string());
+            last.save(&self.state_dir);
         }
         match ended.endpoint.as_deref().map(str::parse::<Endpoint>) {
             Some(Ok(endpoint)) => self.dialer = self.home.toward(endpoint),
@@ -707,24 +854,43 @@ impl Keeper {
 
     /// Waits before the next race.
     async fn pause(&mut self, wait: Duration, binding: bool) -> Next {
-        let mut until = tokio::time::Instant::now() + wait;
+        let mut until_ms = self.clock.now_ms() + wait.as_millis() as u64;
         loop {
             tokio::select! {
-                () = tokio::time::sleep_until(until) => return Next::Connect,
+                () = self.clock.sleep_until(until_ms) => {
+                    if self.clock.now_ms() >= until_ms {
+                        return Next::Connect;
+                    }
+                }
+                change = self.surroundings.change(&self.clock) => {
+                    if let Some(slept) = change.slept {
+                        self.events.tell(Event::Woke { slept });
+                    }
+                    if change.moved {
+                        let network = self.surroundings.network().to_owned();
+                        self.events.tell(Event::Moved { network });
+                    }
+                    until_ms = self.sooner(until_ms, binding);
+                }
                 command = self.commands.recv() => match command {
                     Some(Command::NetworkChanged(name)) => {
-                        self.network = name.unwrap_or(std::mem::take(&mut self.network));
-                        if !binding {
-                            // Still with jitter: a whole office changes its network at once.
-                            let soon = Duration::from_millis(self.clock.up_to(AFTER_CHANGE_MS));
-                            until = until.min(tokio::time::Instant::now() + soon);
-                        }
+                        self.surroundings.told(name);
+                        until_ms = self.sooner(until_ms, binding);
                     }
                     Some(Command::Presence(_) | Command::Subscribe(_) | Command::Unsubscribe(_)) => {}
                     Some(Command::Shutdown) | None => return Next::Leave,
                 },
             }
         }
+    }
+
+    /// Something changed for the better, perhaps. Still with jitter: a whole office changes its network at once.
+    fn sooner(&self, until_ms: u64, binding: bool) -> u64 {
+        if binding {
+            return until_ms;
+        }
+        let soon = self.clock.up_to(AFTER_CHANGE_MS);
+        until_ms.min(self.clock.now_ms() + soon)
     }
 
     /// Writes down that the server has every verdict, so that the next start need not repeat them. Only advice.
@@ -749,7 +915,7 @@ fn unreachable(errors: Vec<ConnectError>) -> Ended {
         why: Disconnect::Unreachable { errors },
         stood_ms: None,
         left: false,
-        network: None,
+        unanswered_ms: None,
         said_goodbye: false,
     }
 }

@@ -54,17 +54,22 @@
 mod carrier;
 mod client;
 mod clock;
+pub mod diagnose;
 mod end;
 mod endpoint;
 mod handover;
+mod keepalive;
+mod network;
 mod notification;
 mod race;
 mod reconnect;
 mod session;
 mod state;
+mod surroundings;
+pub mod testing;
 mod tls;
 
-pub mod testing {
+pub mod parts {
     //! The pure parts of the client, for the simulator: the window of ids without its file, and when to come back.
 
     pub use crate::reconnect::Backoff;
@@ -94,11 +99,14 @@ pub mod raw {
 pub use bellwire_protocol::{
     Carrier, Code, Codec, Content, GoawayReason, Id, PresenceState, Secret, Urgency,
 };
-pub use carrier::{ConnectError, ParseProxyError, Proxy};
+pub use carrier::{ConnectError, EnvironmentProxyError, ParseProxyError, Proxy, ProxyFault};
 pub use client::{BuildError, Builder, Carriers, Client, Gone, TopicsError};
 pub use end::Disconnect;
 pub use endpoint::{DEFAULT_PORT, Endpoint, ParseEndpointError};
 pub use notification::{Event, Notification, Verdict};
 pub use race::HEAD_START;
-pub use state::{StateError, WINDOW_IDS};
+pub use state::{
+    Inspection, KnownNetwork, LastSession, StateError, WINDOW_IDS, WindowInspection, WindowState,
+    inspect,
+};
 pub use tls::{SYSTEM_CA_FILES, Trust, TrustError};

@@ -119,6 +119,17 @@ pub enum Event {
         /// One sentence.
         what: String,
     },
+    /// The machine slept. The link is checked at once; if it is gone, the client comes back.
+    Woke {
+        /// How long.
+        slept: Duration,
+    },
+    /// The machine is on another network, or has another address there. On QUIC the session moves along; on WebSocket it is
+    /// checked at once.
+    Moved {
+        /// The name of the network, see [`Builder::network`](crate::Builder::network).
+        network: String,
+    },
     /// The client has ended and does not come back by itself: the app wanted it, or the server said never.
     Stopped,
 }

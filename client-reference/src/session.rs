@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use bellwire_protocol::{
     Carrier, ClientAction, ClientSession, Code, DecodeError, Decoded, DeviceFrame, EXPIRED,
-    GoawayReason, Hello, Id, PresenceState, Reconnect, ReconnectWhen, ServerFrame, SessionEnd,
-    Verdict,
+    GoawayReason, Hello, Id, KeepAlive, PresenceState, Reconnect, ReconnectWhen, ServerFrame,
+    SessionEnd, Verdict,
 };
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
@@ -18,8 +18,10 @@ use crate::carrier::{Link, LinkEnd};
 use crate::clock::Clock;
 use crate::end::Disconnect;
 use crate::handover::{Desk, Events, Taken};
+use crate::keepalive::{Quiet, Silence};
 use crate::notification::Event;
-use crate::state::Given;
+use crate::state::{Given, Networks};
+use crate::surroundings::{Change, Surroundings};
 
 /// How long the server may take nothing of what is sent.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -29,6 +31,18 @@ const FRAMES_PER_TURN: usize = 256;
 
 /// How long a callback may still run once the app wants to leave.
 pub(crate) const LAST_CALLBACK: Duration = Duration::from_secs(5);
+
+/// How long the server may take to answer after the machine woke up or moved, in milliseconds. Far less than otherwise: the
+/// link is probably gone, and a new one takes less than this.
+pub(crate) const WAKE_ANSWER_MS: u64 = 5_000;
+
+/// Sign of life on QUIC where nothing is known of the network, in seconds: many home routers forget a UDP flow after 30 s, and
+/// a notification could then not come in.
+pub(crate) const USUAL_QUIC_S: u32 = 25;
+
+/// Sign of life on WebSocket where nothing is known of the network, in seconds: below the 5 minutes after which many load
+/// balancers and firewalls forget a TCP flow.
+pub(crate) const USUAL_WEBSOCKET_S: u32 = 240;
 
 /// Shortest pause after verdicts could not be saved, in milliseconds.
 const STATE_TROUBLE_MIN_MS: u64 = 5_000;
@@ -53,7 +67,10 @@ pub(crate) struct Setting<'a> {
     pub(crate) hello: Hello,
     /// Behind the newest verdict that `hello` may name.
     pub(crate) hello_mark: u64,
-    pub(crate) keep_alive_s: u32,
+    /// The interval that the app wants; otherwise it is learned.
+    pub(crate) keep_alive_s: Option<u32>,
+    pub(crate) networks: &'a mut Networks,
+    pub(crate) surroundings: &'a mut Surroundings,
     pub(crate) desk: &'a Arc<Desk>,
     pub(crate) events: &'a Events,
     pub(crate) clock: &'a Clock,
@@ -71,26 +88,38 @@ pub(crate) struct Ended {
     pub(crate) stood_ms: Option<u64>,
     /// The app wanted it.
     pub(crate) left: bool,
-    /// The network has this name now.
-    pub(crate) network: Option<String>,
+    /// A silence of this length, in milliseconds, was perhaps lost: the sign of life after it was not answered.
+    pub(crate) unanswered_ms: Option<u64>,
     /// The server closed after our `bye`, so it has every verdict.
     pub(crate) said_goodbye: bool,
 }
 
-/// Runs one session to its end. `attached` is told when the `welcome` came.
-pub(crate) async fn run(link: Link, setting: Setting<'_>, attached: impl FnMut(Carrier)) -> Ended {
+/// Runs one session to its end. `attached` is told when the `welcome` came, with the number of the session.
+pub(crate) async fn run<'a>(
+    link: Link,
+    setting: Setting<'a>,
+    attached: impl FnMut(&mut Networks, &mut Surroundings, u64),
+) -> Ended {
     let Setting {
         hello,
         hello_mark,
         keep_alive_s,
+        networks,
+        surroundings,
         desk,
         events,
         clock,
         commands,
     } = setting;
     let session = Session {
-        machine: ClientSession::new(hello, Some(keep_alive_s)),
+        machine: ClientSession::new(hello, keep_alive_s),
         link,
+        learns: keep_alive_s.is_none(),
+        bounds: None,
+        quiet: Quiet::new(clock.now_ms()),
+        answer_by_ms: None,
+        networks,
+        surroundings,
         desk,
         events,
         clock,
@@ -101,7 +130,6 @@ pub(crate) async fn run(link: Link, setting: Setting<'_>, attached: impl FnMut(C
         ping_mark: None,
         welcomed_at_ms: None,
         leaving_at_ms: None,
-        network: None,
         end_detail: None,
     };
     session.run(commands).await
@@ -110,6 +138,15 @@ pub(crate) async fn run(link: Link, setting: Setting<'_>, attached: impl FnMut(C
 struct Session<'a, F> {
     machine: ClientSession,
     link: Link,
+    /// The interval of signs of life is learned; otherwise the app has set it.
+    learns: bool,
+    /// What the server advises.
+    bounds: Option<KeepAlive>,
+    quiet: Quiet,
+    /// The machine woke up or moved: something must be heard by then.
+    answer_by_ms: Option<u64>,
+    networks: &'a mut Networks,
+    surroundings: &'a mut Surroundings,
     desk: &'a Desk,
     events: &'a Events,
     clock: &'a Clock,
@@ -123,7 +160,6 @@ struct Session<'a, F> {
     welcomed_at_ms: Option<u64>,
     /// The app wants to leave; by then at the latest.
     leaving_at_ms: Option<u64>,
-    network: Option<String>,
     end_detail: Option<String>,
 }
 
@@ -132,10 +168,11 @@ enum Woken {
     Received(Result<Result<Decoded<ServerFrame>, DecodeError>, LinkEnd>),
     Decided(Taken),
     Asked(Option<Command>),
+    Changed(Change),
     Deadline,
 }
 
-impl<F: FnMut(Carrier)> Session<'_, F> {
+impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
     async fn run(mut self, commands: &mut mpsc::Receiver<Command>) -> Ended {
         self.machine
             .handle_connected(self.clock.now_ms(), &mut self.actions);
@@ -143,14 +180,16 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
             if let Some(reconnect) = self.carry_out().await {
                 return self.finish(reconnect).await;
             }
-            let deadline_ms = [self.machine.deadline_ms(), self.leaving_at_ms]
-                .into_iter()
-                .flatten()
-                .min();
+            let deadlines = [
+                self.machine.deadline_ms(),
+                self.leaving_at_ms,
+                self.answer_by_ms,
+            ];
+            let deadline_ms = deadlines.into_iter().flatten().min();
             let clock = self.clock;
             let deadline = async move {
                 match deadline_ms {
-                    Some(ms) => tokio::time::sleep_until(clock.at(ms)).await,
+                    Some(ms) => clock.sleep_until(ms).await,
                     None => std::future::pending().await,
                 }
             };
@@ -158,6 +197,7 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
                 taken = self.desk.decided() => Woken::Decided(taken),
                 command = commands.recv(), if self.leaving_at_ms.is_none() => Woken::Asked(command),
                 received = self.link.receive() => Woken::Received(received),
+                change = self.surroundings.change(clock) => Woken::Changed(change),
                 () = deadline => Woken::Deadline,
             };
             match woken {
@@ -168,8 +208,15 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
                     }
                 }
                 Woken::Asked(command) => self.asked(command),
+                Woken::Changed(change) => self.changed(change),
                 Woken::Deadline => {
                     let now_ms = self.clock.now_ms();
+                    if self.answer_by_ms.is_some_and(|by| now_ms >= by) {
+                        self.end_detail =
+                            Some("no answer after the machine woke up or moved".to_owned());
+                        self.quiet.forget(now_ms);
+                        self.machine.handle_closed(None, &mut self.actions);
+                    }
                     if self.leaving_at_ms.is_some_and(|at| now_ms >= at) {
                         self.machine.leave(now_ms, &mut self.actions);
                     }
@@ -202,7 +249,70 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
         self.machine.flush(self.clock.now_ms(), &mut self.actions);
     }
 
+    /// The machine slept, or is somewhere else: is the server still there?
+    fn changed(&mut self, change: Change) {
+        if let Some(slept) = change.slept {
+            self.events.tell(Event::Woke { slept });
+        }
+        if change.moved {
+            self.events.tell(Event::Moved {
+                network: self.surroundings.network().to_owned(),
+            });
+            self.link.rebind();
+        }
+        self.probe();
+    }
+
+    /// Asks for a sign of life at once, with little patience.
+    fn probe(&mut self) {
+        let now_ms = self.clock.now_ms();
+        // What was silent before tells nothing about the network that we are on now.
+        self.quiet.forget(now_ms);
+        self.machine.probe(now_ms, &mut self.actions);
+        if self.machine.is_attached() {
+            self.answer_by_ms = Some(now_ms + WAKE_ANSWER_MS);
+        }
+    }
+
+    /// Something was heard.
+    fn heard(&mut self) {
+        self.answer_by_ms = None;
+        if let Some(silent_ms) = self.quiet.heard(self.clock.now_ms()) {
+            let wall_ms = self.clock.wall_ms();
+            self.networks.note(
+                self.surroundings.network(),
+                self.link.carrier(),
+                silent_ms,
+                Silence::Survived,
+                wall_ms,
+            );
+        }
+    }
+
+    /// How long the next silence may last, unless the app has set it.
+    fn draw(&mut self) {
+        let Some(bounds) = self.bounds.filter(|_| self.learns) else {
+            return;
+        };
+        let carrier = self.link.carrier();
+        let usual_s = match carrier {
+            Carrier::Quic => USUAL_QUIC_S,
+            Carrier::WebSocket => USUAL_WEBSOCKET_S,
+        };
+        let clock = self.clock;
+        let silent_ms = self.networks.draw(
+            self.surroundings.network(),
+            carrier,
+            bounds,
+            usual_s,
+            clock.wall_ms(),
+            |max| clock.up_to(max),
+        );
+        self.machine.set_keep_alive_ms(silent_ms);
+    }
+
     fn handle(&mut self, decoded: Result<Decoded<ServerFrame>, DecodeError>) {
+        self.heard();
         if matches!(decoded, Ok(Decoded::Frame(ServerFrame::Pong)))
             && let Some(mark) = self.ping_mark.take()
         {
@@ -264,9 +374,9 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
                 self.leaving_at_ms = Some(now_ms + LAST_CALLBACK.as_millis() as u64);
             }
             Some(Command::NetworkChanged(name)) => {
-                self.network = name.or(self.network.take());
+                self.surroundings.told(name);
                 self.link.rebind();
-                self.machine.probe(now_ms, &mut self.actions);
+                self.probe();
             }
             Some(Command::Presence(state)) => {
                 self.machine.send_presence(state, now_ms, &mut self.actions);
@@ -289,8 +399,13 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
         for action in std::mem::take(&mut self.actions) {
             match action {
                 ClientAction::Send(frame) => {
-                    if frame == DeviceFrame::Ping {
+                    let asks = frame == DeviceFrame::Ping;
+                    if asks {
                         self.ping_mark = Some(self.sent_mark);
+                    }
+                    self.quiet.sent(asks, self.clock.now_ms());
+                    if asks {
+                        self.draw();
                     }
                     sent = true;
                     if !self.feed(&frame).await {
@@ -301,7 +416,9 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
                     self.welcomed_at_ms = Some(self.clock.now_ms());
                     self.desk.memory().confirm(self.hello_mark);
                     let carrier = self.link.carrier();
-                    (self.attached)(carrier);
+                    (self.attached)(self.networks, self.surroundings, welcome.session);
+                    self.bounds = Some(welcome.keep_alive_s);
+                    self.draw();
                     self.events.tell(Event::Connected {
                         carrier,
                         codec: self.link.codec(),
@@ -383,6 +500,17 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
         let stood_ms = self
             .welcomed_at_ms
             .map(|at| self.clock.now_ms().saturating_sub(at));
+        // The server was silent after a sign of life, or the connection broke over it.
+        let unanswered_ms = match reconnect.why {
+            SessionEnd::Silence | SessionEnd::Closed(None) => self.quiet.unanswered(),
+            SessionEnd::Closed(Some(_))
+            | SessionEnd::Left
+            | SessionEnd::Goaway(_)
+            | SessionEnd::Error { .. }
+            | SessionEnd::NoWelcome
+            | SessionEnd::Malformed(_)
+            | SessionEnd::Misbehaved(_) => None,
+        };
         // Nothing is left to say on a link that ended by itself.
         let answered = match reconnect.why {
             SessionEnd::Closed(_) => None,
@@ -406,7 +534,7 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
             why: Disconnect::from_session(reconnect.why, self.end_detail),
             stood_ms,
             left,
-            network: self.network,
+            unanswered_ms,
             said_goodbye,
         }
     }
@@ -425,7 +553,7 @@ impl<F: FnMut(Carrier)> Session<'_, F> {
             why: Disconnect::State { detail },
             stood_ms,
             left: self.leaving_at_ms.is_some(),
-            network: self.network,
+            unanswered_ms: None,
             said_goodbye: false,
         }
     }

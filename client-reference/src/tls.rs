@@ -110,27 +110,50 @@ pub(crate) struct Tls {
     pub(crate) tcp: Arc<ClientConfig>,
     /// For QUIC: TLS 1.3, ALPN `bellwire/1`.
     pub(crate) quic: Arc<ClientConfig>,
+    /// For a proxy that speaks TLS itself: TLS 1.2 and up, perhaps with authorities of its own.
+    pub(crate) proxy: Arc<ClientConfig>,
 }
 
 impl Tls {
     /// No early data on either: a replayed `hello` could replace a session.
     pub(crate) fn new(trust: &Trust) -> Result<Self, TrustError> {
-        let roots = Arc::new(trust.roots()?);
+        Self::with_roots(trust.roots()?)
+    }
+
+    /// Trusts nobody: for links that need nobody's trust.
+    pub(crate) fn of_nobody() -> Result<Self, TrustError> {
+        Self::with_roots(RootCertStore::empty())
+    }
+
+    fn with_roots(roots: RootCertStore) -> Result<Self, TrustError> {
+        let roots = Arc::new(roots);
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tcp = ClientConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
-            .with_root_certificates(roots.clone())
-            .with_no_client_auth();
+        let tcp = Arc::new(over_tcp(roots.clone())?);
         let mut quic = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_root_certificates(roots)
             .with_no_client_auth();
         quic.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Self {
-            tcp: Arc::new(tcp),
+            proxy: tcp.clone(),
+            tcp,
             quic: Arc::new(quic),
         })
     }
+
+    /// The same with other authorities for the proxy.
+    pub(crate) fn with_proxy_trust(self, trust: &Trust) -> Result<Self, TrustError> {
+        let proxy = Arc::new(over_tcp(Arc::new(trust.roots()?))?);
+        Ok(Self { proxy, ..self })
+    }
+}
+
+fn over_tcp(roots: Arc<RootCertStore>) -> Result<ClientConfig, TrustError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    Ok(ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_root_certificates(roots)
+        .with_no_client_auth())
 }
 
 #[cfg(test)]

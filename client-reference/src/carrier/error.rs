@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use bellwire_protocol::{Carrier, Code};
 
+use super::ProxyFault;
+
 /// Why a carrier could not connect. Sorted by where to look: the network, the certificate, the server.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -38,13 +40,13 @@ pub enum ConnectError {
         /// The server.
         to: String,
     },
-    /// The proxy refused, or is none.
-    #[error("the proxy {proxy} does not let us through: {detail}")]
+    /// The proxy refused, is none, or is not there.
+    #[error("the proxy {proxy} does not let us through: {fault}")]
     Proxy {
-        /// The proxy.
+        /// The proxy: host and port, never the credentials.
         proxy: String,
-        /// What it said.
-        detail: String,
+        /// What went wrong.
+        fault: ProxyFault,
     },
     /// The server's certificate is not one to trust.
     #[error("the certificate of {host} is not trusted: {detail}")]
@@ -107,9 +109,7 @@ impl ConnectError {
                 carrier: Carrier::WebSocket,
                 ..
             } => "Check address, port and firewall, and that the server runs.",
-            Self::Proxy { .. } => {
-                "Check the proxy's address and credentials, and that it permits CONNECT to the server's port."
-            }
+            Self::Proxy { fault, .. } => fault.advice(),
             Self::Certificate { detail, .. } => certificate_advice(detail),
             Self::Handshake { .. } => {
                 "Check that this is the device port of a Bellwire server and not another service."
@@ -132,8 +132,8 @@ impl ConnectError {
             Self::Certificate { .. }
             | Self::Handshake { .. }
             | Self::Upgrade { .. }
-            | Self::WebSocket { .. }
-            | Self::Proxy { .. } => true,
+            | Self::WebSocket { .. } => true,
+            Self::Proxy { fault, .. } => fault.is_from_proxy(),
             Self::Resolve { .. }
             | Self::Tcp { .. }
             | Self::Socket { .. }

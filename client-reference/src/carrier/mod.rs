@@ -1,6 +1,7 @@
 //! Carriers: one link to the server, over QUIC or WebSocket, that takes and gives frames.
 
 mod error;
+mod memory;
 mod proxy;
 mod quic;
 mod websocket;
@@ -11,9 +12,13 @@ use std::time::Duration;
 use bellwire_protocol::{Carrier, Code, Codec, DecodeError, Decoded, DeviceFrame, ServerFrame};
 use bytes::Bytes;
 use futures_util::FutureExt;
+use tokio_rustls::client::TlsStream;
 
 pub use error::ConnectError;
-pub use proxy::{ParseProxyError, Proxy};
+pub(crate) use memory::{Door, MemoryLink};
+pub(crate) use proxy::Pipe;
+pub use proxy::{EnvironmentProxyError, ParseProxyError, Proxy, ProxyFault};
+pub(crate) use proxy::{Exceptions, from_environment};
 
 use crate::endpoint::Endpoint;
 use crate::race::staggered;
@@ -44,6 +49,7 @@ pub struct Link {
 enum Inner {
     Quic(Box<quic::QuicLink>),
     WebSocket(Box<websocket::WebSocketLink>),
+    Memory(Box<MemoryLink>),
 }
 
 /// How a link ended.
@@ -83,11 +89,19 @@ impl Link {
         }
     }
 
+    fn memory(link: MemoryLink) -> Self {
+        Self {
+            codec: link.codec,
+            inner: Inner::Memory(Box::new(link)),
+        }
+    }
+
     /// What carries this link.
     pub fn carrier(&self) -> Carrier {
         match &self.inner {
             Inner::Quic(_) => Carrier::Quic,
             Inner::WebSocket(_) => Carrier::WebSocket,
+            Inner::Memory(link) => link.carrier,
         }
     }
 
@@ -104,6 +118,7 @@ impl Link {
         match &mut self.inner {
             Inner::Quic(link) => link.receive().await,
             Inner::WebSocket(link) => link.receive(self.codec).await,
+            Inner::Memory(link) => link.receive().await,
         }
     }
 
@@ -136,6 +151,10 @@ impl Link {
                 Ok(())
             }
             Inner::WebSocket(link) => link.feed(frame, self.codec).await,
+            Inner::Memory(link) => {
+                link.feed(frame);
+                Ok(())
+            }
         }
     }
 
@@ -147,6 +166,7 @@ impl Link {
         match &mut self.inner {
             Inner::Quic(link) => link.flush().await,
             Inner::WebSocket(link) => link.flush().await,
+            Inner::Memory(link) => link.flush().await,
         }
     }
 
@@ -174,6 +194,7 @@ impl Link {
                 };
                 link.feed(bytes.to_vec(), other).await?;
             }
+            Inner::Memory(link) => link.feed(bytes.to_vec()),
         }
         self.flush().await
     }
@@ -184,6 +205,8 @@ impl Link {
         match &self.inner {
             Inner::Quic(link) => link.rebind(),
             Inner::WebSocket(_) => false,
+            // Nothing in memory depends on an address.
+            Inner::Memory(link) => link.carrier == Carrier::Quic,
         }
     }
 
@@ -204,6 +227,35 @@ impl Link {
         match self.inner {
             Inner::Quic(link) => link.close(code, FAREWELL).await,
             Inner::WebSocket(link) => link.close(code, FAREWELL).await,
+            Inner::Memory(link) => link.close(code, FAREWELL).await,
+        }
+    }
+}
+
+/// One way to the server: a carrier, and whether it goes through the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Route {
+    pub(crate) carrier: Carrier,
+    pub(crate) by_proxy: bool,
+}
+
+/// A proxy, and when it is used.
+#[derive(Debug, Clone)]
+pub(crate) struct ProxyUse {
+    pub(crate) proxy: Proxy,
+    /// Servers that are reached without it.
+    pub(crate) except: Exceptions,
+    /// The direct ways are tried as well; what works is remembered for the network.
+    pub(crate) when_needed: bool,
+}
+
+impl ProxyUse {
+    /// Always, for every server.
+    pub(crate) fn always(proxy: Proxy) -> Self {
+        Self {
+            proxy,
+            except: Exceptions::default(),
+            when_needed: false,
         }
     }
 }
@@ -214,8 +266,10 @@ pub struct Dialer {
     endpoint: Endpoint,
     tls: Tls,
     codec: Codec,
-    proxy: Option<Proxy>,
+    proxy: Option<ProxyUse>,
     shared: Option<quinn::Endpoint>,
+    /// For tests: links in memory in the place of all others.
+    memory: Option<Door>,
 }
 
 impl Dialer {
@@ -230,6 +284,19 @@ impl Dialer {
             codec: Codec::Cbor,
             proxy: None,
             shared: None,
+            memory: None,
+        })
+    }
+
+    /// A dialer whose links are in memory.
+    pub(crate) fn in_memory(endpoint: Endpoint, door: Door) -> Result<Self, TrustError> {
+        Ok(Self {
+            endpoint,
+            tls: Tls::of_nobody()?,
+            codec: Codec::Cbor,
+            proxy: None,
+            shared: None,
+            memory: Some(door),
         })
     }
 
@@ -243,8 +310,44 @@ impl Dialer {
     /// The same dialer through this proxy; QUIC does not pass one.
     #[must_use]
     pub fn with_proxy(mut self, proxy: Option<Proxy>) -> Self {
+        self.proxy = proxy.map(ProxyUse::always);
+        self
+    }
+
+    /// The same dialer with a proxy that is used only where [`dial`](Self::dial) cannot do without: for diagnosis.
+    #[must_use]
+    pub fn with_proxy_when_needed(mut self, proxy: Proxy) -> Self {
+        self.proxy = Some(ProxyUse {
+            when_needed: true,
+            ..ProxyUse::always(proxy)
+        });
+        self
+    }
+
+    /// The same dialer through the proxy that the environment names, if it does.
+    ///
+    /// # Errors
+    /// When what it names is no proxy.
+    pub fn with_proxy_from_environment(mut self) -> Result<Self, EnvironmentProxyError> {
+        self.proxy = from_environment()?.map(|(proxy, except)| ProxyUse {
+            except,
+            ..ProxyUse::always(proxy)
+        });
+        Ok(self)
+    }
+
+    pub(crate) fn with_proxy_use(mut self, proxy: Option<ProxyUse>) -> Self {
         self.proxy = proxy;
         self
+    }
+
+    /// The same dialer with these authorities for a proxy that speaks TLS, in the place of the server's.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn with_proxy_trust(mut self, trust: &Trust) -> Result<Self, TrustError> {
+        self.tls = self.tls.with_proxy_trust(trust)?;
+        Ok(self)
     }
 
     /// The same dialer with one UDP socket for all its QUIC connections, bound here. For load generators: a device has one
@@ -270,30 +373,66 @@ impl Dialer {
         }
     }
 
-    /// Whether this carrier can be tried at all.
-    pub(crate) fn offers(&self, carrier: Carrier) -> bool {
-        match carrier {
-            Carrier::Quic => self.endpoint.offers_quic() && self.proxy.is_none(),
-            Carrier::WebSocket => true,
-        }
+    /// Whether QUIC may be tried: not through a proxy, and not for a `wss://` address.
+    pub fn offers_quic(&self) -> bool {
+        self.routes()
+            .iter()
+            .any(|route| route.carrier == Carrier::Quic)
     }
 
-    /// Connects over one carrier, within [`DIAL_TIMEOUT`]. Nothing is said yet: only the winner of a race says `hello`.
-    /// Dropping this future ends the attempt quietly.
+    /// The proxy for this server, if one is to be used.
+    pub(crate) fn proxy(&self) -> Option<&ProxyUse> {
+        self.proxy
+            .as_ref()
+            .filter(|used| !used.except.name(&self.endpoint))
+    }
+
+    /// Every way that can be tried at all, QUIC first. QUIC does not pass a proxy.
+    pub(crate) fn routes(&self) -> Vec<Route> {
+        let (direct, by_proxy) = match self.proxy() {
+            None => (true, false),
+            Some(used) => (used.when_needed, true),
+        };
+        let quic = direct && self.endpoint.offers_quic();
+        let all = [
+            (quic, Carrier::Quic, false),
+            (direct, Carrier::WebSocket, false),
+            (by_proxy, Carrier::WebSocket, true),
+        ];
+        let offered = all.into_iter().filter(|(offered, ..)| *offered);
+        offered
+            .map(|(_, carrier, by_proxy)| Route { carrier, by_proxy })
+            .collect()
+    }
+
+    /// Connects over one carrier, within [`DIAL_TIMEOUT`]; WebSocket goes through the proxy if there is one. Nothing is said
+    /// yet: only the winner of a race says `hello`. Dropping this future ends the attempt quietly.
     ///
     /// # Errors
     /// Why there is no link; [`ConnectError::advice`] says what to do.
     pub async fn dial(&self, carrier: Carrier) -> Result<Link, ConnectError> {
+        let by_proxy = carrier == Carrier::WebSocket && self.proxy().is_some();
+        self.dial_route(Route { carrier, by_proxy }).await
+    }
+
+    pub(crate) async fn dial_route(&self, route: Route) -> Result<Link, ConnectError> {
+        if let Some(door) = &self.memory {
+            let codec = match route.carrier {
+                Carrier::Quic => Codec::Cbor,
+                Carrier::WebSocket => self.codec,
+            };
+            return door.dial(route, codec).map(Link::memory);
+        }
         let dialing = async {
-            match carrier {
+            match route.carrier {
                 Carrier::Quic => self.dial_quic().await,
-                Carrier::WebSocket => self.dial_websocket().await,
+                Carrier::WebSocket => self.dial_websocket(route.by_proxy).await,
             }
         };
         match tokio::time::timeout(DIAL_TIMEOUT, dialing).await {
             Ok(dialed) => dialed,
             Err(_) => Err(ConnectError::Timeout {
-                carrier,
+                carrier: route.carrier,
                 to: self.endpoint.authority(),
             }),
         }
@@ -317,18 +456,37 @@ impl Dialer {
         Ok(Link::quic(link))
     }
 
-    async fn dial_websocket(&self) -> Result<Link, ConnectError> {
-        let stream = match &self.proxy {
-            Some(proxy) => proxy.tunnel(&self.endpoint).await?,
-            None => tcp(self.endpoint.host(), self.endpoint.port()).await?,
-        };
-        let link = websocket::upgrade(&self.endpoint, stream, &self.tls, self.codec).await?;
+    async fn dial_websocket(&self, by_proxy: bool) -> Result<Link, ConnectError> {
+        let stream = self.open_pipe(by_proxy).await?;
+        let stream = self.secure(stream).await?;
+        self.upgrade(stream).await
+    }
+
+    /// The steps of WebSocket one by one, for whoever wants to know which one fails: TCP, through the proxy or not.
+    pub(crate) async fn open_pipe(&self, by_proxy: bool) -> Result<Pipe, ConnectError> {
+        match self.proxy.as_ref().filter(|_| by_proxy) {
+            Some(used) => used.proxy.tunnel(&self.endpoint, &self.tls).await,
+            None => {
+                let stream = tcp(self.endpoint.host(), self.endpoint.port()).await?;
+                Ok(tokio_util::either::Either::Left(stream))
+            }
+        }
+    }
+
+    /// TLS.
+    pub(crate) async fn secure(&self, pipe: Pipe) -> Result<TlsStream<Pipe>, ConnectError> {
+        websocket::secure(&self.endpoint, pipe, &self.tls).await
+    }
+
+    /// The WebSocket handshake.
+    pub(crate) async fn upgrade(&self, stream: TlsStream<Pipe>) -> Result<Link, ConnectError> {
+        let link = websocket::upgrade(&self.endpoint, stream, self.codec).await?;
         Ok(Link::websocket(link, self.codec))
     }
 }
 
 /// The addresses of a host, in the order of the resolver.
-async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, ConnectError> {
+pub(crate) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, ConnectError> {
     let failed = |source| ConnectError::Resolve {
         host: host.to_owned(),
         source,

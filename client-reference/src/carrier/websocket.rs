@@ -7,7 +7,6 @@ use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use http::HeaderValue;
 use http::header::SEC_WEBSOCKET_PROTOCOL;
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -16,6 +15,7 @@ use tokio_tungstenite::tungstenite::error::CapacityError;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 
+use super::proxy::Pipe;
 use super::{ConnectError, LinkEnd, Received};
 use crate::endpoint::Endpoint;
 use crate::tls::Tls;
@@ -34,15 +34,33 @@ const REFUSAL_MAX_BYTES: usize = 8 * 1024;
 
 #[derive(Debug)]
 pub(super) struct WebSocketLink {
-    stream: WebSocketStream<TlsStream<TcpStream>>,
+    stream: WebSocketStream<TlsStream<Pipe>>,
     end: Option<LinkEnd>,
 }
 
-/// TLS and the WebSocket handshake on a connection that stands.
+/// TLS on a connection that stands.
+pub(super) async fn secure(
+    server: &Endpoint,
+    stream: Pipe,
+    tls: &Tls,
+) -> Result<TlsStream<Pipe>, ConnectError> {
+    let host = server.host();
+    let name = server
+        .server_name()
+        .ok_or_else(|| ConnectError::WebSocket {
+            host: host.to_owned(),
+            detail: "the host is no name".to_owned(),
+        })?;
+    let secured = TlsConnector::from(tls.tcp.clone())
+        .connect(name, stream)
+        .await;
+    secured.map_err(|error| ConnectError::handshake(Carrier::WebSocket, host, error.to_string()))
+}
+
+/// The WebSocket handshake.
 pub(super) async fn upgrade(
     server: &Endpoint,
-    stream: TcpStream,
-    tls: &Tls,
+    stream: TlsStream<Pipe>,
     codec: Codec,
 ) -> Result<WebSocketLink, ConnectError> {
     let host = server.host();
@@ -50,15 +68,6 @@ pub(super) async fn upgrade(
         host: host.to_owned(),
         detail,
     };
-    let name = server
-        .server_name()
-        .ok_or_else(|| broken("the host is no name".to_owned()))?;
-    let stream = TlsConnector::from(tls.tcp.clone())
-        .connect(name, stream)
-        .await;
-    let stream = stream
-        .map_err(|error| ConnectError::handshake(Carrier::WebSocket, host, error.to_string()))?;
-
     let url = format!("wss://{}{}", server.authority(), server.path());
     let mut request = url
         .into_client_request()

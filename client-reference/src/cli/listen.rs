@@ -7,7 +7,7 @@ use bellwire_client::{Client, Event, Trust, Verdict};
 use tokio::sync::mpsc;
 
 use super::print::Printer;
-use super::{Exit, Listen, Setup};
+use super::{Exit, Listen, ProxyChoice, Setup};
 
 /// Why the run ends before the client does. The first word counts, so one place is enough.
 const REASONS_MAX: usize = 4;
@@ -23,8 +23,8 @@ pub(crate) fn run(arguments: Listen) -> Result<Exit, Setup> {
 }
 
 async fn listen(arguments: Listen) -> Result<Exit, Setup> {
-    let credentials = arguments.identity()?;
-    let state_dir = arguments.state_dir(credentials.device);
+    let credentials = arguments.identity.read()?;
+    let state_dir = arguments.identity.state_dir(credentials.device);
     let printer = Arc::new(Printer::new(
         arguments.json,
         arguments.quiet,
@@ -33,20 +33,25 @@ async fn listen(arguments: Listen) -> Result<Exit, Setup> {
     let (ends, mut end) = mpsc::channel(REASONS_MAX);
 
     let mut builder = Client::builder()
-        .server(&arguments.server)
+        .server(&arguments.way.server)
         .device(credentials.device, credentials.secret)
         .state_dir(&state_dir)
         .carriers(arguments.carrier.into())
         .websocket_codec(arguments.codec.into())
         .window(arguments.window)
-        .network(&arguments.network)
         .agent(concat!("bellwire-device/", env!("CARGO_PKG_VERSION")))
-        .trust(match &arguments.ca {
-            Some(path) => Trust::File(path.clone()),
-            None => Trust::System,
-        });
-    if let Some(proxy) = arguments.proxy()? {
-        builder = builder.proxy(proxy);
+        .trust(arguments.way.trust());
+    builder = match arguments.way.proxy()? {
+        ProxyChoice::None => builder,
+        ProxyChoice::Environment => builder.proxy_from_environment(),
+        ProxyChoice::Always(proxy) => builder.proxy(proxy),
+        ProxyChoice::WhenNeeded(proxy) => builder.proxy_when_needed(proxy),
+    };
+    if let Some(path) = &arguments.way.proxy_ca {
+        builder = builder.proxy_trust(Trust::File(path.clone()));
+    }
+    if let Some(network) = &arguments.network {
+        builder = builder.network(network);
     }
     if let Some(urgency) = arguments.min_urgency {
         builder = builder.min_urgency(urgency.into());

@@ -1,7 +1,10 @@
-//! Arguments, credentials, exit codes; `listen` does the work.
+//! Arguments, credentials, exit codes; each command has a file of its own.
 
+mod bench_one;
+mod doctor;
 mod listen;
 mod print;
+mod status;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -9,7 +12,8 @@ use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use bellwire_client::{Carriers, Codec, Id, Proxy, Secret, Urgency};
+use bellwire_client::raw::Dialer;
+use bellwire_client::{Carriers, Codec, Id, Proxy, Secret, Trust, Urgency};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 /// Greatest credentials file, in bytes.
@@ -24,8 +28,10 @@ pub(crate) enum Exit {
     Setup = 1,
     /// The server said never to come back: wrong credentials, revoked, wrong version.
     Refused = 3,
-    /// With `--fail-fast`: no session could be had, or it was lost.
+    /// With `--fail-fast`: no session could be had, or it was lost. Of `doctor`: there is no way to a session.
     Unreachable = 4,
+    /// Of `doctor`: a session is possible, but something is wrong. Of `bench-one`: a part of it failed.
+    Limited = 5,
 }
 
 impl From<Exit> for ExitCode {
@@ -44,6 +50,17 @@ impl fmt::Display for Setup {
     }
 }
 
+const OVERVIEW: &str = "\
+Examples:
+  Receive notifications:
+    bellwire-device listen --server localhost:4433 --ca bellwire-data/dev-ca.pem --credentials anna.json
+
+  Nothing arrives? Find out why, step by step:
+    bellwire-device doctor --server push.example.org --credentials anna.json
+
+  See what this device remembers:
+    bellwire-device status";
+
 const EXAMPLES: &str = "\
 Examples:
   Listen with the credentials that `bellwire device add --user anna --out anna.json` wrote:
@@ -51,6 +68,9 @@ Examples:
 
   Wait for one notification, for a script; the exit code says whether it came:
     bellwire-device listen --server push.example.org --credentials anna.json --count 1 --json
+
+  From a company's network, by the proxy that the environment names:
+    HTTPS_PROXY=http://proxy:3128 bellwire-device listen --server push.example.org --credentials anna.json --proxy env
 
   Look at the frames in plain JSON, over WebSocket alone:
     bellwire-device listen --server push.example.org --credentials anna.json --carrier websocket --codec json
@@ -64,7 +84,7 @@ Exit codes:
 
 /// Receives notifications from a Bellwire server, like a device does.
 #[derive(Debug, Parser)]
-#[command(name = "bellwire-device", version, after_help = EXAMPLES, max_term_width = 120)]
+#[command(name = "bellwire-device", version, after_help = OVERVIEW, max_term_width = 120)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -75,6 +95,15 @@ enum Command {
     /// Connects and prints one line for each notification, until Ctrl-C.
     #[command(after_help = EXAMPLES)]
     Listen(Box<Listen>),
+    /// Shows what a device remembers on disk: what it answered, its networks, its last session.
+    #[command(after_help = status::EXAMPLES)]
+    Status(status::Status),
+    /// Looks at the way to a server step by step, and says what to do about what fails.
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(Box<doctor::Doctor>),
+    /// Measures one server from here: connections, or round trips within one.
+    #[command(after_help = bench_one::EXAMPLES)]
+    BenchOne(Box<bench_one::BenchOne>),
     /// Prints a completion script for a shell.
     #[command(
         after_help = "Example:\n  bellwire-device completions bash > /etc/bash_completion.d/bellwire-device"
@@ -85,9 +114,9 @@ enum Command {
     },
 }
 
+/// Where the server is, and how to get there.
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("identity").required(true).args(["credentials", "device"]))]
-pub(crate) struct Listen {
+pub(crate) struct Way {
     /// The server: host:port, bellwire://host:port, or wss://host:port/v1/link for WebSocket alone. The port is 4433 when it
     /// is left out.
     #[arg(long, env = "BELLWIRE_SERVER", value_name = "ADDRESS")]
@@ -98,12 +127,40 @@ pub(crate) struct Listen {
     #[arg(long, env = "BELLWIRE_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
 
+    /// HTTP proxy to go through: http://host:port or http://user:password@host:port, https:// if the proxy itself speaks TLS.
+    /// `env` takes the one that HTTPS_PROXY or ALL_PROXY names, except for what NO_PROXY names. QUIC does not pass one.
+    /// Programs of the same user can see arguments: a password is safer in the variable.
+    #[arg(
+        long,
+        env = "BELLWIRE_PROXY",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    proxy: Option<String>,
+
+    /// Try the direct ways as well, and remember for each network what works.
+    #[arg(long, requires = "proxy")]
+    proxy_when_needed: bool,
+
+    /// PEM file with the authority that signed the certificate of a proxy that speaks TLS. [default: as for the server]
+    #[arg(long, value_name = "FILE", requires = "proxy")]
+    proxy_ca: Option<PathBuf>,
+}
+
+/// Who the device is, and where it keeps its state.
+#[derive(Debug, Args)]
+pub(crate) struct Identity {
     /// JSON file with `device` and `secret`, as POST /v1/devices answers and `bellwire device add --out` writes.
     #[arg(long, env = "BELLWIRE_CREDENTIALS", value_name = "FILE")]
     credentials: Option<PathBuf>,
 
     /// The device's id; the secret comes from --secret-file or the environment variable BELLWIRE_DEVICE_SECRET.
-    #[arg(long, env = "BELLWIRE_DEVICE", value_name = "ID")]
+    #[arg(
+        long,
+        env = "BELLWIRE_DEVICE",
+        value_name = "ID",
+        conflicts_with = "credentials"
+    )]
     device: Option<String>,
 
     /// File that holds the device's secret and nothing else. `-` reads it from standard input.
@@ -114,6 +171,16 @@ pub(crate) struct Listen {
     /// [default: $XDG_STATE_HOME/bellwire-device/ID, or ~/.local/state/bellwire-device/ID]
     #[arg(long, env = "BELLWIRE_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("identity").required(true).args(["credentials", "device"]))]
+pub(crate) struct Listen {
+    #[command(flatten)]
+    way: Way,
+
+    #[command(flatten)]
+    identity: Identity,
 
     /// Which carrier to use; auto races both and takes the first.
     #[arg(long, value_enum, default_value_t = CarrierChoice::Auto)]
@@ -123,15 +190,6 @@ pub(crate) struct Listen {
     #[arg(long, value_enum, default_value_t = CodecChoice::Cbor)]
     codec: CodecChoice,
 
-    /// HTTP proxy to go through: http://host:port or http://user:password@host:port. QUIC does not pass one.
-    #[arg(
-        long,
-        env = "BELLWIRE_PROXY",
-        value_name = "URL",
-        hide_env_values = true
-    )]
-    proxy: Option<String>,
-
     /// Ask for nothing less urgent; it waits on the server.
     #[arg(long, value_enum, value_name = "URGENCY")]
     min_urgency: Option<UrgencyChoice>,
@@ -140,16 +198,11 @@ pub(crate) struct Listen {
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
     window: u16,
 
-    /// A name for this network; the carrier that won is remembered by it.
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    network: String,
+    /// A name for this network; what works on it is remembered by it. [default: told apart by gateway and own addresses]
+    #[arg(long, value_name = "NAME")]
+    network: Option<String>,
 
-    /// Seconds between signs of life, within what the server advises. [default: 25 on QUIC, 240 on WebSocket]
+    /// Seconds between signs of life, within what the server advises. [default: learned for each network]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
     keep_alive: Option<u32>,
 
@@ -262,13 +315,26 @@ pub(crate) fn run() -> ExitCode {
         }
         Command::Listen(arguments) => {
             log(arguments.verbose);
-            match listen::run(*arguments) {
-                Ok(exit) => exit.into(),
-                Err(setup) => {
-                    print::complain(&setup.to_string());
-                    Exit::Setup.into()
-                }
-            }
+            ended(listen::run(*arguments))
+        }
+        Command::Status(arguments) => ended(status::run(&arguments)),
+        Command::Doctor(arguments) => {
+            log(false);
+            ended(doctor::run(*arguments))
+        }
+        Command::BenchOne(arguments) => {
+            log(false);
+            ended(bench_one::run(*arguments))
+        }
+    }
+}
+
+fn ended(run: Result<Exit, Setup>) -> ExitCode {
+    match run {
+        Ok(exit) => exit.into(),
+        Err(setup) => {
+            print::complain(&setup.to_string());
+            Exit::Setup.into()
         }
     }
 }
@@ -295,12 +361,82 @@ pub(crate) struct Credentials {
     pub(crate) secret: Secret,
 }
 
-impl Listen {
-    pub(crate) fn identity(&self) -> Result<Credentials, Setup> {
+/// Which proxy, and when.
+pub(crate) enum ProxyChoice {
+    None,
+    Environment,
+    Always(Proxy),
+    WhenNeeded(Proxy),
+}
+
+impl Way {
+    pub(crate) fn trust(&self) -> Trust {
+        match &self.ca {
+            Some(path) => Trust::File(path.clone()),
+            None => Trust::System,
+        }
+    }
+
+    pub(crate) fn proxy(&self) -> Result<ProxyChoice, Setup> {
+        let Some(text) = &self.proxy else {
+            return Ok(ProxyChoice::None);
+        };
+        if text == "env" {
+            return match self.proxy_when_needed {
+                false => Ok(ProxyChoice::Environment),
+                true => Err(Setup(
+                    "--proxy-when-needed goes with a proxy's URL: what the environment names is used always, except for NO_PROXY".to_owned(),
+                )),
+            };
+        }
+        let proxy = text
+            .parse()
+            .map_err(|error| Setup(format!("--proxy: {error}")))?;
+        Ok(match self.proxy_when_needed {
+            true => ProxyChoice::WhenNeeded(proxy),
+            false => ProxyChoice::Always(proxy),
+        })
+    }
+
+    /// For what needs no client: links alone.
+    pub(crate) fn dialer(&self) -> Result<Dialer, Setup> {
+        let setup = |error: &dyn fmt::Display| Setup(error.to_string());
+        let endpoint = self.server.parse().map_err(|error| setup(&error))?;
+        let dialer = Dialer::new(endpoint, &self.trust()).map_err(|error| setup(&error))?;
+        let dialer = match self.proxy()? {
+            ProxyChoice::None => dialer,
+            ProxyChoice::Always(proxy) => dialer.with_proxy(Some(proxy)),
+            ProxyChoice::WhenNeeded(proxy) => dialer.with_proxy_when_needed(proxy),
+            ProxyChoice::Environment => dialer
+                .with_proxy_from_environment()
+                .map_err(|error| setup(&error))?,
+        };
+        match &self.proxy_ca {
+            None => Ok(dialer),
+            Some(path) => dialer
+                .with_proxy_trust(&Trust::File(path.clone()))
+                .map_err(|error| setup(&error)),
+        }
+    }
+}
+
+impl Identity {
+    /// Who the device is, if the arguments say so.
+    pub(crate) fn read_if_given(&self) -> Result<Option<Credentials>, Setup> {
+        match (&self.credentials, &self.device) {
+            (None, None) => Ok(None),
+            _ => self.read().map(Some),
+        }
+    }
+
+    /// Who the device is.
+    pub(crate) fn read(&self) -> Result<Credentials, Setup> {
         match &self.credentials {
             Some(path) => from_file(path),
             None => {
-                let device = self.device.as_deref().unwrap_or_default();
+                let Some(device) = self.device.as_deref() else {
+                    return Err(Setup("no identity: name the file with the credentials by --credentials FILE, or the device's id by --device ID".to_owned()));
+                };
                 let secret = match &self.secret_file {
                     Some(path) => read(path, "secret")?,
                     None => std::env::var("BELLWIRE_DEVICE_SECRET").map_err(|_| {
@@ -313,39 +449,25 @@ impl Listen {
     }
 
     pub(crate) fn state_dir(&self, device: Id) -> PathBuf {
-        let from_environment = |name: &str| std::env::var_os(name).filter(|path| !path.is_empty());
-        default_state_dir(
-            self.state_dir.clone(),
-            from_environment("XDG_STATE_HOME"),
-            from_environment("HOME"),
-            device,
-        )
-    }
-
-    pub(crate) fn proxy(&self) -> Result<Option<Proxy>, Setup> {
-        let parse = |text: &String| {
-            text.parse()
-                .map_err(|error| Setup(format!("--proxy: {error}")))
-        };
-        self.proxy.as_ref().map(parse).transpose()
+        self.state_dir
+            .clone()
+            .unwrap_or_else(|| base_dir().join(device.to_string()))
     }
 }
 
-fn default_state_dir(
-    named: Option<PathBuf>,
-    state_home: Option<OsString>,
-    home: Option<OsString>,
-    device: Id,
-) -> PathBuf {
-    if let Some(path) = named {
-        return path;
-    }
+/// Where the state directories of all devices of this user are, unless they are named.
+pub(crate) fn base_dir() -> PathBuf {
+    let from_environment = |name: &str| std::env::var_os(name).filter(|path| !path.is_empty());
+    default_base_dir(from_environment("XDG_STATE_HOME"), from_environment("HOME"))
+}
+
+fn default_base_dir(state_home: Option<OsString>, home: Option<OsString>) -> PathBuf {
     let base = match (state_home, home) {
         (Some(state), _) => PathBuf::from(state),
         (None, Some(home)) => Path::new(&home).join(".local/state"),
         (None, None) => PathBuf::from("."),
     };
-    base.join("bellwire-device").join(device.to_string())
+    base.join("bellwire-device")
 }
 
 /// The answer of `POST /v1/devices`; other members are skipped.
@@ -414,24 +536,17 @@ mod tests {
     }
 
     #[test]
-    fn a_state_directory_belongs_to_one_device() {
-        let device = Id::from_bytes([7; 16]);
+    fn state_directories_are_where_the_system_keeps_state() {
         let (state, home) = (Some("/s".into()), Some("/h".into()));
-        let choose = |named: Option<&str>, state, home| {
-            default_state_dir(named.map(Into::into), state, home, device)
-        };
         assert_eq!(
-            choose(Some("/n"), state.clone(), home.clone()),
-            Path::new("/n")
+            default_base_dir(state, home.clone()),
+            Path::new("/s/bellwire-device")
         );
         assert_eq!(
-            choose(None, state, home.clone()),
-            Path::new("/s/bellwire-device").join(device.to_string())
+            default_base_dir(None, home),
+            Path::new("/h/.local/state/bellwire-device")
         );
-        assert_eq!(
-            choose(None, None, home),
-            Path::new("/h/.local/state/bellwire-device").join(device.to_string())
-        );
+        assert_eq!(default_base_dir(None, None), Path::new("./bellwire-device"));
     }
 
     #[test]

@@ -70,7 +70,8 @@ impl Printer {
     }
 }
 
-fn line(text: &str) -> io::Result<()> {
+/// A line on standard output.
+pub(crate) fn line(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{text}")?;
     out.flush()
@@ -136,6 +137,30 @@ fn for_people(notification: &Notification, colour: bool) -> String {
     text
 }
 
+/// `2026-11-21 10:42:07 UTC`.
+pub(crate) fn date(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1_000;
+    // Days since 0000-03-01, so that the leap day is the last one of its year (H. Hinnant's algorithm).
+    let days = seconds / 86_400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let time = clock(unix_ms);
+    format!(
+        "{year:04}-{month:02}-{day:02} {} UTC",
+        time.trim_end_matches('Z')
+    )
+}
+
 fn clock(unix_ms: u64) -> String {
     let seconds = unix_ms / 1_000 % 86_400;
     format!(
@@ -155,7 +180,8 @@ fn shown(text: &str) -> String {
     shown
 }
 
-fn plain(text: &str) -> String {
+/// What comes from outside must not steer the terminal.
+pub(crate) fn plain(text: &str) -> String {
     text.chars().map(harmless).collect()
 }
 
@@ -197,6 +223,8 @@ fn event_text(event: &Event, fail_fast: bool) -> Option<String> {
         Event::Repeated { id } => format!("{id} came again; it was answered before and got the same verdict"),
         Event::Expired { id } => format!("{id} came too late and was declined"),
         Event::Trouble { what } => what.clone(),
+        Event::Woke { slept } => format!("the machine slept for {} s; checking the link", slept.as_secs()),
+        Event::Moved { .. } => "the machine is on another network, or has another address; checking the link".to_owned(),
         Event::Stopped | _ => return None,
     })
 }
@@ -223,6 +251,8 @@ fn event_json(event: &Event) -> Option<serde_json::Value> {
         Event::Expired { id } => json!({"event": "expired", "id": id}),
         Event::Subscribed { topics } => json!({"event": "subscribed", "topics": topics}),
         Event::Trouble { what } => json!({"event": "trouble", "what": what}),
+        Event::Woke { slept } => json!({"event": "woke", "slept_ms": slept.as_millis() as u64}),
+        Event::Moved { network } => json!({"event": "moved", "network": network}),
         Event::Stopped => json!({"event": "stopped"}),
         _ => return None,
     })
@@ -244,5 +274,9 @@ mod tests {
     #[test]
     fn a_time_of_day_is_the_servers_in_utc() {
         assert_eq!(clock(1_700_000_000_123), "22:13:20Z");
+        assert_eq!(date(1_700_000_000_123), "2023-11-14 22:13:20 UTC");
+        assert_eq!(date(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(date(951_782_400_000), "2000-02-29 00:00:00 UTC");
+        assert_eq!(date(4_107_542_400_000), "2100-03-01 00:00:00 UTC");
     }
 }

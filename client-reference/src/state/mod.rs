@@ -4,18 +4,23 @@
 //! | --- | --- | --- |
 //! | `lock` | held while a client runs, so that two cannot share a directory | made again |
 //! | `window` | the last ids with their verdicts ([`window`]) | a notification may reach the app twice |
-//! | `networks.json` | which carrier won on which network ([`networks`]) | one connection takes a moment longer |
+//! | `networks.json` | which way won on which network, and how long it bears silence ([`networks`]) | one connection takes a moment longer, and the silences are learned anew |
+//! | `session.json` | the last session, for people ([`last`]) | nothing |
 //!
 //! The directory has mode 0700, the files 0600. Content of notifications is never written.
 
 mod files;
+mod inspect;
+mod last;
 mod lock;
 mod networks;
 mod window;
 
 pub(crate) use files::make_directory;
+pub use inspect::{Inspection, KnownNetwork, WindowInspection, WindowState, inspect};
+pub use last::LastSession;
 pub(crate) use lock::Lock;
-pub(crate) use networks::Networks;
+pub(crate) use networks::{Networks, Winner};
 pub use window::{Given, Memory, Record, WINDOW_IDS};
 pub(crate) use window::{Journal, Opened};
 

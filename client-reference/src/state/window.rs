@@ -21,7 +21,7 @@ use bellwire_protocol::limits::{REASON_BYTES_MAX, SEEN_MAX};
 use bellwire_protocol::{Id, Seen, Verdict};
 
 use super::files::{private, replace, sync_directory_of};
-use super::{Lock, StateError};
+use super::{Lock, StateError, WindowState};
 
 /// How many ids are remembered. The server's mailbox holds 1,000 notifications by default, and 256 more may be in flight:
 /// everything that it could still repeat.
@@ -118,6 +118,11 @@ impl Memory {
     /// The verdict that was given for `id`, if it is remembered.
     pub fn given(&self, id: &Id) -> Option<&Given> {
         self.entries.get(id).map(|entry| &entry.given)
+    }
+
+    /// How many ids are remembered.
+    pub(crate) fn len(&self) -> usize {
+        self.order.len()
     }
 
     /// Whether `id` was acknowledged and the disk knows it: then the server may be told at once.
@@ -245,6 +250,55 @@ pub(crate) enum Opened {
     },
 }
 
+/// A window on disk, looked at from outside: nothing is changed.
+#[derive(Debug)]
+pub(super) struct Look {
+    pub(super) state: WindowState,
+    pub(super) memory: Memory,
+    pub(super) bytes: u64,
+}
+
+impl Look {
+    pub(super) fn at(directory: &Path) -> Result<Self, StateError> {
+        let path = directory.join("window");
+        let mut bytes = Vec::new();
+        let read = File::open(&path)
+            .and_then(|file| file.take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes));
+        let looked = |state, memory| Self {
+            state,
+            memory,
+            bytes: bytes.len() as u64,
+        };
+        match read {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(looked(WindowState::Absent, Memory::default()));
+            }
+            read => read.map_err(StateError::io("read", &path))?,
+        };
+        if newer_format(&bytes).is_some() {
+            return Ok(looked(WindowState::Newer, Memory::default()));
+        }
+        if bytes.len() < HEADER_BYTES && header().starts_with(&bytes) {
+            return Ok(looked(WindowState::Torn, Memory::default()));
+        }
+        let parsed = parse(&bytes);
+        let state = match parsed.damage {
+            None => WindowState::Intact,
+            Some(Damage::Torn) => WindowState::Torn,
+            Some(Damage::Corrupt) => WindowState::Damaged,
+        };
+        Ok(looked(state, Memory::from_records(parsed.records)))
+    }
+}
+
+/// The format of a file that this version cannot read.
+fn newer_format(bytes: &[u8]) -> Option<u8> {
+    let (magic, rest) = bytes.split_at_checked(MAGIC.len())?;
+    rest.first()
+        .copied()
+        .filter(|found| magic == MAGIC && *found > FORMAT)
+}
+
 /// The window on disk. Its calls block; the owner makes them on a thread that may.
 #[derive(Debug)]
 pub(crate) struct Journal {
@@ -301,13 +355,10 @@ impl Journal {
                 .map_err(StateError::io("write", &path))?;
             return Ok((journal, Memory::default(), opened));
         }
-        if let Some((magic, [found, ..])) = bytes.split_at_checked(MAGIC.len())
-            && magic == MAGIC
-            && *found > FORMAT
-        {
+        if let Some(found) = newer_format(&bytes) {
             return Err(StateError::NewerFormat {
                 path,
-                found: *found,
+                found,
                 known: FORMAT,
             });
         }
@@ -349,9 +400,15 @@ impl Journal {
         self.lock = Some(lock);
     }
 
-    /// Gives the directory back. A write that comes later, from a thread that was late, fails.
+    /// Gives the directory back, with everything on disk that was written. A write that comes later, from a thread that was
+    /// late, fails.
     pub(crate) fn release(&mut self) {
         self.released = true;
+        if !self.sync
+            && let Err(error) = self.file.sync_all()
+        {
+            tracing::warn!(path = %self.path.display(), %error, "cannot sync the window of ids at the end");
+        }
         self.lock = None;
     }
 

@@ -360,6 +360,15 @@ impl ClientSession {
         self.request(DeviceFrame::Unsubscribe(Topics { topics }), now_ms, actions)
     }
 
+    /// From now on the app would like this interval between signs of life, in milliseconds; the advice of the server bounds it.
+    /// A silence that lasts longer already ends at the next [`handle_deadline`](Self::handle_deadline).
+    pub fn set_keep_alive_ms(&mut self, interval_ms: u64) {
+        self.wanted_interval_ms = Some(interval_ms);
+        if let State::Attached(attached) = &mut self.state {
+            attached.interval_ms = attached.bounded(Some(interval_ms));
+        }
+    }
+
     /// Asks for a sign of life at once: after the machine woke up, or the network changed.
     pub fn probe(&mut self, now_ms: u64, actions: &mut Vec<ClientAction>) {
         if let State::Attached(attached) = &mut self.state {
@@ -559,22 +568,29 @@ impl ClientSession {
 
 impl Attached {
     fn new(welcome: Welcome, now_ms: u64, wanted_interval_ms: Option<u64>) -> Self {
-        let KeepAlive { min_s, max_s } = welcome.keep_alive_s;
-        // The codec makes sure of 1 <= min <= max; a caller that built the frame by itself must not make us panic.
-        let longest = u64::from(max_s.max(1)) * 1_000;
-        let shortest = (u64::from(min_s.max(1)) * 1_000).min(longest);
-        Self {
+        let mut attached = Self {
             welcome,
             welcomed_at_ms: now_ms,
-            interval_ms: wanted_interval_ms
-                .unwrap_or(longest)
-                .clamp(shortest, longest),
+            interval_ms: 0,
             last_seq: 0,
             in_flight: VecDeque::new(),
             earlier: Vec::new(),
             last_sent_ms: now_ms,
             pinged_at_ms: None,
-        }
+        };
+        attached.interval_ms = attached.bounded(wanted_interval_ms);
+        attached
+    }
+
+    /// An interval within the server's advice, in milliseconds.
+    fn bounded(&self, wanted_interval_ms: Option<u64>) -> u64 {
+        let KeepAlive { min_s, max_s } = self.welcome.keep_alive_s;
+        // The codec makes sure of 1 <= min <= max; a caller that built the frame by itself must not make us panic.
+        let longest = u64::from(max_s.max(1)) * 1_000;
+        let shortest = (u64::from(min_s.max(1)) * 1_000).min(longest);
+        wanted_interval_ms
+            .unwrap_or(longest)
+            .clamp(shortest, longest)
     }
 
     fn deadline_ms(&self) -> u64 {

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use bellwire_client::testing::{Backoff, Given, Memory, Record};
+use bellwire_client::parts::{Backoff, Given, Memory, Record};
 use bellwire_protocol::{ClientSession, FrameReader, Id, Notify};
 
 /// How long a verdict may wait for others before it is saved, as in the client's hand-over.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bellwire_client::testing::Given;
+use bellwire_client::parts::Given;
 use bellwire_protocol::limits::{
     DEVICE_FRAME_MAX_BYTES, HELLO_TIMEOUT_MS, SERVER_JSON_FRAME_MAX_BYTES, WINDOW_DEFAULT,
     WINDOW_MAX, WINDOW_MIN,

@@ -1,0 +1,713 @@
+//! A server for tests: one device, one mailbox, and as much misbehaviour as the test asks for.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bellwire_protocol::{
+    Ack, Carrier, Code, Codec, Content, DeviceFrame, Goaway, GoawayReason, Hello, Id, KeepAlive,
+    Notify, PresenceState, ServerAction, ServerFrame, ServerSession, Topics, Urgency, Verdict,
+    Welcome, Withdraw,
+};
+use tokio::sync::watch;
+
+use super::Clock;
+use crate::carrier::{Door, MemoryLink, Route};
+use crate::client::{Builder, Client};
+
+/// The id of the only device.
+pub const DEVICE: Id = Id::from_bytes([7; 16]);
+
+/// How long a wait of a test may take before it panics, by the real clock.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Its secret.
+const SECRET: &str = "the secret of the test";
+
+/// Notifications that a server holds, answered ones included.
+const MAILBOX_MAX: usize = 10_000;
+
+/// Frames of the device that are remembered; the oldest makes room.
+const HEARD_MAX: usize = 10_000;
+
+/// Lifetime of a notification unless the test says otherwise.
+const TTL: Duration = Duration::from_secs(3_600);
+
+/// How a farewell is given.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// A content with a title and a body.
+pub fn content(title: impl Into<String>, body: impl Into<String>) -> Content {
+    Content {
+        title: Some(title.into()),
+        body: Some(body.into()),
+        ..Content::default()
+    }
+}
+
+/// What became of a notification.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The app has it.
+    Acknowledged,
+    /// The app, or the client for it, declined; `expired` when it came too late. Empty when the reason was said in an earlier
+    /// session that broke.
+    Declined(String),
+}
+
+/// On which ways the server can be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reach {
+    /// On all.
+    #[default]
+    All,
+    /// Not by UDP: WebSocket alone.
+    WebSocketOnly,
+    /// Only through the proxy that the client was given.
+    ProxyOnly,
+    /// On none.
+    Nothing,
+}
+
+/// A server for one device. It behaves like the real one until it is told otherwise: it holds what is not answered, sends at
+/// most a window of it, repeats after a break, and believes `seen`.
+///
+/// Methods do not wait unless they are `async`; those wait for what the client does, and panic after [`PATIENCE`] with what
+/// they know. Dropping the server breaks its link.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    clock: Clock,
+    state: Mutex<State>,
+    /// Counts changes of the state.
+    changes: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    mailbox: Vec<Stored>,
+    reach: Reach,
+    refusal: Option<Code>,
+    silent: bool,
+    keep_alive: Option<KeepAlive>,
+    /// Sessions that were welcomed.
+    sessions: u64,
+    /// Links that were made; the newest one counts.
+    links: u64,
+    /// What the newest link has to do.
+    orders: VecDeque<Order>,
+    attached: Option<Standing>,
+    last_hello: Option<Hello>,
+    topics: BTreeSet<String>,
+    presence: Option<PresenceState>,
+    heard: VecDeque<DeviceFrame>,
+    closed: bool,
+}
+
+/// What carries the attached session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Standing {
+    link: u64,
+    carrier: Carrier,
+}
+
+#[derive(Debug)]
+struct Stored {
+    notify: Notify,
+    /// The link that it was sent on last.
+    sent_on: Option<u64>,
+    outcome: Option<Outcome>,
+}
+
+#[derive(Debug)]
+enum Order {
+    Say(ServerFrame),
+    Goaway(Goaway),
+    Fail(Code),
+    Break,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Server {
+    /// A server with an empty mailbox and a clock of its own.
+    pub fn new() -> Self {
+        Self::with_clock(Clock::new())
+    }
+
+    /// The same by this clock, for tests with several servers or clients.
+    pub fn with_clock(clock: Clock) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                clock,
+                state: Mutex::default(),
+                changes: watch::Sender::new(0),
+            }),
+        }
+    }
+
+    /// The clock of this server and of its clients.
+    pub fn clock(&self) -> Clock {
+        self.shared.clock.clone()
+    }
+
+    /// The settings of a client of this server: device, secret, links and clock. The test adds a directory and what it tests.
+    pub fn client(&self) -> Builder {
+        let shared = self.shared.clone();
+        let door = Door::new(move |route, codec| shared.answer(route, codec));
+        Client::builder()
+            .server("server.test:4433")
+            .device(DEVICE, SECRET)
+            .network("test")
+            .in_memory(door, self.shared.clock.clone())
+    }
+
+    /// Puts a notification of normal urgency into the mailbox, for an hour. An attached client gets it at once.
+    ///
+    /// # Panics
+    /// When more than 10,000 were put in.
+    pub fn notify(&self, content: Content) -> Id {
+        self.notify_for(content, TTL)
+    }
+
+    /// The same with a lifetime.
+    ///
+    /// # Panics
+    /// As [`notify`](Self::notify).
+    pub fn notify_for(&self, content: Content, lifetime: Duration) -> Id {
+        let now_ms = self.shared.clock.wall_ms();
+        self.shared.change(|state| {
+            assert!(
+                state.mailbox.len() < MAILBOX_MAX,
+                "a test's server holds {MAILBOX_MAX} notifications"
+            );
+            let mut bytes = [1; 16];
+            bytes[8..].copy_from_slice(&(state.mailbox.len() as u64 + 1).to_be_bytes());
+            let id = Id::from_bytes(bytes);
+            state.mailbox.push(Stored {
+                notify: Notify {
+                    seq: 0,
+                    redelivered: false,
+                    id,
+                    accepted_ms: now_ms,
+                    expires_ms: now_ms.saturating_add(lifetime.as_millis() as u64),
+                    urgency: Urgency::Normal,
+                    content,
+                },
+                sent_on: None,
+                outcome: None,
+            });
+            id
+        })
+    }
+
+    /// Forgets the verdict on a notification and sends it again, as a server does that never got the acknowledgement.
+    pub fn repeat(&self, id: Id) {
+        self.shared.change(|state| {
+            if let Some(stored) = state.mailbox.iter_mut().find(|one| one.notify.id == id) {
+                stored.outcome = None;
+                stored.sent_on = None;
+                stored.notify.redelivered = true;
+            }
+        });
+    }
+
+    /// Takes notifications back: from the mailbox, and by `withdraw` from the screen.
+    pub fn withdraw(&self, ids: Vec<Id>) {
+        self.shared.change(|state| {
+            state
+                .mailbox
+                .retain(|one| one.outcome.is_some() || !ids.contains(&one.notify.id));
+            state
+                .orders
+                .push_back(Order::Say(ServerFrame::Withdraw(Withdraw { ids })));
+        });
+    }
+
+    /// Says any frame in the present session, whether it is right or not.
+    pub fn say(&self, frame: ServerFrame) {
+        self.order(Order::Say(frame));
+    }
+
+    /// The connection breaks without a word.
+    pub fn break_link(&self) {
+        self.order(Order::Break);
+    }
+
+    /// Sends the device away in good order; it may come back at a random moment of this range of milliseconds.
+    pub fn send_away(&self, reason: GoawayReason, reconnect_ms: (u32, u32)) {
+        self.order(Order::Goaway(Goaway {
+            reason,
+            reconnect_ms: reconnect_ms.into(),
+            endpoint: None,
+        }));
+    }
+
+    /// Ends the present session with an error.
+    pub fn fail(&self, code: Code) {
+        self.order(Order::Fail(code));
+    }
+
+    /// Refuses every `hello` with this code from now on; `None`: welcomes again.
+    pub fn refuse(&self, code: Option<Code>) {
+        self.shared.change(|state| state.refusal = code);
+    }
+
+    /// Hears nothing and says nothing from now on, as behind a router that forgot the flow; `false`: is back.
+    pub fn be_silent(&self, silent: bool) {
+        self.shared.change(|state| state.silent = silent);
+    }
+
+    /// On which ways the server can be reached from now on. A link that stands stays.
+    pub fn reach(&self, reach: Reach) {
+        self.shared.change(|state| state.reach = reach);
+    }
+
+    /// Advises these seconds between signs of life from the next session on, in the place of what is usual.
+    pub fn keep_alive(&self, min_s: u32, max_s: u32) {
+        self.shared
+            .change(|state| state.keep_alive = Some((min_s, max_s).into()));
+    }
+
+    /// The outcome of a notification, if there is one.
+    pub fn outcome_now(&self, id: Id) -> Option<Outcome> {
+        self.shared.state().outcome(id)
+    }
+
+    /// Waits for the outcome of a notification.
+    ///
+    /// # Panics
+    /// After [`PATIENCE`].
+    pub async fn outcome(&self, id: Id) -> Outcome {
+        self.until(&format!("no verdict on {id}"), |state| state.outcome(id))
+            .await
+    }
+
+    /// Waits until this many sessions were welcomed since the start.
+    ///
+    /// # Panics
+    /// After [`PATIENCE`].
+    pub async fn sessions(&self, number: u64) {
+        let what = format!("there are no {number} sessions");
+        self.until(&what, |state| (state.sessions >= number).then_some(()))
+            .await;
+    }
+
+    /// Waits until a session stands, and answers with its carrier.
+    ///
+    /// # Panics
+    /// After [`PATIENCE`].
+    pub async fn attached(&self) -> Carrier {
+        self.until("no session stands", |state| {
+            state.attached.map(|attached| attached.carrier)
+        })
+        .await
+    }
+
+    /// Waits until no session stands.
+    ///
+    /// # Panics
+    /// After [`PATIENCE`].
+    pub async fn detached(&self) {
+        self.until("a session still stands", |state| {
+            state.attached.is_none().then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until the device said a frame like this, and answers with it. What was asked about before is not found again.
+    ///
+    /// # Panics
+    /// After [`PATIENCE`], with the names of what the device said.
+    pub async fn heard(&self, like: impl Fn(&DeviceFrame) -> bool) -> DeviceFrame {
+        let waiting = async {
+            let mut changes = self.shared.changes.subscribe();
+            loop {
+                {
+                    let mut state = self.shared.state();
+                    if let Some(at) = state.heard.iter().position(&like)
+                        && let Some(frame) = state.heard.remove(at)
+                    {
+                        return frame;
+                    }
+                }
+                let _ = changes.changed().await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, waiting).await {
+            Ok(frame) => frame,
+            Err(_) => {
+                let state = self.shared.state();
+                let names: Vec<_> = state.heard.iter().map(DeviceFrame::name).collect();
+                panic!("the device did not say that, but: {}", names.join(", "));
+            }
+        }
+    }
+
+    /// The last `hello`.
+    pub fn last_hello(&self) -> Option<Hello> {
+        self.shared.state().last_hello.clone()
+    }
+
+    /// The device's topics, sorted.
+    pub fn topics(&self) -> Vec<String> {
+        self.shared.state().topics.iter().cloned().collect()
+    }
+
+    /// What the device last said about whether a person uses the app.
+    pub fn presence(&self) -> Option<PresenceState> {
+        self.shared.state().presence
+    }
+
+    fn order(&self, order: Order) {
+        self.shared.change(|state| state.orders.push_back(order));
+    }
+
+    async fn until<T>(&self, otherwise: &str, found: impl Fn(&State) -> Option<T>) -> T {
+        let waiting = async {
+            let mut changes = self.shared.changes.subscribe();
+            loop {
+                let value = found(&self.shared.state());
+                if let Some(value) = value {
+                    return value;
+                }
+                let _ = changes.changed().await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, waiting).await {
+            Ok(value) => value,
+            Err(_) => panic!("{otherwise} after {} s", PATIENCE.as_secs()),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.change(|state| state.closed = true);
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let changed = change(&mut self.state());
+        self.changes.send_modify(|changes| *changes += 1);
+        changed
+    }
+
+    /// A client dials.
+    fn answer(self: &Arc<Self>, route: Route, codec: Codec) -> Option<MemoryLink> {
+        let number = self.change(|state| {
+            let reached = match state.reach {
+                Reach::All => true,
+                Reach::WebSocketOnly => route.carrier == Carrier::WebSocket,
+                Reach::ProxyOnly => route.by_proxy,
+                Reach::Nothing => false,
+            };
+            if !reached || state.closed {
+                return None;
+            }
+            state.links += 1;
+            Some(state.links)
+        })?;
+        let (device, server) = MemoryLink::pair(route.carrier, codec);
+        let serving = Serving {
+            shared: self.clone(),
+            number,
+            link: server,
+            session: ServerSession::new(u64::MAX),
+            sent: Vec::new(),
+            window: 0,
+        };
+        tokio::spawn(serving.run());
+        Some(device)
+    }
+}
+
+/// One link.
+struct Serving {
+    shared: Arc<Shared>,
+    number: u64,
+    link: MemoryLink,
+    session: ServerSession,
+    /// What was sent in this session, by `seq` from 1.
+    sent: Vec<Id>,
+    window: usize,
+}
+
+impl Serving {
+    async fn run(mut self) {
+        let mut changes = self.shared.changes.subscribe();
+        let code = loop {
+            changes.mark_unchanged();
+            if let Some(end) = self.work().await {
+                break end;
+            }
+            tokio::select! {
+                received = self.link.receive() => match received {
+                    Ok(bytes) => {
+                        if self.shared.state().silent {
+                            continue;
+                        }
+                        let decoded = bytes.and_then(|bytes| self.link.codec.decode_device(&bytes));
+                        if let Ok(bellwire_protocol::Decoded::Frame(frame)) = &decoded {
+                            let frame = frame.clone();
+                            self.shared.change(|state| {
+                                if state.heard.len() == HEARD_MAX {
+                                    state.heard.pop_front();
+                                }
+                                state.heard.push_back(frame);
+                            });
+                        }
+                        let mut actions = Vec::new();
+                        self.session.handle_decoded(decoded, &mut actions);
+                        if let Some(code) = self.carry_out(actions).await {
+                            break Some(code);
+                        }
+                    }
+                    Err(_) => break None,
+                },
+                _ = changes.changed() => {}
+            }
+        };
+        let number = self.number;
+        self.shared.change(|state| {
+            if state
+                .attached
+                .is_some_and(|attached| attached.link == number)
+            {
+                state.attached = None;
+            }
+        });
+        if let Some(code) = code {
+            self.link.close(code, FAREWELL).await;
+        }
+    }
+
+    /// Orders of the test, then the mailbox. `Some`: the link ends, with this code or broken.
+    async fn work(&mut self) -> Option<Option<Code>> {
+        let orders = {
+            let mut state = self.shared.state();
+            if state.closed {
+                return Some(None);
+            }
+            let mine = state
+                .attached
+                .is_some_and(|attached| attached.link == self.number);
+            match (mine, self.session.is_attached()) {
+                (true, _) => std::mem::take(&mut state.orders),
+                // A newer session took over.
+                (false, true) => VecDeque::from([Order::Goaway(Goaway {
+                    reason: GoawayReason::Replaced,
+                    reconnect_ms: (0, 0).into(),
+                    endpoint: None,
+                })]),
+                (false, false) => VecDeque::new(),
+            }
+        };
+        let mut actions = Vec::new();
+        for order in orders {
+            match order {
+                Order::Say(frame) => actions.push(ServerAction::Send(frame)),
+                Order::Goaway(goaway) => {
+                    let now_ms = self.shared.clock.now_ms();
+                    self.session.handle_goaway(goaway, now_ms, &mut actions);
+                }
+                Order::Fail(code) => {
+                    self.session
+                        .handle_failure(code, "the test wants it", &mut actions)
+                }
+                Order::Break => return Some(None),
+            }
+        }
+        if let Some(code) = self.carry_out(actions).await {
+            return Some(Some(code));
+        }
+        self.pump().await
+    }
+
+    /// Sends what waits, up to the window.
+    async fn pump(&mut self) -> Option<Option<Code>> {
+        loop {
+            let notify = {
+                let mut state = self.shared.state();
+                if !self.session.is_attached() || state.silent {
+                    return None;
+                }
+                let number = self.number;
+                let mut in_flight = state
+                    .mailbox
+                    .iter()
+                    .filter(|one| one.sent_on == Some(number) && one.outcome.is_none());
+                if in_flight.by_ref().count() >= self.window {
+                    return None;
+                }
+                let now_ms = self.shared.clock.wall_ms();
+                let next = state.mailbox.iter_mut().find(|one| {
+                    one.outcome.is_none()
+                        && one.sent_on != Some(number)
+                        && one.notify.expires_ms > now_ms
+                })?;
+                next.notify.redelivered |= next.sent_on.is_some();
+                next.sent_on = Some(number);
+                self.sent.push(next.notify.id);
+                next.notify.seq = self.sent.len() as u64;
+                next.notify.clone()
+            };
+            self.session.handle_sent(notify.seq);
+            if self.send(&ServerFrame::Notify(notify)).await.is_err() {
+                return Some(None);
+            }
+        }
+    }
+
+    async fn send(&mut self, frame: &ServerFrame) -> Result<(), crate::carrier::LinkEnd> {
+        let frame = self.link.codec.encode_server(frame);
+        self.link.feed(frame);
+        self.link.flush().await
+    }
+
+    /// `Some`: close with this code.
+    async fn carry_out(&mut self, actions: Vec<ServerAction>) -> Option<Code> {
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
+            match action {
+                ServerAction::Attach(hello) => {
+                    let mut more = Vec::new();
+                    self.attach(*hello, &mut more);
+                    actions.extend(more);
+                }
+                ServerAction::Acknowledge(ack) => {
+                    let ids = match ack {
+                        Ack::UpTo(seq) => {
+                            let count = (seq as usize).min(self.sent.len());
+                            self.sent[..count].to_vec()
+                        }
+                        Ack::Ids(ids) => ids,
+                    };
+                    self.shared.change(|state| {
+                        ids.iter()
+                            .for_each(|id| state.decide(id, Outcome::Acknowledged));
+                    });
+                }
+                ServerAction::Decline { id, reason } => {
+                    self.shared
+                        .change(|state| state.decide(&id, Outcome::Declined(reason)));
+                }
+                ServerAction::Presence(presence) => {
+                    self.shared.change(|state| state.presence = Some(presence));
+                }
+                ServerAction::Subscribe(topics) => {
+                    let topics = self.shared.change(|state| {
+                        state.topics.extend(topics);
+                        state.topics()
+                    });
+                    actions.push_front(ServerAction::Send(ServerFrame::Subscribed(topics)));
+                }
+                ServerAction::Unsubscribe(topics) => {
+                    let topics = self.shared.change(|state| {
+                        state.topics.retain(|topic| !topics.contains(topic));
+                        state.topics()
+                    });
+                    actions.push_front(ServerAction::Send(ServerFrame::Subscribed(topics)));
+                }
+                ServerAction::Send(frame) => {
+                    // A broken link is seen when the next frame is awaited.
+                    if !self.shared.state().silent {
+                        let _ = self.send(&frame).await;
+                    }
+                }
+                ServerAction::Leave => {}
+                ServerAction::Close { code, .. } => return Some(code),
+            }
+        }
+        None
+    }
+
+    fn attach(&mut self, hello: Hello, actions: &mut Vec<ServerAction>) {
+        let right = hello.device == DEVICE
+            && hello.secret.as_ref().map(|secret| secret.expose()) == Some(SECRET);
+        let refusal = match right {
+            true => self.shared.state().refusal,
+            false => Some(Code::Unauthorized),
+        };
+        let window = hello
+            .window
+            .unwrap_or(bellwire_protocol::limits::WINDOW_DEFAULT);
+        let (number, carrier) = (self.number, self.link.carrier);
+        let welcome = self.shared.change(|state| {
+            state.last_hello = Some(hello.clone());
+            if refusal.is_some() {
+                return None;
+            }
+            for seen in &hello.seen {
+                let outcome = match seen.verdict {
+                    Verdict::Acknowledged => Outcome::Acknowledged,
+                    Verdict::Declined => Outcome::Declined(String::new()),
+                };
+                state.decide(&seen.id, outcome);
+            }
+            state.sessions += 1;
+            state.orders.clear();
+            state.attached = Some(Standing {
+                link: number,
+                carrier,
+            });
+            Some(Welcome {
+                session: state.sessions,
+                pending: state.waiting(),
+                window,
+                max_bytes: bellwire_protocol::limits::CONTENT_DEFAULT_MAX_BYTES as u32,
+                keep_alive_s: state.keep_alive.unwrap_or(carrier.keep_alive()),
+                now_ms: self.shared.clock.wall_ms(),
+            })
+        });
+        match (welcome, refusal) {
+            (Some(welcome), _) => {
+                self.window = usize::from(window);
+                self.session.handle_welcome(welcome, actions);
+            }
+            (None, refusal) => {
+                let code = refusal.unwrap_or(Code::Unauthorized);
+                self.session
+                    .handle_refused(code, "the test wants it", actions);
+            }
+        }
+    }
+}
+
+impl State {
+    /// The first verdict stays.
+    fn decide(&mut self, id: &Id, outcome: Outcome) {
+        if let Some(stored) = self.mailbox.iter_mut().find(|one| one.notify.id == *id) {
+            stored.outcome.get_or_insert(outcome);
+        }
+    }
+
+    fn outcome(&self, id: Id) -> Option<Outcome> {
+        let stored = self.mailbox.iter().find(|one| one.notify.id == id)?;
+        stored.outcome.clone()
+    }
+
+    fn waiting(&self) -> u64 {
+        let waiting = self.mailbox.iter().filter(|one| one.outcome.is_none());
+        waiting.count() as u64
+    }
+
+    fn topics(&self) -> Topics {
+        Topics {
+            topics: self.topics.iter().cloned().collect(),
+        }
+    }
+}
