@@ -3,11 +3,12 @@
 //! Network equipment forgets a flow that is silent for too long, and a notification can then not come in; a sign of life too
 //! often costs battery. Nobody says where the limit is, and it differs from network to network.
 //!
-//! Every silence on the one connection of the client is evidence: it **survived** when something was heard after it, and was
-//! **lost** when the sign of life after it was not answered, but a new connection on the same network stood soon after. The
-//! evidence is weighed per length of silence, and loses half of its weight in a week. The next silence is drawn at random
+//! Every silence on the one connection of the client is evidence. It was **lost** when the sign of life after it was not
+//! answered, but a new connection on the same network stood soon after; and, on QUIC, when the server found us at another
+//! address after it, because a router had forgotten the flow and made a new one. It **survived** when something was heard
+//! after it and neither was the case. The evidence is weighed per length of silence, and loses half of its weight in a week. The next silence is drawn at random
 //! around the longest length that is borne out, and below the shortest one that is believed lost. So the interval drifts
-//! where the network lets it, without a second connection, a test, or a search with a beginning and an end. Decision 0022
+//! where the network lets it, without a second connection, a test, or a search with a beginning and an end. Decision 0026
 //! tells why it is done in this way.
 //!
 //! Pure: times and chance are handed in.

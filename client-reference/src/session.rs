@@ -117,6 +117,7 @@ pub(crate) async fn run<'a>(
         learns: keep_alive_s.is_none(),
         bounds: None,
         quiet: Quiet::new(clock.now_ms()),
+        address_checks: 0,
         answer_by_ms: None,
         networks,
         surroundings,
@@ -143,6 +144,8 @@ struct Session<'a, F> {
     /// What the server advises.
     bounds: Option<KeepAlive>,
     quiet: Quiet,
+    /// How often the server had found us at another address when we last heard of it.
+    address_checks: u64,
     /// The machine woke up or moved: something must be heard by then.
     answer_by_ms: Option<u64>,
     networks: &'a mut Networks,
@@ -277,13 +280,20 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
     /// Something was heard.
     fn heard(&mut self) {
         self.answer_by_ms = None;
+        // QUIC lets a session live on when a router has forgotten the flow; but what the server said in between came late.
+        let checks = self.link.address_checks();
+        let end = match checks == self.address_checks {
+            true => Silence::Survived,
+            false => Silence::Lost,
+        };
+        self.address_checks = checks;
         if let Some(silent_ms) = self.quiet.heard(self.clock.now_ms()) {
             let wall_ms = self.clock.wall_ms();
             self.networks.note(
                 self.surroundings.network(),
                 self.link.carrier(),
                 silent_ms,
-                Silence::Survived,
+                end,
                 wall_ms,
             );
         }

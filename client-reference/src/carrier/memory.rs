@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bellwire_protocol::{Carrier, Code, Codec};
@@ -29,6 +30,8 @@ pub(crate) struct MemoryLink {
     incoming: mpsc::Receiver<Wire>,
     gathered: Vec<Bytes>,
     end: Option<LinkEnd>,
+    /// How often the server's end found the device's at another address; both ends share it.
+    address_checks: Arc<AtomicU64>,
 }
 
 /// Answers when a client dials: the other end goes to whoever made the door.
@@ -69,7 +72,9 @@ impl MemoryLink {
     pub(crate) fn pair(carrier: Carrier, codec: Codec) -> (Self, Self) {
         let (to_server, at_server) = mpsc::channel(ON_THE_WAY_MAX);
         let (to_device, at_device) = mpsc::channel(ON_THE_WAY_MAX);
+        let address_checks = Arc::<AtomicU64>::default();
         let end = |out, incoming| Self {
+            address_checks: address_checks.clone(),
             carrier,
             codec,
             out,
@@ -91,6 +96,15 @@ impl MemoryLink {
         };
         self.end = Some(end.clone());
         Err(end)
+    }
+
+    /// The server's end finds the device at another address.
+    pub(crate) fn check_address(&self) {
+        self.address_checks.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn address_checks(&self) -> u64 {
+        self.address_checks.load(Ordering::Relaxed)
     }
 
     pub(crate) fn feed(&mut self, frame: Vec<u8>) {

@@ -210,6 +210,17 @@ impl Link {
         }
     }
 
+    /// How often the server has found us at another address. It rises when we moved ([`rebind`](Self::rebind)), and also when
+    /// a router had forgotten our flow and made a new one of our next packet: QUIC hides that from both sides otherwise. Always
+    /// 0 where an address cannot change.
+    pub(crate) fn address_checks(&self) -> u64 {
+        match &self.inner {
+            Inner::Quic(link) => link.address_checks(),
+            Inner::WebSocket(_) => 0,
+            Inner::Memory(link) => link.address_checks(),
+        }
+    }
+
     /// Ends the link in good order: what was sent arrives, the other side is given two seconds to close. Answers with the
     /// code that the server closed with, if it did.
     pub async fn close(mut self, code: Code) -> Option<Code> {

@@ -183,6 +183,12 @@ impl QuicLink {
             })
     }
 
+    /// How many PATH_CHALLENGE frames came (RFC 9000 section 8.2): a server sends one when packets of this connection suddenly
+    /// come from another address.
+    pub(super) fn address_checks(&self) -> u64 {
+        self.connection.stats().frame_rx.path_challenge
+    }
+
     pub(super) fn rebind(&self) -> bool {
         let local = match self.endpoint.local_addr() {
             Ok(local) => any_local(&local),

@@ -1,6 +1,7 @@
 //! A clock that stands still until a test moves it.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -15,6 +16,33 @@ pub const START_MS: u64 = 1_700_000_000_000;
 #[derive(Debug, Clone)]
 pub struct Clock {
     times: Arc<watch::Sender<Times>>,
+    /// Who waits, by the moment that is waited for: how many.
+    awaited: Arc<Mutex<BTreeMap<u64, usize>>>,
+}
+
+/// Somebody waits for a moment, until this is dropped.
+struct Awaiting<'a> {
+    clock: &'a Clock,
+    ms: u64,
+}
+
+impl<'a> Awaiting<'a> {
+    fn new(clock: &'a Clock, ms: u64) -> Self {
+        *clock.awaited().entry(ms).or_default() += 1;
+        Self { clock, ms }
+    }
+}
+
+impl Drop for Awaiting<'_> {
+    fn drop(&mut self) {
+        let mut awaited = self.clock.awaited();
+        if let Some(number) = awaited.get_mut(&self.ms) {
+            *number -= 1;
+            if *number == 0 {
+                awaited.remove(&self.ms);
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +70,7 @@ impl Clock {
         };
         Self {
             times: Arc::new(watch::Sender::new(times)),
+            awaited: Arc::default(),
         }
     }
 
@@ -69,6 +98,21 @@ impl Clock {
         self.move_by(|times| times.wall_ms = unix_ms);
     }
 
+    /// In how long the next thing is due that a client waits for: a sign of life, an answer that it gives up on, the end of a
+    /// pause. `None`: nobody waits. So a test can go from one to the next without knowing the numbers.
+    ///
+    /// Let the client settle first: what it does in answer to the last move may change what it waits for.
+    pub fn due_in(&self) -> Option<Duration> {
+        let now_ms = self.now_ms();
+        let awaited = self.awaited();
+        let next = awaited.keys().find(|ms| **ms > now_ms)?;
+        Some(Duration::from_millis(next - now_ms))
+    }
+
+    fn awaited(&self) -> MutexGuard<'_, BTreeMap<u64, usize>> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Wall time in Unix milliseconds.
     pub fn wall_ms(&self) -> u64 {
         self.times.borrow().wall_ms
@@ -88,6 +132,7 @@ impl Clock {
 
     pub(crate) async fn reached(&self, ms: u64) {
         let mut times = self.times.subscribe();
+        let _awaiting = Awaiting::new(self, ms);
         // It cannot fail: this clock holds the sender.
         let _ = times.wait_for(|times| times.now_ms >= ms).await;
     }
@@ -118,11 +163,15 @@ mod tests {
             let clock = clock.clone();
             async move { clock.reached(60_000).await }
         });
+        tokio::task::yield_now().await;
+        assert_eq!(clock.due_in(), Some(Duration::from_secs(60)));
         clock.advance(Duration::from_secs(59));
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
+        assert_eq!(clock.due_in(), Some(Duration::from_secs(1)));
         clock.sleep_machine(Duration::from_secs(2));
         assert!(waiting.await.is_ok());
+        assert_eq!(clock.due_in(), None);
         assert_eq!((clock.now_ms(), clock.slept_ms()), (61_000, 2_000));
         assert_eq!(clock.wall_ms(), START_MS + 61_000);
         clock.set_wall(5);

@@ -93,6 +93,8 @@ struct State {
     reach: Reach,
     refusal: Option<Code>,
     silent: bool,
+    /// A router on the way forgets a flow that was silent for this long, in milliseconds.
+    forgets_after_ms: Option<u64>,
     keep_alive: Option<KeepAlive>,
     /// Sessions that were welcomed.
     sessions: u64,
@@ -125,7 +127,7 @@ struct Stored {
 
 #[derive(Debug)]
 enum Order {
-    Say(ServerFrame),
+    Say(Box<ServerFrame>),
     Goaway(Goaway),
     Fail(Code),
     Break,
@@ -228,13 +230,15 @@ impl Server {
                 .retain(|one| one.outcome.is_some() || !ids.contains(&one.notify.id));
             state
                 .orders
-                .push_back(Order::Say(ServerFrame::Withdraw(Withdraw { ids })));
+                .push_back(Order::Say(Box::new(ServerFrame::Withdraw(Withdraw {
+                    ids,
+                }))));
         });
     }
 
     /// Says any frame in the present session, whether it is right or not.
     pub fn say(&self, frame: ServerFrame) {
-        self.order(Order::Say(frame));
+        self.order(Order::Say(Box::new(frame)));
     }
 
     /// The connection breaks without a word.
@@ -264,6 +268,17 @@ impl Server {
     /// Hears nothing and says nothing from now on, as behind a router that forgot the flow; `false`: is back.
     pub fn be_silent(&self, silent: bool) {
         self.shared.change(|state| state.silent = silent);
+    }
+
+    /// From now on a router on the way forgets a flow on which nothing was said for this long; `None`: it remembers for ever.
+    ///
+    /// As on real networks, nobody is told. Over WebSocket nothing passes on that connection any more, in either direction.
+    /// Over QUIC what the server says waits until the device speaks: the router makes a new flow of that packet, and the
+    /// server finds the device at another address.
+    pub fn router_forgets_after(&self, silence: Option<Duration>) {
+        let silence_ms = silence.map(|silence| silence.as_millis() as u64);
+        self.shared
+            .change(|state| state.forgets_after_ms = silence_ms);
     }
 
     /// On which ways the server can be reached from now on. A link that stands stays.
@@ -429,6 +444,9 @@ impl Shared {
             session: ServerSession::new(u64::MAX),
             sent: Vec::new(),
             window: 0,
+            passed_at_ms: self.clock.now_ms(),
+            forgotten: false,
+            held: VecDeque::new(),
         };
         tokio::spawn(serving.run());
         Some(device)
@@ -444,6 +462,12 @@ struct Serving {
     /// What was sent in this session, by `seq` from 1.
     sent: Vec<Id>,
     window: usize,
+    /// When the router last let something through.
+    passed_at_ms: u64,
+    /// The router has forgotten this flow.
+    forgotten: bool,
+    /// What waits for a new flow. Bounded by the window and by what the test orders.
+    held: VecDeque<Vec<u8>>,
 }
 
 impl Serving {
@@ -457,7 +481,7 @@ impl Serving {
             tokio::select! {
                 received = self.link.receive() => match received {
                     Ok(bytes) => {
-                        if self.shared.state().silent {
+                        if self.shared.state().silent || !self.passes_up().await {
                             continue;
                         }
                         let decoded = bytes.and_then(|bytes| self.link.codec.decode_device(&bytes));
@@ -519,7 +543,7 @@ impl Serving {
         let mut actions = Vec::new();
         for order in orders {
             match order {
-                Order::Say(frame) => actions.push(ServerAction::Send(frame)),
+                Order::Say(frame) => actions.push(ServerAction::Send(*frame)),
                 Order::Goaway(goaway) => {
                     let now_ms = self.shared.clock.now_ms();
                     self.session.handle_goaway(goaway, now_ms, &mut actions);
@@ -574,8 +598,44 @@ impl Serving {
 
     async fn send(&mut self, frame: &ServerFrame) -> Result<(), crate::carrier::LinkEnd> {
         let frame = self.link.codec.encode_server(frame);
-        self.link.feed(frame);
+        self.note_silence();
+        match (self.forgotten, self.link.carrier) {
+            (false, _) => self.link.feed(frame),
+            (true, Carrier::Quic) => self.held.push_back(frame),
+            (true, Carrier::WebSocket) => {}
+        }
         self.link.flush().await
+    }
+
+    /// Whether the router lets a frame of the device through.
+    async fn passes_up(&mut self) -> bool {
+        self.note_silence();
+        match (self.forgotten, self.link.carrier) {
+            (false, _) => true,
+            (true, Carrier::WebSocket) => false,
+            (true, Carrier::Quic) => {
+                self.forgotten = false;
+                self.passed_at_ms = self.shared.clock.now_ms();
+                self.link.check_address();
+                for frame in std::mem::take(&mut self.held) {
+                    self.link.feed(frame);
+                }
+                // A broken link is seen when the next frame is awaited.
+                let _ = self.link.flush().await;
+                true
+            }
+        }
+    }
+
+    /// Something is to pass: has the router forgotten the flow by now?
+    fn note_silence(&mut self) {
+        let forgets_after_ms = self.shared.state().forgets_after_ms;
+        let now_ms = self.shared.clock.now_ms();
+        let silent_ms = now_ms.saturating_sub(self.passed_at_ms);
+        self.forgotten |= forgets_after_ms.is_some_and(|after_ms| silent_ms >= after_ms);
+        if !self.forgotten {
+            self.passed_at_ms = now_ms;
+        }
     }
 
     /// `Some`: close with this code.

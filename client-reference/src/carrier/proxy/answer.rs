@@ -56,7 +56,14 @@ impl Answer {
                 // What follows the head is the tunnel, and nobody in there speaks before we do.
                 200..=299 if from < self.filled => return Some(Err(ProxyFault::SpokeFirst)),
                 200..=299 => return Some(Ok(())),
-                407 => return Some(Err(wants_credentials(response.headers, had_credentials))),
+                // 407 is right. Some proxies say 401, which belongs to servers; but no server speaks before the tunnel stands.
+                401 | 407 => {
+                    return Some(Err(wants_credentials(
+                        status,
+                        response.headers,
+                        had_credentials,
+                    )));
+                }
                 status => return Some(Err(ProxyFault::Refused { status })),
             }
         }
@@ -64,10 +71,18 @@ impl Answer {
 }
 
 /// What a 407 means depends on what the proxy asks for, and on what it was given.
-fn wants_credentials(headers: &[httparse::Header<'_>], had_credentials: bool) -> ProxyFault {
+fn wants_credentials(
+    status: u16,
+    headers: &[httparse::Header<'_>],
+    had_credentials: bool,
+) -> ProxyFault {
+    let asks = match status {
+        401 => "www-authenticate",
+        _ => "proxy-authenticate",
+    };
     let mut offered: Vec<String> = headers
         .iter()
-        .filter(|header| header.name.eq_ignore_ascii_case("proxy-authenticate"))
+        .filter(|header| header.name.eq_ignore_ascii_case(asks))
         .filter_map(|header| std::str::from_utf8(header.value).ok())
         .filter_map(|value| value.split([' ', ',']).next())
         .filter(|scheme| {
@@ -82,9 +97,9 @@ fn wants_credentials(headers: &[httparse::Header<'_>], had_credentials: bool) ->
     let mut schemes = offered.join(", ");
     schemes.truncate(SCHEMES_MAX_BYTES);
     match (basic || offered.is_empty(), had_credentials) {
-        (false, _) => ProxyFault::OtherScheme { schemes },
-        (true, false) => ProxyFault::WantsCredentials,
-        (true, true) => ProxyFault::WrongCredentials,
+        (false, _) => ProxyFault::OtherScheme { schemes, status },
+        (true, false) => ProxyFault::WantsCredentials { status },
+        (true, true) => ProxyFault::WrongCredentials { status },
     }
 }
 
@@ -140,6 +155,21 @@ mod tests {
                 "HTTP/1.1 407 x\r\nProxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM\r\n\r\n",
                 true,
                 "it wants another kind of authentication than Basic: Negotiate, NTLM (HTTP 407)",
+            ),
+            (
+                "HTTP/1.0 401 Unauthorized\r\nConnection: close\r\n\r\n",
+                true,
+                "it does not accept this user and password (HTTP 401)",
+            ),
+            (
+                "HTTP/1.1 401 x\r\nWWW-Authenticate: Basic realm=\"a\"\r\n\r\n",
+                false,
+                "it wants a user and a password (HTTP 401)",
+            ),
+            (
+                "HTTP/1.1 401 x\r\nWWW-Authenticate: Negotiate\r\n\r\n",
+                true,
+                "it wants another kind of authentication than Basic: Negotiate (HTTP 401)",
             ),
             (
                 "HTTP/1.1 403 Forbidden\r\n\r\n",

@@ -47,16 +47,24 @@ pub enum ProxyFault {
         source: std::io::Error,
     },
     /// It wants credentials, and has none from us.
-    #[error("it wants a user and a password (HTTP 407)")]
-    WantsCredentials,
+    #[error("it wants a user and a password (HTTP {status})")]
+    WantsCredentials {
+        /// 407, or 401 of a proxy that does not tell the two apart.
+        status: u16,
+    },
     /// It refused ours.
-    #[error("it does not accept this user and password (HTTP 407)")]
-    WrongCredentials,
+    #[error("it does not accept this user and password (HTTP {status})")]
+    WrongCredentials {
+        /// 407, or 401 of a proxy that does not tell the two apart.
+        status: u16,
+    },
     /// It does not take Basic authentication.
-    #[error("it wants another kind of authentication than Basic: {schemes} (HTTP 407)")]
+    #[error("it wants another kind of authentication than Basic: {schemes} (HTTP {status})")]
     OtherScheme {
         /// What it takes instead.
         schemes: String,
+        /// 407, or 401 of a proxy that does not tell the two apart.
+        status: u16,
     },
     /// It answered with another status than 2xx.
     #[error("{}", refused_text(*status))]
@@ -77,7 +85,8 @@ pub enum ProxyFault {
 
 fn refused_text(status: u16) -> String {
     match status {
-        401 | 403 | 405 => format!("it forbids this server and port (HTTP {status})"),
+        403 | 405 => format!("it forbids this server and port (HTTP {status})"),
+        500 => format!("it failed, or cannot reach the server (HTTP {status})"),
         502..=504 => format!("it cannot reach the server (HTTP {status})"),
         _ => format!("it answered HTTP {status}"),
     }
@@ -102,17 +111,19 @@ impl ProxyFault {
             Self::Ended | Self::Broken { .. } => {
                 "Check that this is an HTTP proxy, and its log: it may drop what it forbids."
             }
-            Self::WantsCredentials => {
+            Self::WantsCredentials { .. } => {
                 "Write user and password into the proxy's URL: http://user:password@host:port."
             }
-            Self::WrongCredentials => {
+            Self::WrongCredentials { .. } => {
                 "Check user and password in the proxy's URL; special characters must be percent-encoded."
             }
             Self::OtherScheme { .. } => {
                 "Ask the proxy's operator for Basic authentication, or for an exception for the server."
             }
-            Self::Refused { status: 502..=504 } => {
-                "Check that the server runs and that the proxy can reach it."
+            Self::Refused {
+                status: 500 | 502..=504,
+            } => {
+                "Check that the server runs and that the proxy can reach it; the proxy's log says more."
             }
             Self::Refused { .. } => {
                 "Ask the proxy's operator to permit CONNECT to the server's name and port (many permit 443 alone)."
