@@ -81,7 +81,11 @@ pub struct KnownNetwork {
 /// # Errors
 /// When the directory or the window in it cannot be read.
 pub fn inspect(directory: &Path) -> Result<Inspection, StateError> {
-    let wall_ms = crate::clock::wall_ms();
+    inspect_at(directory, crate::clock::wall_ms())
+}
+
+/// The same at another time: what was learned loses its weight with age.
+pub(crate) fn inspect_at(directory: &Path, wall_ms: u64) -> Result<Inspection, StateError> {
     let entries =
         std::fs::read_dir(directory).map_err(StateError::io("read the directory", directory))?;
     let mut set_aside: Vec<PathBuf> = entries

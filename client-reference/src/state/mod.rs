@@ -17,6 +17,7 @@ mod networks;
 mod window;
 
 pub(crate) use files::make_directory;
+pub(crate) use inspect::inspect_at;
 pub use inspect::{Inspection, KnownNetwork, WindowInspection, WindowState, inspect};
 pub use last::LastSession;
 pub(crate) use lock::Lock;

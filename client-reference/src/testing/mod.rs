@@ -28,10 +28,14 @@
 //! assert_eq!(server.outcome(invoice).await, Outcome::Acknowledged);
 //! assert_eq!(server.outcome(lunch).await, Outcome::Declined("not for this app".to_owned()));
 //!
-//! // The connection breaks; the clock passes over the back-off, and the client is there again.
+//! // The connection breaks; time passes over the back-off, and the client is there again.
 //! server.break_link();
-//! server.clock().advance(Duration::from_secs(1));
-//! server.sessions(2).await;
+//! server.sessions_in_time(2).await;
+//!
+//! // What it missed while the machine slept comes when it wakes up.
+//! let late = server.notify(content("Invoice", "Reminder"));
+//! server.clock().sleep_machine(Duration::from_secs(600));
+//! assert_eq!(server.outcome(late).await, Outcome::Acknowledged);
 //! client.shutdown().await;
 //! # Ok(())
 //! # }
@@ -40,5 +44,18 @@
 mod clock;
 mod server;
 
+use std::path::Path;
+
+use crate::state::{Inspection, StateError, inspect_at};
+
 pub use clock::{Clock, START_MS};
 pub use server::{DEVICE, Outcome, PATIENCE, Reach, Server, content};
+
+/// [`inspect`](crate::inspect) by this clock: what was learned of networks loses its weight with age, and by the machine's clock
+/// a test of [`START_MS`] is years old.
+///
+/// # Errors
+/// As [`inspect`](crate::inspect).
+pub fn inspect(directory: &Path, clock: &Clock) -> Result<Inspection, StateError> {
+    inspect_at(directory, clock.wall_ms())
+}

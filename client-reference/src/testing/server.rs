@@ -30,6 +30,12 @@ const MAILBOX_MAX: usize = 10_000;
 /// Frames of the device that are remembered; the oldest makes room.
 const HEARD_MAX: usize = 10_000;
 
+/// Steps of time until a session is given up.
+const STEPS_MAX: usize = 10_000;
+
+/// Turns that other tasks get before time passes again.
+const SETTLE_TURNS: usize = 64;
+
 /// Lifetime of a notification unless the test says otherwise.
 const TTL: Duration = Duration::from_secs(3_600);
 
@@ -316,6 +322,27 @@ impl Server {
             .await;
     }
 
+    /// The same while time passes: goes from one thing that is due to the next, through every pause of the client. For clients
+    /// on this thread alone (`#[tokio::test]` without a flavor).
+    ///
+    /// # Panics
+    /// When it takes more than 10,000 steps, or nobody waits for anything.
+    pub async fn sessions_in_time(&self, number: u64) {
+        for _ in 0..STEPS_MAX {
+            for _ in 0..SETTLE_TURNS {
+                tokio::task::yield_now().await;
+            }
+            if self.shared.state().sessions >= number {
+                return;
+            }
+            let due = self.shared.clock.due_in();
+            self.shared
+                .clock
+                .advance(due.expect("no session, and nobody waits for anything"));
+        }
+        panic!("there are no {number} sessions after {STEPS_MAX} steps");
+    }
+
     /// Waits until a session stands, and answers with its carrier.
     ///
     /// # Panics
@@ -365,6 +392,11 @@ impl Server {
                 panic!("the device did not say that, but: {}", names.join(", "));
             }
         }
+    }
+
+    /// What the device said since this was asked last, oldest first, apart from what [`heard`](Self::heard) found.
+    pub fn take_heard(&self) -> Vec<DeviceFrame> {
+        self.shared.state().heard.drain(..).collect()
     }
 
     /// The last `hello`.

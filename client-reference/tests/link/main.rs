@@ -6,6 +6,8 @@
     reason = "a test names what it expects"
 )]
 
+mod commands;
 mod programs;
+mod proxies;
 mod sessions;
 mod support;

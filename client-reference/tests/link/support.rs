@@ -8,14 +8,15 @@ use std::time::Duration;
 use bellwire_certs::{DevAuthority, Validity};
 use bellwire_client::{Builder, Carriers, Client, Event, Notification, Trust, Verdict};
 use bellwire_protocol::{
-    Ack, Carrier, Code, Codec, Content, Decoded, DeviceFrame, FrameReader, Hello, Id, Notify,
-    ServerFrame, Urgency, Welcome, negotiate, write_framed,
+    Ack, Carrier, Code, Codec, Content, Decoded, DeviceFrame, ErrorFrame, FrameReader, Hello, Id,
+    Notify, ServerFrame, Urgency, Welcome, negotiate, write_framed,
 };
 use futures_util::{SinkExt, StreamExt};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -42,8 +43,49 @@ pub(crate) enum Udp {
 pub(crate) struct FakeServer {
     pub(crate) address: SocketAddr,
     pub(crate) ca_pem: Vec<u8>,
-    arrived: mpsc::Receiver<Peer>,
+    arrived: Option<mpsc::Receiver<Peer>>,
+    taking_tcp: JoinHandle<()>,
     _blackhole: Option<UdpSocket>,
+}
+
+/// How [`FakeServer::welcome_everyone`] treats who comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Everyone {
+    /// Welcomed, by this machine's clock.
+    Now,
+    /// Welcomed, by a clock that shows this.
+    At(u64),
+    /// Welcomed by this machine's clock, but for the first: that connection breaks.
+    ButTheFirst,
+    /// Refused.
+    Refused(Code),
+}
+
+/// Serves whoever comes until it is dropped.
+pub(crate) struct Serving {
+    hellos: watch::Receiver<usize>,
+    task: JoinHandle<()>,
+}
+
+impl Serving {
+    /// How many have said `hello` by now.
+    pub(crate) fn hellos(&self) -> usize {
+        *self.hellos.borrow()
+    }
+
+    /// Waits until this many have.
+    pub(crate) async fn at_least(&self, number: usize) {
+        let mut hellos = self.hellos.clone();
+        let waiting = hellos.wait_for(|hellos| *hellos >= number);
+        let waited = tokio::time::timeout(PATIENCE, waiting).await;
+        waited.expect("nobody says hello").unwrap();
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 impl FakeServer {
@@ -106,27 +148,59 @@ impl FakeServer {
             &rustls::version::TLS13,
             &rustls::version::TLS12,
         ])));
-        tokio::spawn(take_websocket(listener, acceptor, found));
+        let taking_tcp = tokio::spawn(take_websocket(listener, acceptor, found));
         let ca_pem = authority.certificate_pem().as_bytes().to_vec();
         Self {
             address,
             ca_pem,
-            arrived,
+            arrived: Some(arrived),
+            taking_tcp,
             _blackhole: blackhole,
         }
     }
 
     /// The next device that has spoken.
     pub(crate) async fn accept(&mut self) -> Peer {
-        tokio::time::timeout(PATIENCE, self.arrived.recv())
+        let arrived = self.arrived.as_mut().expect("everyone is served");
+        tokio::time::timeout(PATIENCE, arrived.recv())
             .await
             .expect("no device came")
             .unwrap()
     }
 
+    /// From now on everyone is served in the background: `hello` as it is said here, `ping` by `pong`, `bye` by the close.
+    pub(crate) fn welcome_everyone(&mut self, how: Everyone) -> Serving {
+        let mut arrived = self.arrived.take().expect("everyone is served");
+        let (count, hellos) = watch::channel(0);
+        let task = tokio::spawn(async move {
+            while let Some(peer) = arrived.recv().await {
+                count.send_modify(|hellos| *hellos += 1);
+                let first = *count.borrow() == 1;
+                tokio::spawn(async move {
+                    match how {
+                        Everyone::Now => peer.serve(unix_ms()).await,
+                        Everyone::At(now_ms) => peer.serve(now_ms).await,
+                        Everyone::ButTheFirst if first => peer.break_off(),
+                        Everyone::ButTheFirst => peer.serve(unix_ms()).await,
+                        Everyone::Refused(code) => peer.refuse(code).await,
+                    }
+                });
+            }
+        });
+        Serving { hellos, task }
+    }
+
+    /// The same server with its TCP port closed.
+    pub(crate) async fn without_tcp(mut self) -> Self {
+        self.taking_tcp.abort();
+        let _ = (&mut self.taking_tcp).await;
+        self
+    }
+
     /// Whether no other device has spoken by now.
     pub(crate) fn nobody_else_came(&mut self) -> bool {
-        self.arrived.try_recv().is_err()
+        let arrived = self.arrived.as_mut().expect("everyone is served");
+        arrived.try_recv().is_err()
     }
 
     /// A client of this server that records what it sees; the test adds what it needs.
@@ -141,6 +215,35 @@ impl FakeServer {
             .on_notification(move |notification| notifications.notification(notification))
             .on_event(move |event| events.event(event))
     }
+}
+
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.unwrap().as_millis() as u64
+}
+
+/// What takes TLS for `localhost`, and the authority behind it, as PEM.
+pub(crate) fn acceptor() -> (TlsAcceptor, Vec<u8>) {
+    let now = time::OffsetDateTime::now_utc();
+    let authority = DevAuthority::generate("Other CA", Validity::authority(now).unwrap()).unwrap();
+    let issued = authority.server(
+        &["localhost".parse().unwrap()],
+        Validity::leaf(now).unwrap(),
+    );
+    let issued = issued.unwrap();
+    let chain = CertificateDer::pem_slice_iter(issued.chain_pem.as_bytes())
+        .map(Result::unwrap)
+        .collect();
+    let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .unwrap();
+    let ca = authority.certificate_pem().as_bytes().to_vec();
+    (TlsAcceptor::from(Arc::new(config)), ca)
 }
 
 async fn take_quic(endpoint: quinn::Endpoint, found: mpsc::Sender<Peer>) {
@@ -323,8 +426,39 @@ impl Peer {
         }
     }
 
+    /// Welcomes, answers every `ping`, and closes after `bye`.
+    async fn serve(mut self, now_ms: u64) {
+        self.welcome_at(now_ms).await;
+        loop {
+            let Ok(bytes) = self.hear_bytes().await else {
+                return;
+            };
+            match self.codec.decode_device(&bytes) {
+                Ok(Decoded::Frame(DeviceFrame::Ping)) => self.say([ServerFrame::Pong]).await,
+                Ok(Decoded::Frame(DeviceFrame::Bye)) => return self.close(Code::Bye).await,
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes the `hello`, and refuses it.
+    async fn refuse(mut self, code: Code) {
+        let _ = self.hear_bytes().await;
+        let error = ErrorFrame {
+            code: code.name().to_owned(),
+            message: "the test wants it".to_owned(),
+            retry: code.retry(),
+        };
+        self.say([ServerFrame::Error(error)]).await;
+        self.close(code).await;
+    }
+
     /// Takes the `hello` and welcomes.
     pub(crate) async fn welcome(&mut self) -> Hello {
+        self.welcome_at(NOW_MS).await
+    }
+
+    async fn welcome_at(&mut self, now_ms: u64) -> Hello {
         let Ok(DeviceFrame::Hello(hello)) = self.hear().await else {
             panic!("no hello")
         };
@@ -336,7 +470,7 @@ impl Peer {
             window,
             max_bytes: 4_096,
             keep_alive_s,
-            now_ms: NOW_MS,
+            now_ms,
         };
         self.say([ServerFrame::Welcome(welcome)]).await;
         hello
