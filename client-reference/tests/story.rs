@@ -232,7 +232,7 @@ async fn where_nothing_is_forgotten_the_interval_comes_to_the_servers_bound_and_
     let silences = pass(&clock, &server, 48 * HOUR).await;
     all_within(&silences, 20, 120);
     let last = &silences[silences.len() - 20..];
-    all_within(last, 100, 120);
+    all_within(last, 88, 120);
     assert_eq!(seen.count("connected"), 1);
     // The server asks for more signs of life: that counts from the next session on, whatever was learned.
     server.keep_alive(20, 40);

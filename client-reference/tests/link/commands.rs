@@ -89,9 +89,10 @@ impl Place {
     /// The same with the way to a server, and who the device is.
     async fn run_at(&self, server: &FakeServer, arguments: &[&str]) -> Ended {
         let address = format!("localhost:{}", server.address.port());
-        let ca = self.path("ca.pem");
+        // Several servers may be asked at once.
+        let ca = self.text(&format!("ca-{}.pem", server.address.port()));
         std::fs::write(&ca, &server.ca_pem).unwrap();
-        let (ca, credentials) = (self.text("ca.pem"), self.text("anna.json"));
+        let credentials = self.text("anna.json");
         let mut all = arguments.to_vec();
         all.extend(["--server", &address, "--ca", &ca]);
         if !arguments.contains(&"--without-credentials") {

@@ -46,6 +46,9 @@ impl Answer {
             let head = match response.parse(&self.bytes[from..self.filled]) {
                 Ok(httparse::Status::Complete(head)) => head,
                 Ok(httparse::Status::Partial) => return None,
+                Err(httparse::Error::TooManyHeaders) => {
+                    return Some(Err(ProxyFault::AnswerTooLong));
+                }
                 Err(_) => return Some(Err(ProxyFault::NotHttp)),
             };
             let status = response.code.unwrap_or_default();
@@ -209,9 +212,6 @@ mod tests {
             "HTTP/1.1 200 OK\r\n{}\r\n",
             "a: b\r\n".repeat(HEADERS_MAX + 1)
         );
-        assert_eq!(
-            decided(many.as_bytes(), 4_096, false),
-            "it does not speak HTTP"
-        );
+        assert!(decided(many.as_bytes(), 4_096, false).contains("64 lines"));
     }
 }

@@ -76,7 +76,7 @@ pub enum ProxyFault {
     #[error("it does not speak HTTP")]
     NotHttp,
     /// The head of its answer has no end.
-    #[error("the head of its answer is longer than 8 KiB")]
+    #[error("the head of its answer is longer than 8 KiB or 64 lines")]
     AnswerTooLong,
     /// Something in the tunnel spoke first; neither TLS nor a proxy does.
     #[error("something behind it spoke before we did")]
