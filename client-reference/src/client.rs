@@ -108,8 +108,10 @@ pub struct Builder {
     leave_after: Option<u64>,
     handler: Option<Handler>,
     events: Events,
-    /// For tests: links in memory, and a clock that stands still.
-    memory: Option<(Door, testing::Clock)>,
+    /// For tests: links in memory.
+    door: Option<Door>,
+    /// For tests: a clock that stands still.
+    manual: Option<testing::Clock>,
 }
 
 /// Which proxy, and when.
@@ -161,7 +163,8 @@ impl Builder {
             leave_after: None,
             handler: None,
             events: Events(Arc::new(|_| {})),
-            memory: None,
+            door: None,
+            manual: None,
         }
     }
 
@@ -277,8 +280,13 @@ impl Builder {
         self
     }
 
-    pub(crate) fn in_memory(mut self, door: Door, clock: testing::Clock) -> Self {
-        self.memory = Some((door, clock));
+    pub(crate) fn in_memory(mut self, door: Door) -> Self {
+        self.door = Some(door);
+        self
+    }
+
+    pub(crate) fn by_clock(mut self, clock: testing::Clock) -> Self {
+        self.manual = Some(clock);
         self
     }
 
@@ -372,9 +380,10 @@ impl Builder {
             .keep_alive
             .map(|interval| interval.as_secs().clamp(1, KEEP_ALIVE_MAX_S.into()) as u32);
 
-        let (dialer, clock) = match self.memory {
-            None => (Dialer::new(endpoint, &self.trust)?, Clock::new()),
-            Some((door, clock)) => (Dialer::in_memory(endpoint, door)?, Clock::manual(clock)),
+        let clock = self.manual.map_or_else(Clock::new, Clock::manual);
+        let dialer = match self.door {
+            None => Dialer::new(endpoint, &self.trust)?,
+            Some(door) => Dialer::in_memory(endpoint, door)?,
         };
         let mut dialer = dialer
             .with_codec(self.codec)

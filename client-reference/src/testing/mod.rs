@@ -46,6 +46,7 @@ mod server;
 
 use std::path::Path;
 
+use crate::client::Builder;
 use crate::state::{Inspection, StateError, inspect_at};
 
 pub use clock::{Clock, START_MS};
@@ -58,4 +59,10 @@ pub use server::{DEVICE, Outcome, PATIENCE, Reach, Server, content};
 /// As [`inspect`](crate::inspect).
 pub fn inspect(directory: &Path, clock: &Clock) -> Result<Inspection, StateError> {
     inspect_at(directory, clock.wall_ms())
+}
+
+/// A client over real links that goes by this clock: for tests with a server of their own. The time limits of sockets run by
+/// the real one.
+pub fn by_clock(builder: Builder, clock: &Clock) -> Builder {
+    builder.by_clock(clock.clone())
 }

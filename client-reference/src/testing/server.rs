@@ -175,7 +175,8 @@ impl Server {
             .server("server.test:4433")
             .device(DEVICE, SECRET)
             .network("test")
-            .in_memory(door, self.shared.clock.clone())
+            .in_memory(door)
+            .by_clock(self.shared.clock.clone())
     }
 
     /// Puts a notification of normal urgency into the mailbox, for an hour. An attached client gets it at once.

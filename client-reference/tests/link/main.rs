@@ -9,5 +9,6 @@
 mod commands;
 mod programs;
 mod proxies;
+mod routers;
 mod sessions;
 mod support;

@@ -55,6 +55,7 @@ pub struct Site {
     dir: tempfile::TempDir,
     data: PathBuf,
     settings: Vec<(String, String)>,
+    namespace: Option<String>,
 }
 
 impl Site {
@@ -73,6 +74,7 @@ impl Site {
             data: dir.path().join("data"),
             dir,
             settings: settings.to_vec(),
+            namespace: None,
         }
     }
 
@@ -97,6 +99,13 @@ impl Site {
         self.settings.push((key, value.to_owned()));
     }
 
+    /// Runs everything in this network namespace, as `ip netns add` made it; only what runs there as well reaches it.
+    #[must_use]
+    pub fn in_namespace(mut self, name: &str) -> Site {
+        self.namespace = Some(name.to_owned());
+        self
+    }
+
     /// The directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -112,7 +121,17 @@ impl Site {
     /// A command of the `bellwire` binary with this site's settings and nothing else of ours in its environment.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut command = Command::new(binary("bellwire"));
+        let mut command = match &self.namespace {
+            None => Command::new(binary("bellwire")),
+            Some(namespace) => {
+                // It becomes the binary, under the same process id.
+                let mut command = Command::new("ip");
+                command
+                    .args(["netns", "exec", namespace])
+                    .arg(binary("bellwire"));
+                command
+            }
+        };
         for (key, _) in std::env::vars_os() {
             if key.to_string_lossy().starts_with("BELLWIRE") {
                 command.env_remove(key);
