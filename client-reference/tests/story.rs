@@ -289,7 +289,7 @@ fn lost(state: &Path) -> f64 {
 }
 
 #[tokio::test]
-async fn the_app_may_set_the_interval_and_then_nothing_is_learned_from_it() {
+async fn an_interval_that_the_app_sets_is_kept() {
     let (server, seen, state) = (Server::new(), Seen::default(), tempfile::tempdir().unwrap());
     let clock = server.clock();
     server.keep_alive(20, 120);

@@ -226,6 +226,8 @@ async fn doctor_does_not_take_the_place_of_a_client_that_runs_and_bench_one_refu
         .command(&[
             "listen",
             "--json",
+            "--carrier",
+            "quic",
             "--server",
             &address,
             "--ca",
@@ -324,6 +326,8 @@ async fn status_shows_what_is_on_disk_and_changes_nothing() {
     let listen = [
         "listen",
         "--json",
+        "--carrier",
+        "quic",
         "--count",
         "2",
         "--network",

@@ -469,3 +469,47 @@ async fn what_was_acknowledged_was_printed_and_is_never_printed_again_however_of
         );
     }
 }
+
+/// The most memory that a process ever had, in KiB.
+#[cfg(target_os = "linux")]
+fn most_memory_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let number = line.unwrap().split_whitespace().nth(1).unwrap();
+    number.parse().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn memory_stays_where_it_is_however_much_comes() {
+    /// As many as a window holds, each with nearly as much content as a server takes by default.
+    const AT_ONCE: u64 = 32;
+    const BODY_BYTES: usize = 3_500;
+    let large = |seq, number| {
+        let ServerFrame::Notify(mut notify) = notify(seq, number) else {
+            unreachable!("it makes one")
+        };
+        notify.redelivered = false;
+        notify.content.body = Some("x".repeat(BODY_BYTES));
+        ServerFrame::Notify(notify)
+    };
+    let mut world = World::new().await;
+    let mut command = world.command(Which::Rust);
+    command.args(["--no-sync", "--quiet"]).stdout(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let pid = child.id().unwrap();
+    let mut peer = world.server.accept().await;
+    peer.welcome().await;
+    let mut most = Vec::new();
+    for round in 0..120 {
+        let from = round * AT_ONCE;
+        peer.say((1..=AT_ONCE).map(|place| large(from + place, from + place)))
+            .await;
+        peer.acknowledged_up_to(from + AT_ONCE).await;
+        most.push(most_memory_kib(pid));
+    }
+    // Ten windows fill every buffer; 110 more, 12 MB of content, and more ids than are remembered, must add next to nothing.
+    let grown_kib = most[119] - most[9];
+    assert!(grown_kib < 3 * 1_024, "{grown_kib} KiB more: {most:?}");
+    child.kill().await.unwrap();
+}

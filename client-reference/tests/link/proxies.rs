@@ -320,3 +320,46 @@ async fn a_proxy_that_is_only_there_for_need_is_used_where_nothing_else_works() 
         Some(forwarding.to_string().as_str())
     );
 }
+
+#[tokio::test]
+async fn the_command_takes_the_proxy_that_the_environment_names_except_for_what_it_excludes() {
+    let mut server = FakeServer::start(Udp::Quic).await;
+    let tinyproxy = Tinyproxy::start(&[server.address.port()]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("ca"), &server.ca_pem).unwrap();
+    let credentials = format!(
+        r#"{{"device":"{}","secret":"a secret"}}"#,
+        crate::support::DEVICE
+    );
+    std::fs::write(path("anna.json"), credentials).unwrap();
+    let address = format!("localhost:{}", server.address.port());
+    for (except, by_proxy) in [("", true), ("example.org, localhost", false)] {
+        let state = path(if by_proxy { "proxy" } else { "direct" });
+        let mut child = Command::new(env!("CARGO_BIN_EXE_bellwire-device"))
+            .args(["listen", "--json", "--count", "1", "--proxy", "env"])
+            .args(["--server", &address, "--ca"])
+            .arg(path("ca"))
+            .arg("--credentials")
+            .arg(path("anna.json"))
+            .arg("--state-dir")
+            .arg(&state)
+            .env_remove("https_proxy")
+            .env_remove("no_proxy")
+            .env("HTTPS_PROXY", tinyproxy.url("ann:s3cr%65t-one@"))
+            .env("NO_PROXY", except)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut peer = server.accept().await;
+        peer.welcome().await;
+        peer.say([notify(1, 1)]).await;
+        peer.goodbye().await;
+        let ended = tokio::time::timeout(PATIENCE, child.wait()).await;
+        assert!(ended.unwrap().unwrap().success());
+        let last = inspect(&state).unwrap().last_session.unwrap();
+        assert_eq!(last.proxy.is_some(), by_proxy, "{last:?}");
+    }
+}
