@@ -46,10 +46,13 @@
 //!
 //! 1. `client`: the builder, the handle, and the loop that keeps a session up.
 //! 2. `carrier` and `race`: QUIC and WebSocket, and which of them wins.
+//!    `carrier::proxy` is the way through an HTTP proxy.
 //! 3. `session`: joins a link with the session machine of `bellwire-protocol`, which makes all decisions.
 //! 4. `handover`: the app's callback, and the order of promise.
 //! 5. `state`: the window of ids and what else is on disk.
 //! 6. `reconnect`: when to come back. `clock`: the only reader of time and chance.
+//! 7. `surroundings` and `network`: where the machine is, and that it slept. `keepalive`: how long it may be silent there.
+//! 8. [`diagnose`]: the same steps one by one, told to a person. [`testing`]: a server and a clock for the tests of apps.
 
 mod carrier;
 mod client;

@@ -99,6 +99,9 @@ fn transport() -> TransportConfig {
         .send_window(SEND_WINDOW)
         .crypto_buffer_size(CRYPTO_BUFFER)
         .datagram_receive_buffer_size(None)
+        // Probes for larger packets would wake the radio, and keep a router from forgetting the flow in the middle of a silence
+        // that is to tell how long it remembers.
+        .mtu_discovery_config(None)
         // The session's own `ping` notices a server that is gone, and the server knows the silence it bears.
         .max_idle_timeout(None)
         .keep_alive_interval(None);
