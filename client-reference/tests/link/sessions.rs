@@ -515,6 +515,41 @@ async fn a_quic_session_goes_on_after_the_network_changed() {
 }
 
 #[tokio::test]
+async fn notifications_that_cross_moves_to_new_sockets_arrive_once_and_in_order() {
+    const MOVES: u64 = 10;
+    const AT_ONCE: u64 = 8;
+    let mut world = World::new(Udp::Quic).await;
+    let client = world.builder().carriers(Carriers::Quic);
+    let client = client.start().await.unwrap();
+    let mut peer = world.server.accept().await;
+    world.welcome(&mut peer).await;
+    for round in 0..MOVES {
+        let (from, to) = (round * AT_ONCE, (round + 1) * AT_ONCE);
+        client.network_changed(None).await.unwrap();
+        peer.say((from + 1..=to).map(|number| notify(number, number)))
+            .await;
+        // Each move asks for a sign of life, somewhere among the acknowledgements.
+        let (mut asked, mut acknowledged) = (false, 0);
+        while !asked || acknowledged < to {
+            match peer.hear().await {
+                Ok(DeviceFrame::Ping) => {
+                    asked = true;
+                    peer.say([ServerFrame::Pong]).await;
+                }
+                Ok(DeviceFrame::Ack(Ack::UpTo(up_to))) => acknowledged = up_to,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    let expected: Vec<_> = (1..=MOVES * AT_ONCE)
+        .map(|number| number.to_string())
+        .collect();
+    assert_eq!(world.seen.titles(), expected);
+    assert!(world.server.nobody_else_came());
+    let (_, ()) = tokio::join!(client.shutdown(), peer.goodbye());
+}
+
+#[tokio::test]
 async fn presence_topics_and_withdrawals_pass_both_ways() {
     let mut world = World::new(Udp::Quic).await;
     let (client, mut peer) = world.attached().await;
