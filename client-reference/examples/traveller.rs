@@ -5,6 +5,11 @@
 //! cargo run -p bellwire-client --example traveller -- push.example.org anna.json http://proxy.example.org:3128
 //! ```
 
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "an app names the events that it cares for; later versions bring more"
+)]
+
 use std::error::Error;
 use std::path::Path;
 use std::time::Duration;
