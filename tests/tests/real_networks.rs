@@ -102,7 +102,7 @@ impl Device {
             .arg(binary("bellwire-device"))
             .args(["listen", "--json", "--carrier", carrier])
             .args(["--server", server, "--ca"])
-            .arg(site.dir().join("pki/ca.pem"))
+            .arg(site.dir().join("pki/dev-ca.pem"))
             .arg("--credentials")
             .arg(site.dir().join("ann.json"))
             .arg("--state-dir")
@@ -178,7 +178,7 @@ fn place(networks: &Networks) -> (Site, bellwire_tests::real::Server) {
     let site = Site::new()
         .in_namespace(&networks.server)
         .with("LISTEN__DEVICES", "0.0.0.0:0")
-        .with("TLS__CERT", "pki/server-chain.pem")
+        .with("TLS__CERT", "pki/server.pem")
         .with("TLS__KEY", "pki/server-key.pem");
     admin(&site, &["certs", "make", "--name", SERVER, "--dir", "pki"]);
     let server = site.start();
