@@ -402,6 +402,14 @@ impl Peer {
         }
     }
 
+    /// Where the device is, as its last packet says. For QUIC.
+    pub(crate) fn remote(&self) -> SocketAddr {
+        match &self.wire {
+            Wire::Quic { connection, .. } => connection.remote_address(),
+            Wire::WebSocket(..) => panic!("a TCP connection stays where it is"),
+        }
+    }
+
     /// Says these frames in one go.
     pub(crate) async fn say(&mut self, frames: impl IntoIterator<Item = ServerFrame>) {
         let frames = frames
