@@ -137,8 +137,11 @@ impl Device {
     }
 
     async fn notified(&mut self, body: &str) {
-        self.until("notification", |event| event["body"] == body)
-            .await;
+        // It may have come before what was waited for last.
+        let shown = |event: &Value| event["event"] == "notification" && event["body"] == body;
+        if !self.seen.iter().any(shown) {
+            self.until("notification", shown).await;
+        }
     }
 
     fn named(&self, name: &str) -> Vec<&Value> {
