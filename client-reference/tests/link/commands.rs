@@ -376,7 +376,7 @@ async fn status_shows_what_is_on_disk_and_changes_nothing() {
     let whole = std::fs::read(&window).unwrap();
     for (bytes, state) in [
         (whole[..whole.len() - 3].to_vec(), "torn"),
-        ([b"XXXXXXXX", &whole[8..]].concat(), "damaged"),
+        ([b"RUBBISH!", &whole[8..]].concat(), "damaged"),
     ] {
         std::fs::write(&window, &bytes).unwrap();
         let credentials = place.text("anna.json");
