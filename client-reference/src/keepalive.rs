@@ -8,7 +8,7 @@
 //! address after it, because a router had forgotten the flow and made a new one. It **survived** when something was heard
 //! after it and neither was the case. The evidence is weighed per length of silence, and loses half of its weight in a week. The next silence is drawn at random
 //! around the longest length that is borne out, and below the shortest one that is believed lost. So the interval drifts
-//! where the network lets it, without a second connection, a test, or a search with a beginning and an end. Decision 0026
+//! where the network lets it, without a second connection, a test, or a search with a beginning and an end. Decision 0028
 //! tells why it is done in this way.
 //!
 //! Pure: times and chance are handed in.
