@@ -13,6 +13,7 @@ use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use bellwire_certs::{DevAuthority, Validity};
 use cli_support::{Room, Server, until};
 use rustix::process::Signal;
 use rustix::time::{ClockId, clock_gettime};
@@ -350,7 +351,6 @@ fn one_ping_can_be_followed_through_the_log_by_its_trace() {
         Some(lines(&sampled)).filter(|lines| lines.len() == 2)
     });
     assert_eq!(told[0]["message"], "a ping was accepted");
-    assert_eq!(told[0]["request_id"], "order-17");
     assert_eq!(told[0]["devices"], 1);
     assert_eq!(told[1]["message"], "a notification ended");
     assert_eq!(
@@ -363,6 +363,7 @@ fn one_ping_can_be_followed_through_the_log_by_its_trace() {
             (&TRACE.into(), &"INFO".into())
         );
         assert_eq!(line["span_id"], told[0]["span_id"]);
+        assert_eq!(line["request_id"], "order-17");
     }
     assert_eq!(told[0]["span_id"].as_str().unwrap().len(), 16);
     assert_ne!(told[0]["span_id"], "00f067aa0ba902b7");
@@ -370,6 +371,20 @@ fn one_ping_can_be_followed_through_the_log_by_its_trace() {
     assert_eq!((lines(&quiet).len(), lines(&broken).len()), (0, 0));
     assert!(!server.log().contains(SECRET));
     server.stop();
+}
+
+/// Another certificate for this machine, and its key.
+fn renewed() -> (Vec<u8>, Vec<u8>) {
+    let now = time::OffsetDateTime::now_utc();
+    let authority = DevAuthority::generate("renewed", Validity::authority(now).unwrap()).unwrap();
+    let names = ["localhost".parse().unwrap()];
+    let issued = authority
+        .server(&names, Validity::leaf(now).unwrap())
+        .unwrap();
+    (
+        issued.chain_pem.as_bytes().to_vec(),
+        issued.key_pem.as_bytes().to_vec(),
+    )
 }
 
 #[test]
@@ -421,9 +436,22 @@ fn the_doctor_looks_at_everything_with_and_without_a_server() {
             .unwrap()
             .contains(&server.pid().to_string())
     );
-    for fine in ["server", "devices, TCP", "devices, UDP", "API, TCP"] {
+    for fine in [
+        "server",
+        "devices, TCP",
+        "devices, UDP",
+        "API, TCP",
+        "shown to devices",
+    ] {
         assert_eq!(during[fine]["mark"], "ok", "{during:?}");
     }
+    // A certificate that was renewed and not reloaded.
+    let (chain, key) = renewed();
+    fs::write(room.data().join("dev-server.pem"), chain).unwrap();
+    fs::write(room.data().join("dev-server-key.pem"), key).unwrap();
+    let shown = look()["shown to devices"].clone();
+    assert_eq!(shown["mark"], "warned", "{shown}");
+    assert!(shown["advice"].as_str().unwrap().contains("reload"));
     let text = room.run(&["doctor"]);
     assert!(text.out.contains("QUIC handshake"), "{}", text.out);
     server.stop();

@@ -46,7 +46,7 @@ fn mistakes_in_the_file_are_shown_where_they_stand() {
    `----
   help: write a time with its unit (ms, s, m, h, d); 0s to 365d
 
-error: the settings are wrong in 2 places; nothing was started"
+error: the settings are wrong in 2 places; nothing was done"
         );
     }
     assert!(!room.path().join("data").exists(), "nothing was started");

@@ -179,7 +179,7 @@ fn config_text(problems: &Problems, console: Console) -> String {
     let count = problems.iter().count();
     let _ = write!(
         text,
-        "{} the settings are wrong in {count} place{}; nothing was started",
+        "{} the settings are wrong in {count} place{}; nothing was done",
         console.paint(Paint::Red, "error:"),
         if count == 1 { "" } else { "s" },
     );

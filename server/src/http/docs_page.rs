@@ -338,17 +338,19 @@ impl Page<'_> {
 }
 
 /// The operations of a tag: path, method, operation.
-fn operations<'d>(
-    document: &'d Value,
-    tag: &str,
-) -> impl Iterator<Item = (&'d str, &'static str, &'d Value)> {
-    entries(&document["paths"])
+///
+/// Those whose path bears the tag's name come first: what somebody looks for under that name.
+fn operations<'d>(document: &'d Value, tag: &str) -> Vec<(&'d str, &'static str, &'d Value)> {
+    let mut found: Vec<_> = entries(&document["paths"])
         .flat_map(|(path, item)| {
             METHODS
                 .into_iter()
                 .filter_map(move |method| Some((path, method, item.get(method)?)))
         })
-        .filter(move |(_, _, operation)| operation["tags"][0] == tag)
+        .filter(|(_, _, operation)| operation["tags"][0] == tag)
+        .collect();
+    found.sort_by_key(|(path, _, _)| path.split('/').nth(2) != Some(tag));
+    found
 }
 
 /// The members of a map; nothing, if it is none.

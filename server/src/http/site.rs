@@ -73,7 +73,7 @@ impl Site {
         let trace = inner.trace(&request);
         if let Some(trace) = trace {
             // Ids are made of plain characters only.
-            let request_id = id.to_str().unwrap_or_default().to_owned();
+            let request_id = id.to_str().unwrap_or_default().into();
             request.extensions_mut().insert(Origin {
                 trace,
                 request: request_id,

@@ -16,7 +16,7 @@ use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
-use super::traces::{Origin, Trace};
+use super::traces::Origin;
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
 use crate::ports::{
     IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState, ReadError, Store,
@@ -33,7 +33,7 @@ struct Publication<'a> {
     may_repeat: bool,
     request: &'a PingRequest,
     limits: Limits,
-    trace: Option<Trace>,
+    trace: Option<Origin>,
 }
 
 impl Inner {
@@ -43,8 +43,7 @@ impl Inner {
         origin: Option<&Origin>,
     ) -> Result<PingAnswer, PingError> {
         let begun = self.shared.clock.now();
-        let trace = origin.map(|origin| origin.trace);
-        let answer = self.answer(&request, trace).await;
+        let answer = self.answer(&request, origin.cloned()).await;
         if let Some(origin) = origin {
             match &answer {
                 Ok(answer) => origin.accepted(answer.id, answer.devices, answer.rejected.len()),
@@ -76,7 +75,7 @@ impl Inner {
     async fn answer(
         self: &Arc<Inner>,
         request: &PingRequest,
-        trace: Option<Trace>,
+        trace: Option<Origin>,
     ) -> Result<PingAnswer, PingError> {
         if self.refusing.load(Ordering::Relaxed) {
             return Err(RuntimeError::Draining.into());
@@ -119,7 +118,7 @@ impl Inner {
         limits: Limits,
         key: &str,
         body_hash: &[u8; 32],
-        trace: Option<Trace>,
+        trace: Option<Origin>,
     ) -> Result<PingAnswer, PingError> {
         let id = derived_id(app, key, body_hash);
         let key_hash = sha256(key.as_bytes());
@@ -268,8 +267,8 @@ impl Inner {
             hold: Hold::of(share),
         });
         // Before the shards see it, so that no outcome comes before the trace is known.
-        if let Some(trace) = trace {
-            self.shared.traces.open(id, trace, devices.len());
+        if let Some(origin) = &trace {
+            self.shared.traces.open(id, origin.clone(), devices.len());
         }
         let answer = |rejected| PingAnswer {
             id,

@@ -5,13 +5,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::locked;
 use crate::delivery::{DeviceId, Outcome, PingId};
 
-/// The trace of so many pings, the newest, is remembered: at some 150 bytes each, 15 MB.
+/// The origin of so many pings, the newest, is remembered: at 150 bytes each, and at most 128 more for the id of the
+/// request, 15 to 28 MB.
 const TRACED_MAX: usize = 100_000;
 
 /// A trace and our place in it, in the words of W3C Trace Context.
@@ -60,7 +61,7 @@ pub struct Origin {
     /// The trace it belongs to.
     pub trace: Trace,
     /// The id of the request that brought it.
-    pub request: String,
+    pub request: Arc<str>,
 }
 
 /// A line at `info` for a trace that is sampled, at `debug` for others.
@@ -77,7 +78,7 @@ macro_rules! say {
 impl Origin {
     /// The ping was accepted.
     pub(super) fn accepted(&self, ping: PingId, devices: u32, rejected: usize) {
-        say!(self.trace, %ping, devices, rejected, request_id = self.request.as_str(), "a ping was accepted");
+        say!(self.trace, %ping, devices, rejected, request_id = &*self.request, "a ping was accepted");
     }
 
     /// The ping was not accepted.
@@ -85,7 +86,7 @@ impl Origin {
         say!(
             self.trace,
             code,
-            request_id = self.request.as_str(),
+            request_id = &*self.request,
             "a ping was refused"
         );
     }
@@ -108,20 +109,20 @@ struct Known {
 
 #[derive(Debug)]
 struct Entry {
-    trace: Trace,
+    origin: Origin,
     /// Notifications without an outcome.
     open: usize,
 }
 
 impl Traces {
-    /// Remembers the trace of a ping that addresses so many devices.
-    pub(super) fn open(&self, ping: PingId, trace: Trace, devices: usize) {
+    /// Remembers where a ping came from that addresses so many devices.
+    pub(super) fn open(&self, ping: PingId, origin: Origin, devices: usize) {
         if devices == 0 {
             return;
         }
         let mut known = locked(&self.known);
         let entry = Entry {
-            trace,
+            origin,
             open: devices,
         };
         if known.pings.insert(ping, entry).is_none() {
@@ -156,30 +157,30 @@ impl Traces {
         outcome: Outcome,
         took_ms: Option<u64>,
     ) {
-        let trace = self.trace_of_one_ended(ping);
+        let origin = self.origin_of_one_ended(ping);
         let outcome = outcome.as_str();
-        match trace {
-            Some(trace) => {
-                say!(trace, %ping, %device, outcome, took_ms, "a notification ended");
+        match origin {
+            Some(Origin { trace, request }) => {
+                say!(trace, %ping, %device, outcome, took_ms, request_id = &*request, "a notification ended");
             }
             // Accepted in an earlier run, or before somebody looked, or too long ago.
             None => tracing::debug!(%ping, %device, outcome, took_ms, "a notification ended"),
         }
     }
 
-    fn trace_of_one_ended(&self, ping: PingId) -> Option<Trace> {
+    fn origin_of_one_ended(&self, ping: PingId) -> Option<Origin> {
         if self.count.load(Ordering::Relaxed) == 0 {
             return None;
         }
         let mut known = locked(&self.known);
         let entry = known.pings.get_mut(&ping)?;
-        let trace = entry.trace;
+        let origin = entry.origin.clone();
         entry.open -= 1;
         if entry.open == 0 {
             known.close(ping);
             self.count.store(known.pings.len(), Ordering::Relaxed);
         }
-        Some(trace)
+        Some(origin)
     }
 }
 
@@ -203,6 +204,19 @@ mod tests {
         sampled: true,
     };
 
+    fn origin() -> Origin {
+        Origin {
+            trace: TRACE,
+            request: "order-17".into(),
+        }
+    }
+
+    fn one_ended(traces: &Traces, ping: PingId) -> Option<Trace> {
+        let origin = traces.origin_of_one_ended(ping)?;
+        assert_eq!(&*origin.request, "order-17");
+        Some(origin.trace)
+    }
+
     fn ping(n: usize) -> PingId {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&n.to_be_bytes());
@@ -212,19 +226,19 @@ mod tests {
     #[test]
     fn a_trace_is_known_until_the_last_notification_has_ended() {
         let traces = Traces::default();
-        assert_eq!(traces.trace_of_one_ended(ping(1)), None);
-        traces.open(ping(1), TRACE, 2);
-        assert_eq!(traces.trace_of_one_ended(ping(2)), None);
-        assert_eq!(traces.trace_of_one_ended(ping(1)), Some(TRACE));
-        assert_eq!(traces.trace_of_one_ended(ping(1)), Some(TRACE));
-        assert_eq!(traces.trace_of_one_ended(ping(1)), None);
-        traces.open(ping(3), TRACE, 3);
+        assert_eq!(one_ended(&traces, ping(1)), None);
+        traces.open(ping(1), origin(), 2);
+        assert_eq!(one_ended(&traces, ping(2)), None);
+        assert_eq!(one_ended(&traces, ping(1)), Some(TRACE));
+        assert_eq!(one_ended(&traces, ping(1)), Some(TRACE));
+        assert_eq!(one_ended(&traces, ping(1)), None);
+        traces.open(ping(3), origin(), 3);
         traces.rejected(ping(3), 2);
-        assert_eq!(traces.trace_of_one_ended(ping(3)), Some(TRACE));
-        traces.open(ping(3), TRACE, 1);
+        assert_eq!(one_ended(&traces, ping(3)), Some(TRACE));
+        traces.open(ping(3), origin(), 1);
         traces.rejected(ping(3), 1);
-        assert_eq!(traces.trace_of_one_ended(ping(3)), None);
-        traces.open(ping(4), TRACE, 0);
+        assert_eq!(one_ended(&traces, ping(3)), None);
+        traces.open(ping(4), origin(), 0);
         assert_eq!(traces.count.load(Ordering::Relaxed), 0);
     }
 
@@ -232,14 +246,14 @@ mod tests {
     fn the_oldest_traces_give_way() {
         let traces = Traces::default();
         for n in 0..=TRACED_MAX {
-            traces.open(ping(n), TRACE, 1);
+            traces.open(ping(n), origin(), 1);
         }
-        assert_eq!(traces.trace_of_one_ended(ping(0)), None);
-        assert_eq!(traces.trace_of_one_ended(ping(1)), Some(TRACE));
+        assert_eq!(one_ended(&traces, ping(0)), None);
+        assert_eq!(one_ended(&traces, ping(1)), Some(TRACE));
         // Those that end at once leave nothing behind, however many they are.
         for n in 0..3 * TRACED_MAX {
-            traces.open(ping(TRACED_MAX + n), TRACE, 1);
-            traces.trace_of_one_ended(ping(TRACED_MAX + n));
+            traces.open(ping(TRACED_MAX + n), origin(), 1);
+            one_ended(&traces, ping(TRACED_MAX + n));
         }
         let known = locked(&traces.known);
         assert!(known.pings.len() <= TRACED_MAX && known.order.len() <= TRACED_MAX);
