@@ -62,6 +62,7 @@ impl ModelStore {
                 }
                 Change::Summary { summary, .. } => self.summary = Some(summary),
                 Change::Forget { .. } => self.summary = None,
+                Change::Cleared { .. } => {}
             }
         }
         if let Some(summary) = self.summary {
@@ -285,7 +286,17 @@ impl World {
                 ticket, ping, why, ..
             } => format!("rejected t{} {} {why:?}", ticket.0, name(*ping)),
             Effect::RevokeAnswered { ticket, revoked } => format!("revoke t{} {revoked}", ticket.0),
-            Effect::Wiped { ticket, revoked } => format!("wiped t{} {revoked}", ticket.0),
+            Effect::Wiped {
+                ticket, revoked, ..
+            } => format!("wiped t{} {revoked}", ticket.0),
+            Effect::Cleared {
+                ticket,
+                revoked,
+                known,
+            } => {
+                let known = if *known { "" } else { " unknown" };
+                format!("cleared t{} {revoked}{known}", ticket.0)
+            }
             Effect::Welcome {
                 session,
                 pending,
@@ -345,6 +356,7 @@ impl World {
                 }
                 Change::Summary { summary, .. } => format!("n={}", summary.count),
                 Change::Forget { .. } => "forget".to_owned(),
+                Change::Cleared { .. } => "cleared".to_owned(),
             })
             .collect();
         writeln!(self.out, "  frame {}", told.join(", ")).unwrap();
@@ -468,6 +480,10 @@ impl World {
             "wipe" => {
                 let ticket = self.ticket();
                 self.event(Event::Wipe { ticket });
+            }
+            "clear" => {
+                let ticket = self.ticket();
+                self.event(Event::Clear { ticket });
             }
             "sweep" => {
                 let now = self.now().unix_ms;

@@ -188,6 +188,8 @@ pub struct Limits {
     pub pings_per_second: u32,
     /// Pings of one API key at once.
     pub ping_burst: u32,
+    /// How long a device's old secret stays good after a rotation.
+    pub secret_overlap: Duration,
     /// Connections of the API at once.
     pub api_connections: u32,
     /// How long a backup may wait for whoever takes it.
@@ -488,6 +490,7 @@ fn limits(source: &Source) -> Limits {
         memory_bytes: source.get(&keys::LIMITS_MEMORY),
         pings_per_second: clamp(source.get(&keys::LIMITS_PING_RATE)),
         ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),
+        secret_overlap: source.get(&keys::LIMITS_SECRET_OVERLAP),
         api_connections: clamp(source.get(&keys::LIMITS_API_CONNECTIONS)),
         backup_stall: source.get(&keys::LIMITS_BACKUP_STALL),
     }

@@ -155,6 +155,8 @@ keys! {
     LIMITS_PING_RATE: CountSetting = "limits.pings_per_second", count(1, 10_000_000), "50000";
     /// Pings that one API key may send at once before the rate counts.
     LIMITS_PING_BURST: CountSetting = "limits.ping_burst", count(1, 100_000_000), "100000";
+    /// How long a device's old secret stays good after a rotation that names no time.
+    LIMITS_SECRET_OVERLAP: SpanSetting = "limits.secret_overlap", span(0, 90 * DAY), "24h";
     /// Connections that the API serves at once; more wait. Changing it needs a restart.
     LIMITS_API_CONNECTIONS: CountSetting = "limits.api_connections", count(1, 1_000_000), "4096";
     /// How long a caller of `GET /v1/backup` may take nothing, and how much longer than a second for each 256 KiB it may let the backup wait in all. One that is slower is cut: until a backup is taken the log is not let go.

@@ -50,6 +50,11 @@ pub enum Event {
         /// Who waits for the answer.
         ticket: Ticket,
     },
+    /// Whoever the device belongs to changes: revoke everything that waits. The mailbox and its session stay.
+    Clear {
+        /// Who waits for the answer.
+        ticket: Ticket,
+    },
     /// The sweep found these rows past their expiry. Rows that are gone meanwhile are ignored.
     Expire {
         /// The rows, as the sweep read them.
@@ -193,6 +198,9 @@ pub enum Closing {
     Revoked,
     /// Something was in flight for too long without a verdict (`error ack_timeout`).
     AckTimeout,
+    /// The secret that the device said hello with ended at once (`error unauthorized`). The runtime says so; the core
+    /// never does.
+    SecretEnded,
 }
 
 /// Something worth counting that changes nothing.
@@ -267,6 +275,17 @@ pub enum Effect {
         ticket: Ticket,
         /// How many notifications were revoked with it.
         revoked: u32,
+        /// Whether there was such a mailbox; without one no frame carried [`Change::Forget`].
+        known: bool,
+    },
+    /// The answer to [`Event::Clear`], given once everything is safe, [`Change::Cleared`] included.
+    Cleared {
+        /// Who waits.
+        ticket: Ticket,
+        /// How many notifications were revoked.
+        revoked: u32,
+        /// Whether there is such a mailbox; without one no frame carried [`Change::Cleared`].
+        known: bool,
     },
     /// The session is attached: greet it.
     Welcome {
@@ -457,6 +476,12 @@ pub enum Change {
     },
     /// The mailbox is no more.
     Forget {
+        /// Whose mailbox.
+        device: DeviceId,
+    },
+    /// The frame with this has every removal that [`Event::Clear`] asked for. Nothing to store by itself: whoever asked
+    /// may put more into the same frame.
+    Cleared {
         /// Whose mailbox.
         device: DeviceId,
     },

@@ -181,6 +181,14 @@ struct Wipe {
     sealed: bool,
 }
 
+/// Everything that waited is on its way out, and the mailbox stays.
+#[derive(Debug)]
+struct Clearing {
+    tickets: Vec<Ticket>,
+    revoked: u32,
+    sealed: bool,
+}
+
 /// What was read for the event at hand, so that nothing is asked twice.
 #[derive(Debug, Clone, Copy, Default)]
 struct Asked {
@@ -219,6 +227,7 @@ pub(super) struct Mailbox {
     /// When failed bodies are asked for again.
     fetch_again_at: Option<Mono>,
     wipe: Option<Box<Wipe>>,
+    clearing: Option<Box<Clearing>>,
     /// On the shard's list of those that want a frame.
     pub(super) listed: bool,
     /// The deadline under which the shard has it.
@@ -254,6 +263,7 @@ impl Mailbox {
             read_again_at: None,
             fetch_again_at: None,
             wipe: None,
+            clearing: None,
             listed: false,
             deadline: None,
         }
@@ -270,6 +280,7 @@ impl Mailbox {
             && self.backlog.is_empty()
             && !self.touched
             && self.wipe.is_none()
+            && self.clearing.is_none()
     }
 
     /// Something waits for a frame.
@@ -278,6 +289,10 @@ impl Mailbox {
             || !self.departures.is_empty()
             || self.touched
             || self.wipe.as_ref().is_some_and(|wipe| !wipe.sealed)
+            || self
+                .clearing
+                .as_ref()
+                .is_some_and(|clearing| !clearing.sealed)
     }
 
     pub(super) fn next_deadline(&self, policy: &Policy) -> Option<Mono> {
@@ -309,6 +324,7 @@ impl Mailbox {
             | Event::Presence { .. }
             | Event::Revoke { .. }
             | Event::Wipe { .. }
+            | Event::Clear { .. }
             | Event::Expire { .. }) => {
                 self.backlog.push_back(other);
                 self.work_off(cx);
@@ -367,6 +383,7 @@ impl Mailbox {
             }
             Event::Revoke { ticket, ping } => self.revoke(ticket, ping, cx),
             Event::Wipe { ticket } => self.wipe(ticket, cx),
+            Event::Clear { ticket } => self.clear(ticket, cx),
             Event::Expire { rows } => self.expire(&rows, cx),
             Event::Read(_) | Event::Bodies(_) => {
                 debug_assert!(false, "answers are handled on arrival")
@@ -389,7 +406,7 @@ impl Mailbox {
         }
         match event {
             Event::Enqueue(enqueue) => self.missing_to_enqueue(enqueue, nothing, cx),
-            Event::Attach(_) | Event::Wipe { .. } => Some(MailboxRead {
+            Event::Attach(_) | Event::Wipe { .. } | Event::Clear { .. } => Some(MailboxRead {
                 all: true,
                 ..nothing
             }),

@@ -72,6 +72,7 @@ impl Shard {
             | Event::Attach(_)
             | Event::Revoke { .. }
             | Event::Wipe { .. }
+            | Event::Clear { .. }
             | Event::Expire { .. } => true,
             Event::Detach { .. }
             | Event::Acknowledge { .. }

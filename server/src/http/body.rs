@@ -117,21 +117,35 @@ async fn drain(body: &mut Body) {
 
 /// Checks that the body says it is JSON.
 pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), Problem> {
-    let is_json = headers.get(CONTENT_TYPE).is_some_and(|value| {
+    expect(
+        headers,
+        &["application/json"],
+        "The body must be JSON and say so: `Content-Type: application/json`.",
+    )
+}
+
+/// Checks that the body says it is a merge patch (RFC 7396), or at least JSON.
+pub(super) fn expect_merge_patch(headers: &HeaderMap) -> Result<(), Problem> {
+    expect(
+        headers,
+        &["application/merge-patch+json", "application/json"],
+        "The body must be a JSON merge patch and say so: `Content-Type: application/merge-patch+json`.",
+    )
+}
+
+fn expect(headers: &HeaderMap, types: &[&str], otherwise: &'static str) -> Result<(), Problem> {
+    let fits = headers.get(CONTENT_TYPE).is_some_and(|value| {
         let essence = value.as_bytes().split(|byte| *byte == b';').next();
         essence.is_some_and(|essence| {
-            essence
-                .trim_ascii()
-                .eq_ignore_ascii_case(b"application/json")
+            let essence = essence.trim_ascii();
+            types
+                .iter()
+                .any(|known| essence.eq_ignore_ascii_case(known.as_bytes()))
         })
     });
-    if is_json {
+    if fits {
         Ok(())
     } else {
-        Err(Problem::new(
-            Code::UnsupportedMediaType,
-            "The body must be JSON and say so: `Content-Type: application/json`.",
-        )
-        .at(Place::Header("Content-Type")))
+        Err(Problem::new(Code::UnsupportedMediaType, otherwise).at(Place::Header("Content-Type")))
     }
 }

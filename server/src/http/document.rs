@@ -17,7 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ProblemBody, retry_after_s};
-use super::{Backend, backup, devices, docs_page, keys, operations, outcomes, pings};
+use super::{Backend, backup, devices, keys, operations, outcomes, pings, users};
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
 macro_rules! refusals {
@@ -104,6 +104,7 @@ fn example(code: Code, status: u16) -> serde_json::Value {
     tags(
         (name = "pings", description = "Ring devices and see what became of it."),
         (name = "devices", description = "Who can be rung."),
+        (name = "users", description = "Whose devices they are."),
         (name = "keys", description = "Who may call."),
         (name = "operations", description = "How the server is. On a listener of its own; status and this document are on both."),
         (name = "rhoconnect", description = "The ping endpoint of RhoConnect, for backends that change only the address."),
@@ -118,8 +119,10 @@ pub(super) fn api_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(pings::look, pings::revoke))
         .routes(routes!(devices::create, devices::list))
         .routes(routes!(outcomes::list))
-        .routes(routes!(devices::look, devices::revoke))
+        .routes(routes!(devices::look, devices::change, devices::revoke))
         .routes(routes!(outcomes::of_device))
+        .routes(routes!(devices::rotate))
+        .routes(routes!(users::look, users::erase))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::revoke))
         .routes(routes!(backup::take))

@@ -27,7 +27,7 @@ mod query;
 mod serve;
 mod site;
 mod text;
-mod traceparent;
+mod users;
 
 use std::sync::Arc;
 

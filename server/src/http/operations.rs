@@ -184,6 +184,8 @@ struct LimitsReport {
     ttl_max_s: u64,
     /// Devices that one ping may address.
     devices_per_ping: u32,
+    /// How long a device's old secret stays good after a rotation that names no time, seconds.
+    secret_overlap_s: u64,
 }
 
 impl StatusReport {
@@ -278,6 +280,7 @@ impl StatusReport {
                 ttl_default_s: status.limits.ttl_default_s,
                 ttl_max_s: status.limits.ttl_max_s,
                 devices_per_ping: status.limits.devices_max,
+                secret_overlap_s: status.limits.secret_overlap.as_secs(),
             },
             settings,
         }

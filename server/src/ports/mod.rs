@@ -13,7 +13,10 @@ pub use entropy::Entropy;
 pub use outcomes::{
     OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, OutcomeStats,
 };
-pub use records::{AppRecord, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord, Scopes};
+pub use records::{
+    AppRecord, Carrier, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord,
+    PreviousSecret, Scopes, Seen,
+};
 pub use store::{
     Batch, Committed, DeviceFilter, ExpiredRow, ExpiryCursor, Grant, Op, Page, PairState,
     ReadError, SourceId, Store, StoreHealth, StoreStats,

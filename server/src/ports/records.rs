@@ -1,5 +1,7 @@
 //! What is registered: apps, devices, API keys, idempotency keys. Domain types; the disk format is the store's own.
 
+use std::sync::Arc;
+
 use crate::delivery::{AppId, DeviceId, PingId};
 
 /// A tenant.
@@ -30,6 +32,58 @@ pub struct DeviceRecord {
     pub created_ms: u64,
     /// Keyed hash of its secret. The secret itself is shown once and never kept.
     pub secret_hash: [u8; 32],
+    /// The secret before that one, while both are good.
+    pub previous_secret: Option<PreviousSecret>,
+}
+
+/// A device's secret that was rotated and is still good for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PreviousSecret {
+    /// Keyed hash of it.
+    pub hash: [u8; 32],
+    /// Refused from then on, Unix milliseconds.
+    pub until_ms: u64,
+}
+
+/// How a device connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// QUIC over UDP.
+    Quic,
+    /// WebSocket over TCP.
+    WebSocket,
+}
+
+impl Carrier {
+    /// The carrier of this name; anything that is not `quic` is a WebSocket.
+    #[must_use]
+    pub fn named(name: &str) -> Carrier {
+        if name == Carrier::Quic.as_str() {
+            Carrier::Quic
+        } else {
+            Carrier::WebSocket
+        }
+    }
+
+    /// The word for it in the API, logs and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Carrier::Quic => "quic",
+            Carrier::WebSocket => "websocket",
+        }
+    }
+}
+
+/// When and how a device was last there. Written lazily: it may be some minutes behind, and a crash may lose the newest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// When it attached or left last, Unix milliseconds.
+    pub at_ms: u64,
+    /// How it was connected.
+    pub carrier: Carrier,
+    /// What its client said it is, as it said it.
+    pub agent: Option<Arc<str>>,
 }
 
 /// What an API key may do.

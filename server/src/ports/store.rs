@@ -2,7 +2,7 @@
 
 use super::backup::{BackupError, BackupStats, BackupSummary, BackupWatch};
 use super::outcomes::{OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats};
-use super::records::{AppRecord, DeviceRecord, Erasure, IdempotencyRecord, KeyRecord};
+use super::records::{AppRecord, DeviceRecord, Erasure, IdempotencyRecord, KeyRecord, Seen};
 use crate::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId, RowKey,
 };
@@ -23,8 +23,11 @@ pub enum Op {
         /// The user it belonged to before, if that changes.
         previous_user: Option<String>,
     },
-    /// A device record that goes. Its mailbox was emptied before ([`Change::Forget`]).
+    /// A device record that goes, and when the device was last seen. Its mailbox was emptied before, or in the same batch
+    /// ([`Change::Forget`]).
     DropDevice(DeviceRecord),
+    /// When a device was last seen.
+    PutSeen(DeviceId, Seen),
     /// An API key, new or changed.
     PutKey(KeyRecord),
     /// An API key that goes.
@@ -268,6 +271,9 @@ pub trait Store: Send + Sync + 'static {
         user: &str,
         limit: usize,
     ) -> Result<Vec<DeviceId>, ReadError>;
+
+    /// When each of these devices was last seen, in their order, as far as it was written.
+    fn seen(&self, devices: &[DeviceId]) -> Result<Vec<Option<Seen>>, ReadError>;
 
     /// One API key by its public part.
     fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError>;

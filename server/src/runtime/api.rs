@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::rate::Rate;
 use crate::delivery::{
-    AppId, Closing, CollapseKey, DeviceId, Notification, PingId, Refusal, Rejection, SessionId,
-    Urgency, Verdict,
+    AppId, Closing, CollapseKey, DeviceId, Mono, Notification, PingId, Refusal, Rejection,
+    SessionId, Urgency, Verdict,
 };
-use crate::ports::{PairState, Scopes};
+use crate::ports::{PairState, Scopes, Seen};
 
 // ---- Links -------------------------------------------------------------------------------------------------------
 
@@ -24,6 +24,8 @@ pub enum Identity<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Authenticated {
     pub(super) device: DeviceId,
+    /// Before the secret was looked up.
+    pub(super) at: Mono,
 }
 
 impl Authenticated {
@@ -65,6 +67,8 @@ pub struct AttachRequest {
     pub seen: Vec<(PingId, Verdict)>,
     /// `quic` or `websocket`, for presence and metrics.
     pub carrier: &'static str,
+    /// What the client says it is.
+    pub agent: Option<Arc<str>>,
 }
 
 /// What the runtime tells a link, in order.
@@ -312,6 +316,74 @@ pub struct DeviceView {
     pub created_ms: u64,
     /// How it is attached now, and since when (Unix milliseconds).
     pub attached: Option<(&'static str, u64)>,
+    /// When and how it was last seen; now, while it is attached. `None`: never.
+    pub seen: Option<Seen>,
+    /// Until when the secret before the current one is good as well, Unix milliseconds.
+    pub previous_secret_until_ms: Option<u64>,
+    /// Notifications in its mailbox on disk, where that was asked for. Those on their way to an attached device that have
+    /// not touched the disk are not counted.
+    pub waiting: Option<u32>,
+}
+
+/// Which devices to list. Everything that is given must fit.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceQuery {
+    /// Of this user.
+    pub user: Option<String>,
+    /// Attached now, or not.
+    pub attached: Option<bool>,
+    /// Last seen before this, Unix milliseconds; one that was never seen counts from its registration.
+    pub seen_before_ms: Option<u64>,
+    /// Seen at this time or later, Unix milliseconds.
+    pub seen_after_ms: Option<u64>,
+}
+
+/// What becomes of what waits in the mailbox of a device whose user changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Waiting {
+    /// It ends as `revoked`: it was meant for somebody else.
+    #[default]
+    Revoke,
+    /// It goes with the device.
+    Keep,
+}
+
+/// How to change a device. `None` leaves a member as it is.
+#[derive(Debug, Clone, Default)]
+pub struct DeviceChange {
+    /// The new user.
+    pub user: Option<String>,
+    /// The new name; `Some(None)` takes it away.
+    pub name: Option<Option<String>>,
+    /// What becomes of what waits if the user changes.
+    pub waiting: Waiting,
+}
+
+/// A device after a change.
+#[derive(Debug, Clone)]
+pub struct DeviceChanged {
+    /// As it is now.
+    pub device: DeviceView,
+    /// Notifications that were revoked because the user changed.
+    pub revoked: u32,
+}
+
+/// A rotated secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rotated {
+    /// Whose.
+    pub device: DeviceId,
+    /// Until when the secret before is good as well, Unix milliseconds; `None`: it ended at once.
+    pub previous_until_ms: Option<u64>,
+}
+
+/// A user: whoever owns devices.
+#[derive(Debug, Clone)]
+pub struct UserView {
+    /// Its devices, by id.
+    pub devices: Vec<DeviceView>,
+    /// There are more after this one.
+    pub next: Option<DeviceId>,
 }
 
 /// A device or key just made. The secret is shown once.

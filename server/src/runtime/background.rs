@@ -15,7 +15,7 @@ use super::settings::RuntimeSettings;
 use super::shard::Input;
 use super::status::DrainSummary;
 use crate::delivery::{DeviceId, Disk, Event, Mono, RowKey};
-use crate::ports::{ClockState, ExpiryCursor, StoreHealth};
+use crate::ports::{Batch, ClockState, ExpiryCursor, StoreHealth};
 use crate::telemetry::metrics as names;
 
 /// How often disk, clock and figures are looked at.
@@ -51,6 +51,11 @@ const DRAIN_SPREAD_MS: u64 = 1_000;
 const DRAIN_LOOK: Duration = Duration::from_millis(20);
 /// Longest wait for the last commits.
 const DRAIN_COMMIT: Duration = Duration::from_secs(10);
+
+/// Longest time for writing when devices were last seen.
+const DRAIN_SEEN: Duration = Duration::from_secs(2);
+/// Devices of one batch of these.
+const DRAIN_SEEN_BATCH: usize = 1_000;
 
 /// Starts what runs beside the shards.
 pub(super) fn start(inner: &Arc<Inner>, settings: &RuntimeSettings) {
@@ -155,6 +160,7 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         ClockState::Jumped { by_ms } => by_ms,
     };
     let awake: usize = inner.shards.iter().map(|shard| shard.awake()).sum();
+    let seen: usize = inner.shards.iter().map(|shard| shard.seen_waiting()).sum();
     let waiting: usize = inner.shards.iter().map(|shard| shard.inbox.waiting()).sum();
     for (name, value) in [
         (
@@ -188,6 +194,7 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         (names::MAILBOXES_AWAKE, awake as f64),
         (names::SHARD_INPUTS_WAITING, waiting as f64),
         (names::READS_WAITING, inner.shared.reading.waiting() as f64),
+        (names::SEEN_WAITING, seen as f64),
         (names::RESERVE_BYTES, inner.reserve.used() as f64),
         (names::LEDGER_ENTRIES, inner.shared.ledger.entries() as f64),
         (names::LEDGER_BYTES, inner.shared.ledger.bytes() as f64),
@@ -373,6 +380,10 @@ impl Inner {
             .await
             .unwrap_or(false);
         committed &= !self.shared.failed.load(Ordering::Relaxed);
+        if committed {
+            // Nobody was promised this, so it changes nothing about how the stop went.
+            let _ = tokio::time::timeout(DRAIN_SEEN, self.write_seen()).await;
+        }
         self.stop.cancel();
         for shard in &self.shards {
             shard.inbox.push(Input::Stop);
@@ -399,6 +410,22 @@ impl Inner {
             "drained"
         );
         summary
+    }
+
+    /// Writes when devices were last seen, as far as that still waits for a frame.
+    async fn write_seen(&self) {
+        let mut ops: Batch = self
+            .shards
+            .iter()
+            .flat_map(|shard| shard.take_seen())
+            .collect();
+        while !ops.is_empty() {
+            let rest = ops.split_off(ops.len().min(DRAIN_SEEN_BATCH));
+            if let Err(error) = self.commit(std::mem::replace(&mut ops, rest), || {}).await {
+                tracing::warn!(%error, "when devices were last seen could not be written");
+                return;
+            }
+        }
     }
 
     /// Tells every session to go and when to come back: not before the last one was told, and spread out, so that

@@ -4,26 +4,31 @@
 //! the server runs; devices are many and live in the store, with a bounded cache of who owns which.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
 
 use data_encoding::{Encoding, Specification};
-use tokio::sync::oneshot;
+use smallvec::SmallVec;
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, oneshot};
 use zeroize::Zeroizing;
 
 use super::api::{
-    Authenticated, DeviceView, Identity, KeyView, Principal, Requested, RuntimeError, WhoError,
+    Authenticated, DeviceChange, DeviceChanged, DeviceQuery, DeviceView, Identity, KeyView,
+    Principal, Requested, Rotated, RuntimeError, UserView, Waiting, WhoError,
 };
 use super::cache::Generations;
-use super::handle::Inner;
+use super::handle::{Inner, millis};
 use super::hashing::equal;
 use super::rate::Rate;
-use super::settings::{KEYS_MAX, NAME_MAX_BYTES, USER_MAX_BYTES};
-use super::shard::Input;
+use super::settings::{KEYS_MAX, NAME_MAX_BYTES, SECRET_OVERLAP_MAX, USER_MAX_BYTES};
+use super::shard::{Emptied, Input};
 use super::{locked, reply};
-use crate::delivery::{AppId, CommitFailure, DeviceId};
+use crate::delivery::{AppId, CommitFailure, DeviceId, MailboxRead};
 use crate::ports::{
-    Batch, DeviceFilter, DeviceRecord, Erased, Erasure, KeyRecord, Op, Page, Scopes,
+    Batch, DeviceFilter, DeviceRecord, Erased, Erasure, KeyRecord, Op, Page, PreviousSecret,
+    Scopes, Seen,
 };
 use crate::telemetry::metrics as names;
 
@@ -70,6 +75,19 @@ impl Key {
     }
 }
 
+/// Devices read at a time for a list with a filter.
+const DEVICES_STEP: usize = 500;
+/// Devices that one call of a list with a filter looks at, so that nobody holds a reading thread for long.
+const DEVICES_LOOK_MAX: usize = 10_000;
+/// Devices of a user that are erased at the same time.
+const ERASED_AT_ONCE: usize = 64;
+/// How often somebody who waits for a shard looks whether the store has failed meanwhile.
+const FAILURE_LOOK: Duration = Duration::from_secs(1);
+/// Locks for changes of devices: two devices share one now and then, which costs a moment.
+const DEVICE_LOCKS: usize = 256;
+/// Gates for pings to users, shared in the same way.
+const USER_GATES: usize = 1_024;
+
 /// The devices of one user.
 type Owned = Arc<[DeviceId]>;
 
@@ -78,13 +96,71 @@ pub(super) struct Users {
     cache: Mutex<Generations<(AppId, String), Owned>>,
     /// Raised by every registration: what was read before it must not be cached after it.
     epoch: AtomicU64,
+    /// Held while the record of a device is read, changed and written.
+    locks: Box<[tokio::sync::Mutex<()>]>,
+    /// Held by pings to users from the look-up of the devices until the notifications are with the shards, and alone
+    /// by whoever gives a device to another user.
+    gates: Box<[RwLock<()>]>,
+    hasher: RandomState,
 }
 
 impl Users {
+    /// The lock under which the record of a device changes.
+    fn changing(&self, device: DeviceId) -> &tokio::sync::Mutex<()> {
+        &self.locks[usize::from(device.0[15]) % DEVICE_LOCKS]
+    }
+
+    fn gate(&self, app: AppId, user: &str) -> usize {
+        #[expect(clippy::cast_possible_truncation, reason = "any bits of a hash do")]
+        let hash = self.hasher.hash_one((app, user)) as usize;
+        hash % USER_GATES
+    }
+
+    /// Keeps these users' devices where they are, until the guards are dropped. Everybody takes gates in one order, so nobody
+    /// waits in a circle.
+    pub(super) async fn hold_gates(
+        &self,
+        app: AppId,
+        users: &[String],
+    ) -> SmallVec<[RwLockReadGuard<'_, ()>; 1]> {
+        let mut places: SmallVec<[usize; 1]> =
+            users.iter().map(|user| self.gate(app, user)).collect();
+        places.sort_unstable();
+        places.dedup();
+        let mut guards = SmallVec::with_capacity(places.len());
+        for place in places {
+            guards.push(self.gates[place].read().await);
+        }
+        guards
+    }
+
+    /// Waits until nobody is on the way between these users and their devices, and lets nobody in.
+    async fn close_gates(
+        &self,
+        users: [(AppId, &str); 2],
+    ) -> SmallVec<[RwLockWriteGuard<'_, ()>; 2]> {
+        let mut places: SmallVec<[usize; 2]> = users
+            .iter()
+            .map(|(app, user)| self.gate(*app, user))
+            .collect();
+        places.sort_unstable();
+        places.dedup();
+        let mut guards = SmallVec::new();
+        for place in places {
+            guards.push(self.gates[place].write().await);
+        }
+        guards
+    }
+
     pub(super) fn new() -> Users {
         Users {
             cache: Mutex::new(Generations::new(USER_CACHE_WEIGHT)),
             epoch: AtomicU64::new(0),
+            locks: (0..DEVICE_LOCKS)
+                .map(|_| tokio::sync::Mutex::default())
+                .collect(),
+            gates: (0..USER_GATES).map(|_| RwLock::default()).collect(),
+            hasher: RandomState::new(),
         }
     }
 
@@ -107,6 +183,7 @@ impl Inner {
             return Err(WhoError::Draining);
         }
         let Identity::Secret(secret) = identity;
+        let at = self.shared.clock.now();
         // The same work whether or not the device exists, so that time tells nothing.
         let secret = secret
             .get(..secret.len().min(SECRET_TEXT_MAX))
@@ -118,11 +195,20 @@ impl Inner {
             .read(move |store| store.device(device))
             .await
             .map_err(|_| WhoError::StoreUnavailable)?;
+        let previous = record.as_ref().and_then(|record| record.previous_secret);
         let (exists, hash) = record.map_or((false, [0; 32]), |record| (true, record.secret_hash));
-        let fits = equal(&hash, &shown) && exists;
+        let (overlaps, previous_hash) = previous.map_or((false, [0; 32]), |previous| {
+            (at.unix_ms < previous.until_ms, previous.hash)
+        });
+        // Both are compared in any case.
+        let current = equal(&hash, &shown) & exists;
+        let fits = current | (equal(&previous_hash, &shown) & overlaps);
         count_authentication("device", fits);
-        fits.then_some(Authenticated { device })
-            .ok_or(WhoError::Unauthorized)
+        fits.then_some(Authenticated {
+            device,
+            at: at.mono,
+        })
+        .ok_or(WhoError::Unauthorized)
     }
 
     pub(super) async fn create_device(
@@ -147,8 +233,9 @@ impl Inner {
             name: name.filter(|name| !name.is_empty()).map(str::to_owned),
             created_ms: self.shared.clock.now().unix_ms,
             secret_hash: self.hash_key.hash(FOR_DEVICE, &device.0, secret.as_bytes()),
+            previous_secret: None,
         };
-        let view = self.device_view(&record);
+        let view = self.device_view(&record, None);
         let op = Op::PutDevice {
             record,
             fresh: true,
@@ -166,19 +253,69 @@ impl Inner {
         app: AppId,
         device: DeviceId,
     ) -> Result<Option<DeviceView>, RuntimeError> {
-        let record = self.device_record(app, device).await?;
-        Ok(record.map(|record| self.device_view(&record)))
+        let Some(record) = self.device_record(app, device).await? else {
+            return Ok(None);
+        };
+        let mut views = self.views(vec![record], true).await?;
+        Ok(views.pop())
     }
 
     pub(super) async fn devices(
         &self,
         app: AppId,
-        user: Option<&str>,
-        after: Option<DeviceId>,
+        query: &DeviceQuery,
+        mut after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Page<DeviceView, DeviceId>, RuntimeError> {
+        let limit = limit.clamp(1, DEVICES_PAGE_MAX);
+        let picky = query.attached.is_some()
+            || query.seen_before_ms.is_some()
+            || query.seen_after_ms.is_some();
+        let step = if picky { DEVICES_STEP } else { limit };
+        let mut items = Vec::new();
+        let mut looked_at = 0;
+        loop {
+            let filter = DeviceFilter {
+                user: query.user.clone(),
+            };
+            let page = self
+                .shared
+                .reading
+                .read(move |store| store.devices(app, &filter, after, step))
+                .await?;
+            looked_at += page.items.len();
+            for view in self.views(page.items, false).await? {
+                if !fits(&view, query) {
+                    continue;
+                }
+                let last = view.device;
+                items.push(view);
+                if items.len() == limit {
+                    // Perhaps nothing follows; then the next page is empty.
+                    let next = Some(last).filter(|_| picky).or(page.next);
+                    return Ok(Page { items, next });
+                }
+            }
+            if page.next.is_none() || !picky || looked_at >= DEVICES_LOOK_MAX {
+                return Ok(Page {
+                    items,
+                    next: page.next,
+                });
+            }
+            after = page.next;
+        }
+    }
+
+    pub(super) async fn user(
+        &self,
+        app: AppId,
+        user: &str,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<UserView, RuntimeError> {
+        check_user(user)?;
         let filter = DeviceFilter {
-            user: user.map(str::to_owned),
+            user: Some(user.to_owned()),
         };
         let limit = limit.clamp(1, DEVICES_PAGE_MAX);
         let page = self
@@ -186,46 +323,294 @@ impl Inner {
             .reading
             .read(move |store| store.devices(app, &filter, after, limit))
             .await?;
-        Ok(Page {
-            items: page
-                .items
-                .iter()
-                .map(|record| self.device_view(record))
-                .collect(),
+        Ok(UserView {
+            devices: self.views(page.items, true).await?,
             next: page.next,
         })
     }
 
-    /// Runs to its end even if the caller goes away: a device without a mailbox must not stay on the lists.
+    // ---- Changes -------------------------------------------------------------------------------------------------
+
+    /// Runs `work` to its end even if the caller goes away or has waited long enough.
+    async fn to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, RuntimeError>> + Send + 'static,
+    ) -> Result<T, RuntimeError> {
+        let work = tokio::spawn(work);
+        self.in_time(async { work.await.unwrap_or(Err(RuntimeError::StoreUnavailable)) })
+            .await
+    }
+
+    pub(super) async fn change_device(
+        self: &Arc<Inner>,
+        app: AppId,
+        device: DeviceId,
+        change: DeviceChange,
+    ) -> Result<Option<DeviceChanged>, RuntimeError> {
+        if let Some(user) = &change.user {
+            check_user(user)?;
+        }
+        if let Some(Some(name)) = &change.name {
+            check_name(name)?;
+        }
+        let inner = Arc::clone(self);
+        self.to_the_end(async move { inner.changed_device(app, device, change).await })
+            .await
+    }
+
+    async fn changed_device(
+        self: &Arc<Inner>,
+        app: AppId,
+        device: DeviceId,
+        change: DeviceChange,
+    ) -> Result<Option<DeviceChanged>, RuntimeError> {
+        let _alone = self.users.changing(device).lock().await;
+        let Some(before) = self.device_record(app, device).await? else {
+            return Ok(None);
+        };
+        let mut record = before.clone();
+        if let Some(user) = change.user {
+            record.user = user;
+        }
+        if let Some(name) = change.name {
+            record.name = name.filter(|name| !name.is_empty());
+        }
+        let mut revoked = 0;
+        if record.user != before.user {
+            // Pings to either user are handed over before this, or resolved after it.
+            let _gates = self
+                .users
+                .close_gates([(app, before.user.as_str()), (app, record.user.as_str())])
+                .await;
+            let op = Op::PutDevice {
+                record: record.clone(),
+                fresh: false,
+                previous_user: Some(before.user.clone()),
+            };
+            match change.waiting {
+                Waiting::Keep => self.commit_fully(vec![op], || {}).await?,
+                Waiting::Revoke => {
+                    let emptied = self.empty(device, false, vec![op.clone()]).await?;
+                    if !emptied.written {
+                        // A record without a mailbox: nothing waits.
+                        self.commit_fully(vec![op], || {}).await?;
+                    }
+                    revoked = emptied.revoked;
+                }
+            }
+            self.users.changed(app, &before.user);
+            self.users.changed(app, &record.user);
+            tracing::info!(%device, revoked, waiting = ?change.waiting, "device given to another user");
+        } else if record != before {
+            let op = Op::PutDevice {
+                record: record.clone(),
+                fresh: false,
+                previous_user: None,
+            };
+            self.commit_fully(vec![op], || {}).await?;
+        }
+        let view = self.views(vec![record], true).await?.pop();
+        Ok(view.map(|device| DeviceChanged { device, revoked }))
+    }
+
+    pub(super) async fn rotate_secret(
+        self: &Arc<Inner>,
+        app: AppId,
+        device: DeviceId,
+        overlap: Option<Duration>,
+    ) -> Result<Option<Requested<Rotated>>, RuntimeError> {
+        let overlap = overlap.unwrap_or_else(|| self.limits.load().secret_overlap);
+        if overlap > SECRET_OVERLAP_MAX {
+            return Err(RuntimeError::Invalid(
+                "overlap_s: at most 7776000 seconds (90 days)",
+            ));
+        }
+        let inner = Arc::clone(self);
+        self.to_the_end(async move { inner.rotated_secret(app, device, overlap).await })
+            .await
+    }
+
+    async fn rotated_secret(
+        self: &Arc<Inner>,
+        app: AppId,
+        device: DeviceId,
+        overlap: Duration,
+    ) -> Result<Option<Requested<Rotated>>, RuntimeError> {
+        let _alone = self.users.changing(device).lock().await;
+        let Some(mut record) = self.device_record(app, device).await? else {
+            return Ok(None);
+        };
+        let previous_until_ms = (!overlap.is_zero()).then(|| {
+            self.shared
+                .clock
+                .now()
+                .unix_ms
+                .saturating_add(millis(overlap))
+        });
+        let secret = self.secret(DEVICE_PREFIX);
+        record.previous_secret = previous_until_ms.map(|until_ms| PreviousSecret {
+            hash: record.secret_hash,
+            until_ms,
+        });
+        record.secret_hash = self.hash_key.hash(FOR_DEVICE, &device.0, secret.as_bytes());
+        let op = Op::PutDevice {
+            record,
+            fresh: false,
+            previous_user: None,
+        };
+        self.commit_fully(vec![op], || {}).await?;
+        if previous_until_ms.is_none() {
+            let (answer, ended) = oneshot::channel();
+            self.shard(device)
+                .inbox
+                .push(Input::EndSecret { device, answer });
+            // A shard that has stopped has no session.
+            let _ = ended.await;
+        }
+        metrics::counter!(names::SECRETS_ROTATED_TOTAL).increment(1);
+        tracing::info!(%device, overlap_s = overlap.as_secs(), "secret of a device rotated");
+        Ok(Some(Requested {
+            made: Rotated {
+                device,
+                previous_until_ms,
+            },
+            secret,
+        }))
+    }
+
+    /// Runs to its end even if the caller goes away.
     pub(super) async fn revoke_device(
         self: &Arc<Inner>,
         app: AppId,
         device: DeviceId,
     ) -> Result<bool, RuntimeError> {
-        let Some(record) = self.device_record(app, device).await? else {
-            return Ok(false);
-        };
         let inner = Arc::clone(self);
-        let work = tokio::spawn(async move {
-            let (answer, wiped) = oneshot::channel();
-            inner
-                .shard(device)
-                .inbox
-                .push(Input::Wipe { device, answer });
-            let wiped = async { wiped.await.map_err(|_| RuntimeError::Draining) };
-            let revoked = inner.in_time(wiped).await?;
-            tracing::info!(%device, revoked, "device revoked");
-            let erased = inner.erased(app, Erased::Device(device));
-            let user = record.user.clone();
-            let users = Arc::clone(&inner);
-            inner
-                .commit(vec![Op::DropDevice(record), erased], move || {
-                    users.users.changed(app, &user);
-                })
-                .await
-        });
-        work.await.map_err(|_| RuntimeError::StoreUnavailable)??;
+        self.to_the_end(async move { inner.revoked_device(app, device, None).await })
+            .await
+    }
+
+    /// Record and mailbox go in one frame. With `owner` only while the device belongs to that user.
+    async fn revoked_device(
+        self: &Arc<Inner>,
+        app: AppId,
+        device: DeviceId,
+        owner: Option<&str>,
+    ) -> Result<bool, RuntimeError> {
+        let _alone = self.users.changing(device).lock().await;
+        let record = match (self.device_record(app, device).await?, owner) {
+            (None, None) => return Ok(false),
+            // On the user's list, and its record cannot be read: what is left of it goes as well.
+            (None, Some(owner)) => DeviceRecord {
+                id: device,
+                app,
+                user: owner.to_owned(),
+                name: None,
+                created_ms: 0,
+                secret_hash: [0; 32],
+                previous_secret: None,
+            },
+            (Some(record), Some(owner)) if record.user != owner => {
+                // Given to somebody else meanwhile. Writing that again takes it off this user's list, if it is still there.
+                let op = Op::PutDevice {
+                    record,
+                    fresh: false,
+                    previous_user: Some(owner.to_owned()),
+                };
+                self.commit_fully(vec![op], || {}).await?;
+                return Ok(false);
+            }
+            (Some(record), _) => record,
+        };
+        let user = record.user.clone();
+        let ops = vec![
+            Op::DropDevice(record),
+            self.erased(app, Erased::Device(device)),
+        ];
+        let emptied = self.empty(device, true, ops.clone()).await?;
+        if !emptied.written {
+            // A record without a mailbox: an earlier version crashed between the two.
+            self.commit_fully(ops, || {}).await?;
+        }
+        self.users.changed(app, &user);
+        tracing::info!(%device, revoked = emptied.revoked, "device revoked");
         Ok(true)
+    }
+
+    /// Not in a bounded time: a user may have many devices, and nothing is answered before all of it is safe.
+    pub(super) async fn erase_user(
+        self: &Arc<Inner>,
+        app: AppId,
+        user: &str,
+    ) -> Result<u32, RuntimeError> {
+        check_user(user)?;
+        let inner = Arc::clone(self);
+        let user = user.to_owned();
+        let work = tokio::spawn(async move { inner.erased_user(app, user).await });
+        work.await.unwrap_or(Err(RuntimeError::StoreUnavailable))
+    }
+
+    async fn erased_user(self: &Arc<Inner>, app: AppId, user: String) -> Result<u32, RuntimeError> {
+        // First, so that a restore finishes what a crash breaks off here. Of the user only a hash stays.
+        let hash = self.hash_key.erased_user(app.0, &user);
+        let note = self.erased(app, Erased::User(hash));
+        self.commit_fully(vec![note], || {}).await?;
+        let mut erased = 0u32;
+        loop {
+            let of = user.clone();
+            let devices = self
+                .shared
+                .reading
+                .read(move |store| store.user_devices(app, &of, ERASED_AT_ONCE))
+                .await?;
+            if devices.is_empty() {
+                break;
+            }
+            let mut wiped = 0;
+            let mut failed = None;
+            // At the same time, so that one frame serves many of them.
+            let revoking = devices
+                .into_iter()
+                .map(|device| self.revoked_device(app, device, Some(&user)));
+            for result in futures_util::future::join_all(revoking).await {
+                match result {
+                    Ok(true) => wiped += 1,
+                    Ok(false) => {}
+                    Err(error) => failed = Some(error),
+                }
+            }
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            erased = erased.saturating_add(wiped);
+        }
+        tracing::info!(devices = erased, "user erased");
+        Ok(erased)
+    }
+
+    /// Empties a mailbox and writes `ops` in the same frame. The caller holds the device's lock.
+    async fn empty(
+        &self,
+        device: DeviceId,
+        forget: bool,
+        ops: Batch,
+    ) -> Result<Emptied, RuntimeError> {
+        let (answer, mut emptied) = oneshot::channel();
+        self.shard(device).inbox.push(Input::Empty {
+            device,
+            forget,
+            ops,
+            answer,
+        });
+        loop {
+            match tokio::time::timeout(FAILURE_LOOK, &mut emptied).await {
+                Ok(answer) => return answer.map_err(|_| RuntimeError::Draining),
+                // Nothing that waits then is ever answered.
+                Err(_) if self.shared.failed.load(Ordering::Relaxed) => {
+                    return Err(RuntimeError::StoreUnavailable);
+                }
+                Err(_) => {}
+            }
+        }
     }
 
     async fn device_record(
@@ -241,14 +626,74 @@ impl Inner {
         Ok(record.filter(|record| record.app == app))
     }
 
-    fn device_view(&self, record: &DeviceRecord) -> DeviceView {
+    /// Devices as they are shown; `counts`: with what waits for each.
+    async fn views(
+        &self,
+        records: Vec<DeviceRecord>,
+        counts: bool,
+    ) -> Result<Vec<DeviceView>, RuntimeError> {
+        if records.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ids: Vec<DeviceId> = records.iter().map(|record| record.id).collect();
+        // Before the store: what is written meanwhile is found there.
+        let noted: Vec<Option<Seen>> = ids.iter().map(|&id| self.shard(id).seen(id)).collect();
+        let (stored, waiting) = self
+            .shared
+            .reading
+            .read(move |store| {
+                let stored = store.seen(&ids)?;
+                let mut waiting = Vec::new();
+                for &device in ids.iter().filter(|_| counts) {
+                    let view = store.read_mailbox(&MailboxRead {
+                        device,
+                        all: false,
+                        ping: None,
+                        collapse: None,
+                        lowest: None,
+                        rows: Vec::new(),
+                    })?;
+                    waiting.push(view.summary.map_or(0, |summary| summary.count));
+                }
+                Ok((stored, waiting))
+            })
+            .await?;
+        let mut views = Vec::with_capacity(records.len());
+        for (place, (record, (noted, stored))) in records
+            .iter()
+            .zip(noted.into_iter().zip(stored))
+            .enumerate()
+        {
+            let mut view = self.device_view(record, noted.or(stored));
+            view.waiting = waiting.get(place).copied();
+            views.push(view);
+        }
+        Ok(views)
+    }
+
+    fn device_view(&self, record: &DeviceRecord, seen: Option<Seen>) -> DeviceView {
         let presence = self.shard(record.id).presence(record.id);
+        let now_ms = self.shared.clock.now().unix_ms;
+        let seen = match presence {
+            Some(presence) => Some(Seen {
+                at_ms: now_ms,
+                carrier: presence.carrier,
+                agent: seen.and_then(|seen| seen.agent),
+            }),
+            None => seen,
+        };
         DeviceView {
             device: record.id,
             user: record.user.clone(),
             name: record.name.clone(),
             created_ms: record.created_ms,
             attached: presence.map(|presence| (presence.carrier.as_str(), presence.since_ms)),
+            seen,
+            previous_secret_until_ms: record
+                .previous_secret
+                .map(|previous| previous.until_ms)
+                .filter(|until_ms| now_ms < *until_ms),
+            waiting: None,
         }
     }
 
@@ -447,7 +892,16 @@ impl Inner {
     }
 
     /// Commits a batch that stands alone; `safe` runs as soon as it is safe, whether or not the caller still waits.
-    async fn commit(
+    pub(super) async fn commit(
+        &self,
+        batch: Batch,
+        safe: impl FnOnce() + Send + 'static,
+    ) -> Result<(), RuntimeError> {
+        self.in_time(self.commit_fully(batch, safe)).await
+    }
+
+    /// As [`Inner::commit`], however long it takes: for whoever must know how it ended.
+    async fn commit_fully(
         &self,
         batch: Batch,
         safe: impl FnOnce() + Send + 'static,
@@ -462,8 +916,8 @@ impl Inner {
                 reply(answer, result);
             }),
         );
-        let answered = async { answered.await.map_err(|_| RuntimeError::StoreUnavailable) };
-        self.in_time(answered).await?.map_err(|error| match error {
+        let answered = answered.await.map_err(|_| RuntimeError::StoreUnavailable)?;
+        answered.map_err(|error| match error {
             CommitFailure::NoRoom => RuntimeError::NoRoom,
             CommitFailure::Failed => RuntimeError::StoreUnavailable,
         })
@@ -475,6 +929,20 @@ pub(super) fn by_id(keys: Vec<KeyRecord>) -> Keys {
     keys.into_iter()
         .map(|record| (record.id, Key::new(record)))
         .collect()
+}
+
+/// Whether a device is one of those asked for.
+fn fits(view: &DeviceView, query: &DeviceQuery) -> bool {
+    let seen_ms = view.seen.as_ref().map(|seen| seen.at_ms);
+    query
+        .attached
+        .is_none_or(|attached| attached == view.attached.is_some())
+        && query
+            .seen_before_ms
+            .is_none_or(|before| seen_ms.unwrap_or(view.created_ms) < before)
+        && query
+            .seen_after_ms
+            .is_none_or(|after| seen_ms.is_some_and(|seen| seen >= after))
 }
 
 fn check_user(user: &str) -> Result<(), RuntimeError> {

@@ -13,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::api::{
-    AttachRequest, Authenticated, DeviceView, Identity, KeyView, LinkSettings, Outlet, PingAnswer,
-    PingError, PingRequest, PingView, Principal, Requested, RevokeCounts, RuntimeError, WhoError,
+    AttachRequest, Authenticated, DeviceChange, DeviceChanged, DeviceQuery, DeviceView, Identity,
+    KeyView, LinkSettings, Outlet, PingAnswer, PingError, PingRequest, PingView, Principal,
+    Requested, RevokeCounts, Rotated, RuntimeError, UserView, WhoError,
 };
 use super::backup::{BackupStream, NoBackup};
 use super::directory::{Keys, Users};
@@ -23,11 +24,11 @@ use super::idempotency::Idempotency;
 use super::pings::Depth;
 use super::reserve::Reserve;
 use super::settings::{Limits, RuntimeSettings};
-use super::shard::{Carrier, Input, ShardDoor, Shared};
+use super::shard::{Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
 use super::traces::{Origin, Trace};
 use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
-use crate::ports::{Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth};
+use crate::ports::{Carrier, Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth};
 use crate::telemetry::metrics as names;
 
 /// A cheap, cloneable handle to everything that runs.
@@ -242,6 +243,8 @@ impl Handle {
         let device = who.device();
         self.inner.shard(device).inbox.push(Input::Attach {
             device,
+            proved: who.at,
+            agent: request.agent,
             attach: Box::new(Attach {
                 session: request.session,
                 instance: request.instance,
@@ -369,15 +372,54 @@ impl Handle {
         self.inner.device(app, device).await
     }
 
-    /// Devices of this app by id, a page at a time.
+    /// Devices of this app by id, a page at a time. Of a list with a filter a page may have fewer than `limit`, or none,
+    /// and go on: one call looks at a bounded number of devices.
     pub async fn devices(
         &self,
         app: AppId,
-        user: Option<&str>,
+        query: &DeviceQuery,
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Page<DeviceView, DeviceId>, RuntimeError> {
-        self.inner.devices(app, user, after, limit).await
+        self.inner.devices(app, query, after, limit).await
+    }
+
+    /// Changes a device; all of it is safe together. `None`: not known. `Invalid`: the user or the name cannot be.
+    pub async fn change_device(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        change: DeviceChange,
+    ) -> Result<Option<DeviceChanged>, RuntimeError> {
+        self.inner.change_device(app, device, change).await
+    }
+
+    /// Gives a device a new secret. The one before stays good for `overlap` (`None`: as set); with none the session is
+    /// cut. An older one that was still good ends. `None`: not known. `Invalid`: the time is too long.
+    pub async fn rotate_secret(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        overlap: Option<Duration>,
+    ) -> Result<Option<Requested<Rotated>>, RuntimeError> {
+        self.inner.rotate_secret(app, device, overlap).await
+    }
+
+    /// The devices of a user, a page at a time, with what waits for each. A user that nobody knows has none.
+    pub async fn user(
+        &self,
+        app: AppId,
+        user: &str,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<UserView, RuntimeError> {
+        self.inner.user(app, user, after, limit).await
+    }
+
+    /// Erases everything held of a user: each of its devices is revoked. Answers how many there were, once all of it is
+    /// safe. After a failure or a crash half way, doing it again finishes.
+    pub async fn erase_user(&self, app: AppId, user: &str) -> Result<u32, RuntimeError> {
+        self.inner.erase_user(app, user).await
     }
 
     /// Revokes a device: cuts its session, empties its mailbox. `false`: not known.

@@ -7,8 +7,8 @@ use arc_swap::ArcSwap;
 use metrics::{Counter, Gauge, Histogram, SharedString, counter, gauge, histogram};
 
 use super::ledger::Noted;
-use super::shard::Carrier;
 use crate::delivery::{AppId, Closing, Notice, Outcome, Refusal, Rejection};
+use crate::ports::Carrier;
 use crate::telemetry::metrics as names;
 
 /// The counters of one app.
@@ -160,6 +160,7 @@ impl Meters {
             Closing::Replaced => "replaced",
             Closing::Revoked => "revoked",
             Closing::AckTimeout => "ack_timeout",
+            Closing::SecretEnded => "secret_ended",
         };
         counter!(names::SESSION_CLOSES_TOTAL, "reason" => reason).increment(1);
     }

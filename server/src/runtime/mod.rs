@@ -18,6 +18,7 @@ mod pings;
 mod rate;
 mod reading;
 mod reserve;
+mod seen;
 mod settings;
 mod shard;
 mod start;
@@ -25,9 +26,10 @@ mod status;
 mod traces;
 
 pub use api::{
-    AttachRequest, Authenticated, Content, DeviceView, Identity, KeyView, LinkSettings, Out,
-    Outlet, PairView, PingAnswer, PingError, PingRequest, PingView, Principal, Requested,
-    RevokeCounts, RuntimeError, Target, WhoError,
+    AttachRequest, Authenticated, Content, DeviceChange, DeviceChanged, DeviceQuery, DeviceView,
+    Identity, KeyView, LinkSettings, Out, Outlet, PairView, PingAnswer, PingError, PingRequest,
+    PingView, Principal, Requested, RevokeCounts, Rotated, RuntimeError, Target, UserView, Waiting,
+    WhoError,
 };
 pub use backup::{BackupStream, NoBackup};
 pub use clock::SystemClock;
@@ -36,7 +38,7 @@ pub use handle::Handle;
 pub use hashing::{HashKey, HashKeyError, load_or_create_hash_key, sha256};
 pub use settings::{
     DEVICES_PER_PING, KEYS_MAX, Limits, NAME_MAX_BYTES, READING_THREADS_MAX, RuntimeSettings,
-    SHARDS_MAX, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
+    SECRET_OVERLAP_MAX, SHARDS_MAX, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
 };
 pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};
@@ -46,7 +48,7 @@ pub use traces::{Origin, Trace};
 pub use crate::delivery::Outcome;
 pub use crate::ports::{
     ClockState, OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord,
-    OutcomeStats, Page, PairState, Scopes, StoreHealth, StoreStats,
+    OutcomeStats, Page, PairState, Scopes, Seen, StoreHealth, StoreStats,
 };
 
 /// The value behind a lock. A panic elsewhere while it was held does not spread: each holder leaves the value whole

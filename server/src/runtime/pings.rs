@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use aws_lc_rs::hmac;
-use tokio::sync::oneshot;
+use smallvec::SmallVec;
+use tokio::sync::{RwLockReadGuard, oneshot};
 
 use super::api::{
     PairView, PingAnswer, PingError, PingRequest, PingView, RevokeCounts, RuntimeError, Target,
@@ -233,10 +234,12 @@ impl Inner {
             limits,
             trace,
         } = publication;
-        let devices = self.resolve(request, &limits).await?;
         if self.shared.failed.load(Ordering::Relaxed) {
             return Err(RuntimeError::StoreUnavailable.into());
         }
+        // Until the shards have it, no device goes to another user.
+        let gates = self.in_time(self.hold_gates(request)).await?;
+        let devices = self.resolve(request, &limits).await?;
         let share = self
             .reserve
             .take(request.content.encoded.len(), limits.memory_reserve)
@@ -290,6 +293,7 @@ impl Inner {
                     may_repeat,
                     waiter: Waiter::One(sender),
                 });
+                drop(gates);
                 // Without an answer the shard was stopped.
                 match settled.await.map_err(|_| RuntimeError::Draining)? {
                     Settled::Accepted => Ok(answer(Vec::new())),
@@ -320,7 +324,7 @@ impl Inner {
                         waiter: Waiter::Part(Arc::clone(&gather)),
                     });
                 }
-                drop((gather, notification));
+                drop((gather, notification, gates));
                 let Parts { rejected, busy } = settled.await.map_err(|_| RuntimeError::Draining)?;
                 if busy {
                     return Err(RuntimeError::StoreBusy.into());
@@ -335,6 +339,19 @@ impl Inner {
                 }
                 Ok(answer(rejected))
             }
+        }
+    }
+
+    async fn hold_gates(
+        &self,
+        request: &PingRequest,
+    ) -> Result<SmallVec<[RwLockReadGuard<'_, ()>; 1]>, RuntimeError> {
+        match &request.target {
+            Target::Users(users) if users.len() <= USERS_PER_PING => {
+                Ok(self.users.hold_gates(request.app, users).await)
+            }
+            // Too many are refused; devices that are named are meant whoever owns them.
+            Target::Users(_) | Target::Device(_) | Target::Devices(_) => Ok(SmallVec::new()),
         }
     }
 

@@ -16,6 +16,8 @@ pub const USER_MAX_BYTES: usize = 255;
 pub const NAME_MAX_BYTES: usize = 255;
 /// Most API keys in all: they are kept in memory, and a person must be able to review them.
 pub const KEYS_MAX: usize = 1_000;
+/// Longest time for which two secrets of a device are good.
+pub const SECRET_OVERLAP_MAX: Duration = Duration::from_secs(90 * 86_400);
 /// How long a TTL 0 notification may still be sent after its acceptance, milliseconds.
 pub const TRANSIENT_MS: u64 = 30_000;
 /// Most shards: more than any machine has cores.
@@ -101,6 +103,9 @@ pub struct Limits {
     /// How long whoever takes a backup may let it wait: at once, and in all on top of a second for each 256 KiB. Default 60 s.
     /// Until it is taken the log is not let go.
     pub backup_stall: Duration,
+    /// How long a device's old secret stays good after a rotation that names no time. Default 24 h; at most
+    /// [`SECRET_OVERLAP_MAX`].
+    pub secret_overlap: Duration,
 }
 
 impl Default for Limits {
@@ -115,6 +120,7 @@ impl Default for Limits {
             ping_burst: 100_000,
             accept_wait: Duration::from_secs(10),
             backup_stall: Duration::from_secs(60),
+            secret_overlap: Duration::from_secs(24 * 3_600),
         }
     }
 }

@@ -12,7 +12,7 @@
 //! A panic in a turn would leave mailboxes half decided, so it ends the process, loudly: the log is the promise, a
 //! supervisor restarts, and everything that was answered is there again.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -26,14 +26,14 @@ use super::api::{Out, Outlet};
 use super::ledger::Ledger;
 use super::meters::Meters;
 use super::reading::{MailboxJob, Reading};
-use super::traces::Traces;
+use super::seen::SeenBook;
 use super::{locked, reply};
 use crate::delivery::{
-    AppId, Attach, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono, Notification,
-    PingId, Policy, Rejection, SessionId, Shard, Ticket,
+    AppId, Attach, Change, Closing, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono,
+    Notification, PingId, Policy, Refusal, Rejection, SessionId, Shard, Ticket,
 };
 use crate::ports::{
-    Batch, Clock, Committed, Grant, Op, OutcomeRecord, SourceId, Store, StoreHealth,
+    Batch, Carrier, Clock, Committed, Grant, Op, OutcomeRecord, Seen, SourceId, Store, StoreHealth,
 };
 
 /// Inputs of one turn: enough to fill a frame, few enough that the committer and the other tasks do not wait long.
@@ -45,34 +45,13 @@ const INBOX_KEEPS: usize = 4 * TURN_INPUTS;
 const HELD_MAX: usize = 65_536;
 /// Of these, how many go into one frame.
 const HELD_AT_ONCE: usize = 8_192;
+/// Far longer than the way from a proof to the shard may take; then an ended secret need not be remembered, because the
+/// store tells.
+const PROOF_MAX: Duration = Duration::from_secs(600);
+/// Different agents that are kept once for all who say them. Beyond it everybody pays for its own.
+const AGENTS_MAX: usize = 1_024;
 /// Buffers kept for the words of links.
 const SPARE_BUFFERS: usize = 256;
-
-/// How a device is connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Carrier {
-    Quic,
-    WebSocket,
-}
-
-impl Carrier {
-    /// Anything that is not `quic` is a WebSocket.
-    pub(super) fn named(name: &str) -> Carrier {
-        if name == "quic" {
-            Carrier::Quic
-        } else {
-            Carrier::WebSocket
-        }
-    }
-
-    /// The word for it.
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Carrier::Quic => "quic",
-            Carrier::WebSocket => "websocket",
-        }
-    }
-}
 
 /// What a shard is told.
 pub(super) enum Input {
@@ -85,6 +64,9 @@ pub(super) enum Input {
     },
     Attach {
         device: DeviceId,
+        /// When the device's secret was looked up, or before.
+        proved: Mono,
+        agent: Option<Arc<str>>,
         attach: Box<Attach>,
         outlet: Arc<dyn Outlet>,
         carrier: Carrier,
@@ -98,9 +80,23 @@ pub(super) enum Input {
         ping: PingId,
         answer: oneshot::Sender<bool>,
     },
-    Wipe {
+    /// Revoke everything that waits in a mailbox, and write `ops` in the same frame. One at a time for a device.
+    Empty {
         device: DeviceId,
-        answer: oneshot::Sender<u32>,
+        /// The mailbox itself goes, and its session is cut.
+        forget: bool,
+        ops: Batch,
+        answer: oneshot::Sender<Emptied>,
+    },
+    /// End the session of a device that was proved before now, because its secret is not good any more.
+    EndSecret {
+        device: DeviceId,
+        answer: oneshot::Sender<()>,
+    },
+    /// End this session, which was greeted after its secret had ended.
+    CutSecret {
+        device: DeviceId,
+        session: SessionId,
     },
     /// What the disk can do now; comes every second.
     Disk(Disk),
@@ -129,12 +125,20 @@ pub(super) enum Settled {
     Busy,
 }
 
+/// What became of [`Input::Empty`]; everything of it is safe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Emptied {
+    pub(super) revoked: u32,
+    /// The operations were in the frame. `false`: there was no mailbox, and no frame.
+    pub(super) written: bool,
+}
+
 /// Somebody who waits for an answer of the core.
 pub(super) enum Waiter {
     One(oneshot::Sender<Settled>),
     Part(Arc<Gather>),
     Revoke(oneshot::Sender<bool>),
-    Wipe(oneshot::Sender<u32>),
+    Empty(DeviceId, oneshot::Sender<Emptied>),
     /// Was answered without the core; the core's answer is heard by nobody.
     Gone,
 }
@@ -250,6 +254,7 @@ pub(super) struct Presence {
 pub(super) struct ShardDoor {
     pub(super) inbox: Arc<Inbox>,
     presence: Mutex<HashMap<DeviceId, Presence>>,
+    seen: Mutex<SeenBook>,
     awake: AtomicUsize,
     sessions: AtomicU64,
 }
@@ -260,6 +265,7 @@ impl ShardDoor {
         ShardDoor {
             inbox: Arc::default(),
             presence: Mutex::default(),
+            seen: Mutex::default(),
             awake: AtomicUsize::new(0),
             sessions: AtomicU64::new(0),
         }
@@ -268,6 +274,21 @@ impl ShardDoor {
     /// How a device is attached.
     pub(super) fn presence(&self, device: DeviceId) -> Option<Presence> {
         locked(&self.presence).get(&device).copied()
+    }
+
+    /// When a device was last seen, as far as that is not written yet.
+    pub(super) fn seen(&self, device: DeviceId) -> Option<Seen> {
+        locked(&self.seen).get(device)
+    }
+
+    /// Devices whose last sighting is not written yet.
+    pub(super) fn seen_waiting(&self) -> usize {
+        locked(&self.seen).waiting()
+    }
+
+    /// All sightings that are not written yet, for the last frames of an orderly stop.
+    pub(super) fn take_seen(&self) -> Batch {
+        locked(&self.seen).take_all()
     }
 
     /// Mailboxes awake.
@@ -307,8 +328,15 @@ struct Ended {
 /// What is said once the outcomes before it are safe.
 enum Held {
     Ended(Ended),
-    Revoked { ticket: Ticket, revoked: bool },
-    Wiped { ticket: Ticket, revoked: u32 },
+    Revoked {
+        ticket: Ticket,
+        revoked: bool,
+    },
+    Emptied {
+        ticket: Ticket,
+        revoked: u32,
+        written: bool,
+    },
 }
 
 struct SessionEntry {
@@ -318,6 +346,8 @@ struct SessionEntry {
     touched: u32,
     carrier: Carrier,
     welcomed: bool,
+    agent: Option<Arc<str>>,
+    proved: Mono,
 }
 
 /// The words of this turn for one link.
@@ -385,7 +415,7 @@ impl Waiters {
                         Waiter::One(answer) => reply(answer, Settled::Busy),
                         // The device does not matter: the whole ping is told to come again.
                         Waiter::Part(gather) => gather.settle(DeviceId([0; 16]), Settled::Busy),
-                        other @ (Waiter::Revoke(_) | Waiter::Wipe(_) | Waiter::Gone) => {
+                        other @ (Waiter::Revoke(_) | Waiter::Empty(..) | Waiter::Gone) => {
                             slot.waiter = other;
                         }
                     }
@@ -435,6 +465,14 @@ pub(super) struct ShardTask {
     held: VecDeque<Held>,
     /// What is in the outstanding frame.
     sealed: Vec<Held>,
+    /// What goes into the frame that empties a mailbox.
+    owed: HashMap<DeviceId, Batch>,
+    /// When secrets ended: whoever was proved before is not let in. Kept for [`PROOF_MAX`].
+    ended_secrets: HashMap<DeviceId, Mono>,
+    /// What clients said they are; most of a fleet says the same.
+    agents: HashSet<Arc<str>>,
+    /// So many sightings wait that they are worth a frame.
+    seen_full: bool,
     /// Sessions that have not been told to go, while the server drains.
     drain: Option<Drain>,
     settling: Vec<oneshot::Sender<()>>,
@@ -475,6 +513,10 @@ impl ShardTask {
             outcomes: Vec::new(),
             held: VecDeque::new(),
             sealed: Vec::new(),
+            owed: HashMap::new(),
+            ended_secrets: HashMap::new(),
+            agents: HashSet::new(),
+            seen_full: false,
             drain: None,
             settling: Vec::new(),
             stopped: false,
@@ -555,7 +597,9 @@ impl ShardTask {
             self.submit();
         } else if !self.wanted
             && !self.outstanding
-            && (self.core.has_offers() || !self.held.is_empty())
+            && (self.core.has_offers()
+                || !self.held.is_empty()
+                || (self.seen_full && !self.failed()))
         {
             if self.shared.store.want(self.source) {
                 self.submit();
@@ -607,23 +651,34 @@ impl ShardTask {
             }
             Input::Attach {
                 device,
+                proved,
+                agent,
                 attach,
                 outlet,
                 carrier,
             } => {
+                if self
+                    .ended_secrets
+                    .get(&device)
+                    .is_some_and(|ended| proved <= *ended)
+                {
+                    return outlet.push(Out::Refuse(Refusal::UnknownDevice));
+                }
                 let entry = SessionEntry {
                     device,
                     outlet,
                     touched: u32::MAX,
                     carrier,
                     welcomed: false,
+                    agent: agent.map(|agent| self.shared_agent(agent)),
+                    proved,
                 };
                 self.sessions.insert(attach.session, entry);
                 self.count_sessions();
                 (device, Event::Attach(*attach))
             }
             Input::Detach { device, session } => {
-                self.forget_session(session);
+                self.forget_session(session, now);
                 (device, Event::Detach { session })
             }
             Input::Revoke {
@@ -634,9 +689,28 @@ impl ShardTask {
                 let ticket = self.waiters.add(Waiter::Revoke(answer), AppId(0), 0, 0);
                 (device, Event::Revoke { ticket, ping })
             }
-            Input::Wipe { device, answer } => {
-                let ticket = self.waiters.add(Waiter::Wipe(answer), AppId(0), 0, 0);
-                (device, Event::Wipe { ticket })
+            Input::Empty {
+                device,
+                forget,
+                ops,
+                answer,
+            } => {
+                self.owed.insert(device, ops);
+                let waiter = Waiter::Empty(device, answer);
+                let ticket = self.waiters.add(waiter, AppId(0), 0, 0);
+                let event = if forget {
+                    Event::Wipe { ticket }
+                } else {
+                    Event::Clear { ticket }
+                };
+                (device, event)
+            }
+            Input::EndSecret { device, answer } => {
+                self.end_secret(device, now);
+                return reply(answer, ());
+            }
+            Input::CutSecret { device, session } => {
+                return self.cut_secret(device, session, now);
             }
             Input::Disk(disk) => return self.core.set_disk(disk, now, &mut self.effects),
             Input::Policy(policy) => {
@@ -658,7 +732,7 @@ impl ShardTask {
                     .map(|(session, entry)| (*session, entry.device))
                     .collect();
                 for &(session, device) in &left {
-                    self.forget_session(session);
+                    self.forget_session(session, now);
                     self.core
                         .handle(device, Event::Detach { session }, now, &mut self.effects);
                 }
@@ -681,7 +755,21 @@ impl ShardTask {
 
     fn submit(&mut self) {
         self.outstanding = true;
-        let mut batch: Batch = self.core.seal().into_iter().map(Op::Mailbox).collect();
+        let changes = self.core.seal();
+        let mut seen = locked(&self.door.seen);
+        let mut batch: Batch = Vec::with_capacity(changes.len());
+        for change in changes {
+            let owed = match &change {
+                Change::Forget { device } => {
+                    seen.forget(*device);
+                    self.owed.get(device).cloned()
+                }
+                Change::Cleared { device } => self.owed.get(device).cloned(),
+                Change::Insert { .. } | Change::Remove { .. } | Change::Summary { .. } => None,
+            };
+            batch.push(Op::Mailbox(change));
+            batch.extend(owed.into_iter().flatten());
+        }
         let count = self.held.len().min(HELD_AT_ONCE);
         self.sealed.extend(self.held.drain(..count));
         for held in &self.sealed {
@@ -692,11 +780,17 @@ impl ShardTask {
                 batch.push(Op::PutOutcome(*record));
             }
         }
+        if !batch.is_empty() || self.seen_full {
+            batch.append(&mut seen.take_due(self.shared.clock.now().mono));
+            self.seen_full = seen.is_full();
+        }
+        drop(seen);
         self.shared.store.submit(self.source, batch);
     }
 
     fn committed(&mut self, result: Committed, now: crate::delivery::Now) {
         self.outstanding = false;
+        locked(&self.door.seen).committed(result.is_ok());
         match result {
             Ok(()) => {}
             Err(CommitFailure::NoRoom) => {
@@ -718,7 +812,11 @@ impl ShardTask {
             match held {
                 Held::Ended(ended) => self.announce(ended, result),
                 Held::Revoked { ticket, revoked } => self.revoked(ticket, revoked),
-                Held::Wiped { ticket, revoked } => self.wiped(ticket, revoked),
+                Held::Emptied {
+                    ticket,
+                    revoked,
+                    written,
+                } => self.emptied(ticket, revoked, written),
             }
         }
         self.sealed = sealed;
@@ -816,11 +914,25 @@ impl ShardTask {
             Effect::RevokeAnswered { ticket, revoked } => {
                 self.held.push_back(Held::Revoked { ticket, revoked });
             }
-            Effect::Wiped { ticket, revoked } if self.held.is_empty() => {
-                self.wiped(ticket, revoked);
+            Effect::Wiped {
+                ticket,
+                revoked,
+                known: written,
             }
-            Effect::Wiped { ticket, revoked } => {
-                self.held.push_back(Held::Wiped { ticket, revoked });
+            | Effect::Cleared {
+                ticket,
+                revoked,
+                known: written,
+            } => {
+                if self.held.is_empty() {
+                    self.emptied(ticket, revoked, written);
+                } else {
+                    self.held.push_back(Held::Emptied {
+                        ticket,
+                        revoked,
+                        written,
+                    });
+                }
             }
             Effect::Welcome {
                 session,
@@ -854,7 +966,7 @@ impl ShardTask {
             Effect::Close { session, why } => {
                 self.shared.meters.closed(why);
                 self.tell(session, Out::Close(why));
-                self.absent(session);
+                self.absent(session, now_ms);
             }
             Effect::Read(request) => self.reads.push(MailboxJob::Read(request)),
             Effect::Fetch { device, rows } => self.reads.push(MailboxJob::Fetch(device, rows)),
@@ -872,13 +984,14 @@ impl ShardTask {
         }
     }
 
-    fn wiped(&mut self, ticket: Ticket, revoked: u32) {
+    fn emptied(&mut self, ticket: Ticket, revoked: u32, written: bool) {
         if let Some(Slot {
-            waiter: Waiter::Wipe(answer),
+            waiter: Waiter::Empty(device, answer),
             ..
         }) = self.waiters.take(ticket)
         {
-            reply(answer, revoked);
+            self.owed.remove(&device);
+            reply(answer, Emptied { revoked, written });
         }
     }
 
@@ -976,6 +1089,14 @@ impl ShardTask {
         };
         entry.welcomed = true;
         let (device, carrier) = (entry.device, entry.carrier);
+        if self
+            .ended_secrets
+            .get(&device)
+            .is_some_and(|ended| entry.proved <= *ended)
+        {
+            // In the next turn: this one is carrying out what was decided before.
+            self.door.inbox.push(Input::CutSecret { device, session });
+        }
         let presence = Presence {
             session,
             since_ms: now_ms,
@@ -985,6 +1106,7 @@ impl ShardTask {
             self.shared.meters.left(before.carrier);
         }
         self.shared.meters.attached(carrier);
+        self.note_seen(session, now_ms);
         self.tell(session, Out::Welcome { pending, window });
         if let Some(drain) = &mut self.drain {
             if drain.over {
@@ -997,24 +1119,77 @@ impl ShardTask {
     }
 
     /// The device of this session is no longer attached by it.
-    fn absent(&mut self, session: SessionId) {
+    fn absent(&mut self, session: SessionId, now_ms: u64) {
         let Some(entry) = self.sessions.get(&session).filter(|entry| entry.welcomed) else {
             return;
         };
         let mut presence = locked(&self.door.presence);
         if presence
             .get(&entry.device)
-            .is_some_and(|presence| presence.session == session)
+            .is_none_or(|presence| presence.session != session)
         {
-            presence.remove(&entry.device);
-            self.shared.meters.left(entry.carrier);
+            return;
+        }
+        presence.remove(&entry.device);
+        drop(presence);
+        self.shared.meters.left(entry.carrier);
+        self.note_seen(session, now_ms);
+    }
+
+    /// Notes that the device of this session is there, or was until now.
+    fn note_seen(&mut self, session: SessionId, now_ms: u64) {
+        let Some(entry) = self.sessions.get(&session) else {
+            return;
+        };
+        let seen = Seen {
+            at_ms: now_ms,
+            carrier: entry.carrier,
+            agent: entry.agent.clone(),
+        };
+        let now = self.shared.clock.now().mono;
+        self.seen_full |= locked(&self.door.seen).note(entry.device, seen, now);
+    }
+
+    fn forget_session(&mut self, session: SessionId, now: crate::delivery::Now) {
+        self.absent(session, now.unix_ms);
+        self.sessions.remove(&session);
+        self.count_sessions();
+    }
+
+    /// The same text as others have, if there is one.
+    fn shared_agent(&mut self, agent: Arc<str>) -> Arc<str> {
+        if let Some(known) = self.agents.get(&agent) {
+            return Arc::clone(known);
+        }
+        if self.agents.len() >= AGENTS_MAX {
+            self.agents.retain(|known| Arc::strong_count(known) > 1);
+        }
+        if self.agents.len() < AGENTS_MAX {
+            self.agents.insert(Arc::clone(&agent));
+        }
+        agent
+    }
+
+    fn end_secret(&mut self, device: DeviceId, now: crate::delivery::Now) {
+        self.ended_secrets
+            .retain(|_, ended| now.mono - *ended < PROOF_MAX);
+        self.ended_secrets.insert(device, now.mono);
+        let presence = self.door.presence(device);
+        if let Some(Presence { session, .. }) = presence {
+            self.cut_secret(device, session, now);
         }
     }
 
-    fn forget_session(&mut self, session: SessionId) {
-        self.absent(session);
-        self.sessions.remove(&session);
-        self.count_sessions();
+    fn cut_secret(&mut self, device: DeviceId, session: SessionId, now: crate::delivery::Now) {
+        self.core
+            .handle(device, Event::Detach { session }, now, &mut self.effects);
+        self.tell(session, Out::Close(Closing::SecretEnded));
+        self.shared.meters.closed(Closing::SecretEnded);
+        self.absent(session, now.unix_ms);
+    }
+
+    fn failed(&self) -> bool {
+        self.shared.failed.load(Ordering::Relaxed)
     }
 
     fn count_sessions(&self) {
@@ -1047,7 +1222,7 @@ fn answer(waiter: Waiter, device: DeviceId, settled: Settled) {
     match waiter {
         Waiter::One(answer) => reply(answer, settled),
         Waiter::Part(gather) => gather.settle(device, settled),
-        Waiter::Revoke(_) | Waiter::Wipe(_) | Waiter::Gone => {}
+        Waiter::Revoke(_) | Waiter::Empty(..) | Waiter::Gone => {}
     }
 }
 

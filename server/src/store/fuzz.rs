@@ -32,10 +32,20 @@ pub fn records(data: &[u8]) {
         let _ = record::collapse(key, value);
         let _ = record::pair(key, value);
         let _ = record::device(key, DeviceId([0; 16]), value).map(drop);
+        let _ = record::seen(key, value);
         let _ = record::app(key, value).map(drop);
         let _ = record::api_key(key, value).map(drop);
         let _ = record::idempotency(key, AppId(1), [0; 32], value);
         let _ = record::number(key, value);
+    }
+    // The kind that has had two versions.
+    let key = b"d-key";
+    for version in [1, 2] {
+        let mut sealed = vec![version];
+        sealed.extend_from_slice(data);
+        let sum = crc32c::crc32c_append(crc32c::crc32c(key), &sealed);
+        sealed.extend_from_slice(&sum.to_le_bytes());
+        let _ = record::device(key, DeviceId([0; 16]), &sealed).map(drop);
     }
     let _ = keys::parse_row(data);
     let _ = keys::parse_expiry(data);

@@ -14,6 +14,7 @@
 //! | `p` ping device | what is known of one notification of a ping |
 //! | `t` time ping device | nothing: ended notifications by age |
 //! | `d` device | a device as the backend registered it |
+//! | `l` device | when and how the device was last seen |
 //! | `e` app device | nothing: the devices of an app |
 //! | `u` app user device | nothing: the devices of a user |
 //! | `a` app | an app |
@@ -265,6 +266,11 @@ pub(super) fn parse_idempotency(key: &[u8]) -> Option<(AppId, [u8; 32])> {
 /// A device record.
 pub(super) fn device(device: DeviceId) -> Key {
     Key::new(b'd').with(&device.0)
+}
+
+/// When a device was last seen.
+pub(super) fn seen(device: DeviceId) -> Key {
+    Key::new(b'l').with(&device.0)
 }
 
 /// A device among those of its app.

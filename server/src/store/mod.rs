@@ -80,8 +80,8 @@ use crate::delivery::{
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, Committed, DeviceFilter,
     DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op,
-    OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats, Page, PairState, ReadError, SourceId,
-    Store, StoreHealth, StoreStats,
+    OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats, Page, PairState, ReadError, Seen,
+    SourceId, Store, StoreHealth, StoreStats,
 };
 
 pub use self::convert::{
@@ -833,6 +833,10 @@ impl Store for House {
         limit: usize,
     ) -> Result<Vec<DeviceId>, ReadError> {
         self.reader.user_devices(app, user, limit)
+    }
+
+    fn seen(&self, devices: &[DeviceId]) -> Result<Vec<Option<Seen>>, ReadError> {
+        self.reader.seen(devices)
     }
 
     fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {

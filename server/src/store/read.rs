@@ -21,7 +21,7 @@ use crate::delivery::{
 };
 use crate::ports::{
     AppRecord, DeviceFilter, DeviceRecord, Erasure, ExpiredRow, ExpiryCursor, IdempotencyRecord,
-    KeyRecord, OutcomeRecord, Page, PairState, ReadError,
+    KeyRecord, OutcomeRecord, Page, PairState, ReadError, Seen,
 };
 
 impl From<EngineError> for ReadError {
@@ -177,6 +177,17 @@ impl Reader {
         }
         let range = keys::user_devices(app, user);
         Ok(self.look().device_ids(&range, None, limit)?.0)
+    }
+
+    pub(super) fn seen(&self, devices: &[DeviceId]) -> Result<Vec<Option<Seen>>, ReadError> {
+        let look = self.look();
+        devices
+            .iter()
+            .map(|&device| {
+                let key = keys::seen(device);
+                look.get(&key, |value| record::seen(&key, value))
+            })
+            .collect()
     }
 
     pub(super) fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {

@@ -20,15 +20,22 @@ use crate::delivery::{
     Urgency, WireSlot,
 };
 use crate::ports::{
-    AppRecord, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord, PairState, Scopes,
+    AppRecord, Carrier, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord, PairState,
+    PreviousSecret, Scopes, Seen,
 };
 
 /// The largest record: 64 KiB of content, the most that can be configured, with 8 KiB for what surrounds it. Larger
 /// ones would make sled put them into files that it never syncs.
 pub(super) const RECORD_MAX: usize = 72 << 10;
 
-/// The version that is written.
-const VERSION: u8 = 1;
+/// The newest version of the record that a key leads to; it is the one that is written. What is not named here has had one.
+fn newest(key: &[u8]) -> u8 {
+    match key.first() {
+        // 2: a secret that was rotated stays good for a while.
+        Some(b'd') => 2,
+        _ => 1,
+    }
+}
 
 /// Bytes of the checksum at the end.
 const SUM: usize = 4;
@@ -114,6 +121,29 @@ struct DeviceV1<'a> {
     name: Option<&'a str>,
     created_ms: u64,
     secret_hash: [u8; 32],
+}
+
+#[derive(Encode, BorrowDecode)]
+struct DeviceV2<'a> {
+    app: u32,
+    user: &'a str,
+    name: Option<&'a str>,
+    created_ms: u64,
+    secret_hash: [u8; 32],
+    previous_secret: Option<PreviousSecretV2>,
+}
+
+#[derive(Encode, BorrowDecode)]
+struct PreviousSecretV2 {
+    hash: [u8; 32],
+    until_ms: u64,
+}
+
+#[derive(Encode, BorrowDecode)]
+struct SeenV1<'a> {
+    at_ms: u64,
+    carrier: u8,
+    agent: Option<&'a str>,
 }
 
 #[derive(Encode, BorrowDecode)]
@@ -219,7 +249,7 @@ fn checksum(key: &[u8], value: &[u8]) -> u32 {
 
 fn write<T: Encode>(key: &[u8], out: &mut Vec<u8>, body: &T) {
     let start = out.len();
-    out.push(VERSION);
+    out.push(newest(key));
     // A Vec takes every byte and these types have no custom encoder; were it to fail, the record would be short and
     // found rotten by its reader instead of being believed.
     let written = bincode::encode_into_std_write(body, out, CONFIG);
@@ -227,8 +257,8 @@ fn write<T: Encode>(key: &[u8], out: &mut Vec<u8>, body: &T) {
     close(key, out, start);
 }
 
-/// Checks a record and takes the body out of it.
-fn open<'a>(key: &[u8], value: &'a [u8]) -> Result<&'a [u8], Fault> {
+/// Checks a record and takes its version and its body out of it.
+fn open<'a>(key: &[u8], value: &'a [u8]) -> Result<(u8, &'a [u8]), Fault> {
     let Some((checked, sum)) = value.split_last_chunk::<SUM>() else {
         return Err(Fault::Rotten("the record is cut short"));
     };
@@ -236,14 +266,21 @@ fn open<'a>(key: &[u8], value: &'a [u8]) -> Result<&'a [u8], Fault> {
         return Err(Fault::Rotten("the checksum does not match"));
     }
     match checked.split_first() {
-        Some((&VERSION, body)) => Ok(body),
-        Some((&version, _)) if version > VERSION => Err(Fault::Newer(version)),
+        Some((&version, _)) if version > newest(key) => Err(Fault::Newer(version)),
+        Some((&version, body)) if version > 0 => Ok((version, body)),
         _ => Err(Fault::Rotten("the record has no known version")),
     }
 }
 
+/// Reads a record that has had one version only.
 fn read<'a, T: BorrowDecode<'a, ()>>(key: &[u8], value: &'a [u8]) -> Result<T, Fault> {
-    let body = open(key, value)?;
+    match open(key, value)? {
+        (1, body) => decode(body),
+        (version, _) => Err(Fault::Newer(version)),
+    }
+}
+
+fn decode<'a, T: BorrowDecode<'a, ()>>(body: &'a [u8]) -> Result<T, Fault> {
     match bincode::borrow_decode_from_slice::<T, Config>(body, CONFIG) {
         Ok((decoded, used)) if used == body.len() => Ok(decoded),
         Ok(_) => Err(Fault::Rotten("the record is longer than its body")),
@@ -451,19 +488,36 @@ pub(super) fn put_device(key: &[u8], out: &mut Vec<u8>, device: &DeviceRecord) {
     write(
         key,
         out,
-        &DeviceV1 {
+        &DeviceV2 {
             app: device.app.0,
             user: &device.user,
             name: device.name.as_deref(),
             created_ms: device.created_ms,
             secret_hash: device.secret_hash,
+            previous_secret: device.previous_secret.map(|previous| PreviousSecretV2 {
+                hash: previous.hash,
+                until_ms: previous.until_ms,
+            }),
         },
     );
 }
 
 /// Reads a device record.
 pub(super) fn device(key: &[u8], id: DeviceId, value: &[u8]) -> Result<DeviceRecord, Fault> {
-    let disk: DeviceV1<'_> = read(key, value)?;
+    let disk = match open(key, value)? {
+        (1, body) => {
+            let before: DeviceV1<'_> = decode(body)?;
+            DeviceV2 {
+                app: before.app,
+                user: before.user,
+                name: before.name,
+                created_ms: before.created_ms,
+                secret_hash: before.secret_hash,
+                previous_secret: None,
+            }
+        }
+        (_, body) => decode(body)?,
+    };
     Ok(DeviceRecord {
         id,
         app: AppId(disk.app),
@@ -471,6 +525,43 @@ pub(super) fn device(key: &[u8], id: DeviceId, value: &[u8]) -> Result<DeviceRec
         name: disk.name.map(str::to_owned),
         created_ms: disk.created_ms,
         secret_hash: disk.secret_hash,
+        previous_secret: disk.previous_secret.map(|previous| PreviousSecret {
+            hash: previous.hash,
+            until_ms: previous.until_ms,
+        }),
+    })
+}
+
+const QUIC: u8 = 0;
+const WEBSOCKET: u8 = 1;
+
+/// Writes when a device was last seen.
+pub(super) fn put_seen(key: &[u8], out: &mut Vec<u8>, seen: &Seen) {
+    write(
+        key,
+        out,
+        &SeenV1 {
+            at_ms: seen.at_ms,
+            carrier: match seen.carrier {
+                Carrier::Quic => QUIC,
+                Carrier::WebSocket => WEBSOCKET,
+            },
+            agent: seen.agent.as_deref(),
+        },
+    );
+}
+
+/// Reads when a device was last seen.
+pub(super) fn seen(key: &[u8], value: &[u8]) -> Result<Seen, Fault> {
+    let disk: SeenV1<'_> = read(key, value)?;
+    Ok(Seen {
+        at_ms: disk.at_ms,
+        carrier: match disk.carrier {
+            QUIC => Carrier::Quic,
+            WEBSOCKET => Carrier::WebSocket,
+            _ => return Err(Fault::Rotten("no such carrier")),
+        },
+        agent: disk.agent.map(Arc::from),
     })
 }
 

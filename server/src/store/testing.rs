@@ -26,8 +26,8 @@ use crate::delivery::{
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, ClockState, Committed,
     DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord,
-    KeyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, SourceId,
-    Store, StoreHealth, StoreStats,
+    KeyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen,
+    SourceId, Store, StoreHealth, StoreStats,
 };
 
 /// A clock that stands still until it is moved.
@@ -1034,6 +1034,10 @@ impl Store for SyncStore {
         limit: usize,
     ) -> Result<Vec<DeviceId>, ReadError> {
         self.reading(|reader, _| reader.user_devices(app, user, limit))
+    }
+
+    fn seen(&self, devices: &[DeviceId]) -> Result<Vec<Option<Seen>>, ReadError> {
+        self.reading(|reader, _| reader.seen(devices))
     }
 
     fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {

@@ -262,6 +262,8 @@ impl FrameBuilder {
                 })?;
             }
             Op::Mailbox(Change::Forget { device }) => self.delete(&keys::summary(*device)),
+            // Says what else is in the frame; nothing to write by itself.
+            Op::Mailbox(Change::Cleared { .. }) => {}
             Op::PutApp(app) => {
                 self.put(&keys::app(app.id), |key, out| {
                     record::put_app(key, out, app)
@@ -274,12 +276,18 @@ impl FrameBuilder {
             } => self.put_device(record, *fresh, previous_user.as_deref())?,
             Op::DropDevice(record) => {
                 self.delete(&keys::device(record.id));
+                self.delete(&keys::seen(record.id));
                 self.delete(&keys::app_device(record.app, record.id));
                 self.delete(&keys::user_device(
                     record.app,
                     user(&record.user)?,
                     record.id,
                 ));
+            }
+            Op::PutSeen(device, seen) => {
+                self.put(&keys::seen(*device), |key, out| {
+                    record::put_seen(key, out, seen);
+                })?;
             }
             Op::PutKey(record) => {
                 self.put(&keys::api_key(record.id), |key, out| {

@@ -106,6 +106,9 @@ metrics! {
     SHARD_INPUTS_WAITING: Gauge "bellwire_shard_inputs_waiting" [] "Events that wait for their shard.";
     READS_WAITING: Gauge "bellwire_reads_waiting" [] "Store reads that wait for a reading thread.";
     READS_REFUSED_TOTAL: Counter "bellwire_reads_refused_total" [] "Store reads for HTTP that found the queue full.";
+    SECRETS_ROTATED_TOTAL: Counter "bellwire_secrets_rotated_total" [] "Secrets of devices that were rotated.";
+    SEEN_WAITING: Gauge "bellwire_seen_waiting" [] "Devices whose last sighting waits for a frame that is written anyway.";
+    SEEN_DROPPED_TOTAL: Counter "bellwire_seen_dropped_total" [] "Sightings of devices that were not noted because too many waited for the disk.";
     RESERVE_BYTES: Gauge "bellwire_reserve_bytes" [] "Bodies in flight, of the memory reserve.";
     LEDGER_ENTRIES: Gauge "bellwire_ledger_entries" [] "Notifications in the ledger of recent outcomes.";
     LEDGER_BYTES: Gauge "bellwire_ledger_bytes" [] "Bytes of the ledger.";

@@ -531,6 +531,10 @@ impl<D: Door, P: Pipe> Link<D, P> {
             Out::Close(Closing::AckTimeout) => {
                 self.fail(Code::AckTimeout, Code::AckTimeout.meaning());
             }
+            Out::Close(Closing::SecretEnded) => self.fail(
+                Code::Unauthorized,
+                "The secret of this device was replaced, and the old one ended at once.",
+            ),
             Out::Drain { min_ms, max_ms } => {
                 let at_most = |ms: u64| u32::try_from(ms).unwrap_or(u32::MAX);
                 let range = ReconnectRange {
@@ -746,6 +750,7 @@ fn attach_request(session: SessionId, hello: &Hello, carrier: Carrier) -> Attach
             .map(|seen| (PingId(seen.id.0), verdict_inside(seen.verdict)))
             .collect(),
         carrier: carrier.name(),
+        agent: hello.agent.as_deref().map(Arc::from),
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod devices;
 mod native;
 mod openapi;
 mod outcomes;

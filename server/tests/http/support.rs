@@ -162,6 +162,7 @@ impl Server {
             min_urgency: Urgency::VeryLow,
             seen: Vec::new(),
             carrier: "quic",
+            agent: Some("tester/1".into()),
         };
         self.handle.attach(who, request, Arc::clone(&attached) as _);
         until(|| {

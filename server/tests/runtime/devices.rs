@@ -4,10 +4,19 @@ use std::time::Duration;
 
 use bellwire_server::delivery::{AppId, Closing, DeviceId, Outcome};
 use bellwire_server::ports::{PairState, Scopes};
-use bellwire_server::runtime::{Identity, Out, PingError, RuntimeError, Target, WhoError};
+use bellwire_server::runtime::{
+    DeviceQuery, Identity, Out, PingError, RuntimeError, Target, WhoError,
+};
 
 use crate::house::{APP, House, ping, until};
 use crate::store::Mode;
+
+fn of(user: &str) -> DeviceQuery {
+    DeviceQuery {
+        user: Some(user.to_owned()),
+        ..DeviceQuery::default()
+    }
+}
 
 #[tokio::test]
 async fn a_device_is_known_by_its_secret_and_by_nothing_else() {
@@ -68,12 +77,13 @@ async fn lists_show_how_a_device_is_attached() {
     }
     let anna = house
         .handle
-        .devices(APP, Some("anna"), None, 10)
+        .devices(APP, &of("anna"), None, 10)
         .await
         .unwrap();
     assert_eq!(anna.items.len(), 2);
-    let page = house.handle.devices(APP, None, None, 2).await.unwrap();
-    let rest = house.handle.devices(APP, None, page.next, 2).await.unwrap();
+    let all = DeviceQuery::default();
+    let page = house.handle.devices(APP, &all, None, 2).await.unwrap();
+    let rest = house.handle.devices(APP, &all, page.next, 2).await.unwrap();
     assert_eq!(
         (page.items.len(), rest.items.len(), rest.next),
         (2, 1, None)

@@ -7,8 +7,8 @@ use std::time::Duration;
 use bellwire_server::delivery::{Acknowledged, AppId, DeviceId, Now, PingId, SessionId, Urgency};
 use bellwire_server::ports::{Clock, ClockState, Store};
 use bellwire_server::runtime::{
-    AttachRequest, Content, Handle, HashKey, Identity, Out, Outlet, PingRequest, Runtime,
-    RuntimeSettings, SystemClock, SystemEntropy, Target,
+    AttachRequest, Authenticated, Content, Handle, HashKey, Identity, Out, Outlet, PingRequest,
+    Runtime, RuntimeSettings, SystemClock, SystemEntropy, Target,
 };
 use tokio::sync::mpsc;
 
@@ -186,11 +186,31 @@ impl Device {
 
     /// Says hello.
     pub(crate) async fn connect(&self, instance: u128) -> Link {
+        self.knock().await.enter(instance)
+    }
+
+    /// Shows its secret and goes no further.
+    pub(crate) async fn knock(&self) -> Knock {
         let who = self
             .handle
             .authenticate(self.id, Identity::Secret(&self.secret))
             .await
             .unwrap();
+        Knock {
+            handle: self.handle.clone(),
+            who,
+        }
+    }
+}
+
+/// A device that was let in and has not come to its mailbox yet.
+pub(crate) struct Knock {
+    handle: Handle,
+    who: Authenticated,
+}
+
+impl Knock {
+    pub(crate) fn enter(self, instance: u128) -> Link {
         let session = self.handle.next_session();
         let (words, heard) = mpsc::unbounded_channel();
         let request = AttachRequest {
@@ -201,11 +221,14 @@ impl Device {
             min_urgency: Urgency::VeryLow,
             seen: Vec::new(),
             carrier: "websocket",
+            agent: Some("tester/1".into()),
         };
-        self.handle.attach(who, request, Arc::new(Words(words)));
+        let device = self.who.device();
+        self.handle
+            .attach(self.who, request, Arc::new(Words(words)));
         Link {
-            handle: self.handle.clone(),
-            device: self.id,
+            handle: self.handle,
+            device,
             session,
             heard,
         }

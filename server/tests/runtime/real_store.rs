@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bellwire_server::delivery::Outcome;
 use bellwire_server::ports::{OutcomeOrder, OutcomeQuery, PairState, Store};
-use bellwire_server::runtime::{RuntimeSettings, SystemClock, SystemEntropy, Target};
+use bellwire_server::runtime::{DeviceQuery, RuntimeSettings, SystemClock, SystemEntropy, Target};
 use bellwire_server::store::{EngineKind, OpenError, StoreSettings, open};
 
 use crate::house::{APP, Device, House, MovedClock, ping, settings, until};
@@ -112,7 +112,11 @@ async fn story(engine: EngineKind) {
             "{pair:?}"
         );
     }
-    let left = house.handle.devices(APP, None, None, 10).await.unwrap();
+    let left = house
+        .handle
+        .devices(APP, &DeviceQuery::default(), None, 10)
+        .await
+        .unwrap();
     assert_eq!(left.items.len(), 1);
     let mut link = at(&house).attach().await;
     let next = house

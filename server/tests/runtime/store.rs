@@ -10,7 +10,7 @@ use bellwire_server::delivery::{
 use bellwire_server::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Committed, DeviceFilter,
     DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, OutcomeOrder,
-    OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError,
+    OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen,
     SourceId, Store, StoreHealth, StoreStats,
 };
 
@@ -33,6 +33,7 @@ type DoneFn = Box<dyn FnOnce(Committed) + Send>;
 pub(crate) struct Disk {
     pub(crate) apps: Vec<AppRecord>,
     pub(crate) devices: BTreeMap<DeviceId, DeviceRecord>,
+    pub(crate) seen: HashMap<DeviceId, Seen>,
     pub(crate) keys: HashMap<[u8; 10], KeyRecord>,
     pub(crate) idempotency: HashMap<(AppId, [u8; 32]), IdempotencyRecord>,
     pub(crate) summaries: HashMap<DeviceId, Summary>,
@@ -53,7 +54,11 @@ impl Disk {
                     }
                     self.devices.insert(record.id, record);
                 }
-                Op::DropDevice(record) => drop(self.devices.remove(&record.id)),
+                Op::DropDevice(record) => {
+                    self.devices.remove(&record.id);
+                    self.seen.remove(&record.id);
+                }
+                Op::PutSeen(device, seen) => drop(self.seen.insert(device, seen)),
                 Op::PutKey(key) => drop(self.keys.insert(key.id, key)),
                 Op::DropKey(_, id) => drop(self.keys.remove(&id)),
                 // Only restores look at them.
@@ -108,6 +113,7 @@ impl Disk {
             }
             Change::Summary { device, summary } => drop(self.summaries.insert(device, summary)),
             Change::Forget { device } => drop(self.summaries.remove(&device)),
+            Change::Cleared { .. } => {}
         }
     }
 }
@@ -453,6 +459,14 @@ impl Store for FakeStore {
             .filter(|record| record.app == app && record.user == user)
             .map(|record| record.id)
             .take(limit)
+            .collect())
+    }
+
+    fn seen(&self, devices: &[DeviceId]) -> Result<Vec<Option<Seen>>, ReadError> {
+        let state = self.0.lock().unwrap();
+        Ok(devices
+            .iter()
+            .map(|device| state.disk.seen.get(device).cloned())
             .collect())
     }
 

@@ -114,7 +114,12 @@ fn text(effect: &Effect) -> Option<String> {
             ticket, ping, why, ..
         } => format!("rejected t{} {} {why:?}", ticket.0, name(*ping)),
         Effect::RevokeAnswered { ticket, revoked } => format!("revoke t{} {revoked}", ticket.0),
-        Effect::Wiped { ticket, revoked } => format!("wiped t{} {revoked}", ticket.0),
+        Effect::Wiped {
+            ticket, revoked, ..
+        } => format!("wiped t{} {revoked}", ticket.0),
+        Effect::Cleared {
+            ticket, revoked, ..
+        } => format!("cleared t{} {revoked}", ticket.0),
         Effect::Welcome {
             session,
             pending,

@@ -270,6 +270,9 @@ impl Observer {
                     self.complain(format!("nobody waits with t{}", ticket.0));
                 }
             },
+            Effect::Cleared { ticket, .. } => {
+                self.complain(format!("nobody asked to clear with t{}", ticket.0));
+            }
             Effect::Wiped { ticket, .. } => {
                 if self.waiting.remove(ticket) != Some(Waiting::Wipe) {
                     self.complain(format!("nobody waits with t{}", ticket.0));
@@ -300,6 +303,7 @@ impl Observer {
                 let legal = match why {
                     Closing::Replaced => !self.attaching.is_empty(),
                     Closing::Revoked => self.wiped,
+                    Closing::SecretEnded => self.complain("the core knows no secrets".to_owned()),
                     Closing::AckTimeout => self
                         .open
                         .as_ref()

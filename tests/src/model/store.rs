@@ -68,6 +68,7 @@ impl ModelStore {
                 }
                 Change::Summary { summary, .. } => self.summary = Some(summary),
                 Change::Forget { .. } => self.summary = None,
+                Change::Cleared { .. } => {}
             }
         }
         let Some(summary) = self.summary else {

@@ -96,7 +96,7 @@ impl Mailbox {
                         why: Refusal::StoreFailed,
                     });
                 }
-                Event::Revoke { .. } | Event::Wipe { .. } => {
+                Event::Revoke { .. } | Event::Wipe { .. } | Event::Clear { .. } => {
                     self.backlog.push_back(event);
                     self.read_again_at = Some(cx.now.mono + READ_RETRY);
                 }
@@ -177,6 +177,10 @@ impl Mailbox {
             }
             self.sealed.push(departure);
         }
+        if let Some(clearing) = self.clearing.as_mut() {
+            clearing.sealed = true;
+            changes.push(Change::Cleared { device });
+        }
         self.touched = false;
         self.outstanding = true;
         if let Some(wipe) = self.wipe.as_mut() {
@@ -241,6 +245,20 @@ impl Mailbox {
             }
             self.announce(departure, cx);
         }
+        if self
+            .clearing
+            .as_ref()
+            .is_some_and(|clearing| clearing.sealed)
+            && let Some(clearing) = self.clearing.take()
+        {
+            for ticket in clearing.tickets {
+                cx.emit(Effect::Cleared {
+                    ticket,
+                    revoked: clearing.revoked,
+                    known: true,
+                });
+            }
+        }
         if self.wipe.as_ref().is_some_and(|wipe| wipe.sealed)
             && let Some(wipe) = self.wipe.take()
         {
@@ -249,6 +267,7 @@ impl Mailbox {
                 cx.emit(Effect::Wiped {
                     ticket,
                     revoked: wipe.revoked,
+                    known: true,
                 });
             }
         }
@@ -261,6 +280,9 @@ impl Mailbox {
         };
         if let Some(wipe) = self.wipe.as_mut() {
             wipe.sealed = false;
+        }
+        if let Some(clearing) = self.clearing.as_mut() {
+            clearing.sealed = false;
         }
         // The summary may have had more to say than its rows: how far the device was sent.
         self.touched = true;

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Context, Departure, Insert, Known, Mailbox, READ_RETRY, Stage, Wipe};
+use super::{Clearing, Context, Departure, Insert, Known, Mailbox, READ_RETRY, Stage, Wipe};
 use crate::delivery::event::{
     Acknowledged, Attach, Body, Closing, Disk, Effect, Notice, Outcome, Refusal, RowKey, RowMeta,
     Verdict,
@@ -424,7 +424,11 @@ impl Mailbox {
             return wipe.tickets.push(ticket);
         }
         if self.known == Known::Absent {
-            return cx.emit(Effect::Wiped { ticket, revoked: 0 });
+            return cx.emit(Effect::Wiped {
+                ticket,
+                revoked: 0,
+                known: false,
+            });
         }
         if let Some(session) = self.session.as_ref().map(|session| session.id) {
             cx.emit(Effect::Close {
@@ -433,16 +437,50 @@ impl Mailbox {
             });
             self.detach(cx);
         }
-        let mut revoked = 0;
-        while !self.rows.is_empty() {
-            self.end(0, Outcome::Revoked, cx.now.unix_ms, None, cx);
-            revoked += 1;
-        }
+        let revoked = self.revoke_all(cx);
         self.wipe = Some(Box::new(Wipe {
             tickets: vec![ticket],
             revoked,
             sealed: false,
         }));
+    }
+
+    pub(super) fn clear(&mut self, ticket: Ticket, cx: &mut Context<'_>) {
+        if self.known == Known::Absent || self.wipe.is_some() {
+            return cx.emit(Effect::Cleared {
+                ticket,
+                revoked: 0,
+                known: false,
+            });
+        }
+        if let Some(session) = self.session.as_ref().map(|session| session.id) {
+            let sent = self.rows.iter().filter(|row| row.sent);
+            let pings: Vec<PingId> = sent.map(|row| row.meta.ping).collect();
+            if !pings.is_empty() {
+                cx.emit(Effect::Withdraw { session, pings });
+            }
+        }
+        let revoked = self.revoke_all(cx);
+        let clearing = self.clearing.get_or_insert_with(|| {
+            Box::new(Clearing {
+                tickets: Vec::new(),
+                revoked: 0,
+                sealed: false,
+            })
+        });
+        clearing.tickets.push(ticket);
+        clearing.revoked += revoked;
+        // One that is being written already says nothing of what was revoked now: all are answered with the next frame.
+        clearing.sealed = false;
+    }
+
+    fn revoke_all(&mut self, cx: &mut Context<'_>) -> u32 {
+        let mut revoked = 0;
+        while !self.rows.is_empty() {
+            self.end(0, Outcome::Revoked, cx.now.unix_ms, None, cx);
+            revoked += 1;
+        }
+        revoked
     }
 
     pub(super) fn expire(&mut self, rows: &[RowKey], cx: &mut Context<'_>) {

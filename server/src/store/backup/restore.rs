@@ -812,7 +812,7 @@ impl Applier<'_> {
         let mut devices: BTreeSet<DeviceId> = BTreeSet::new();
         let mut notifications: BTreeMap<DeviceId, BTreeSet<PingId>> = BTreeMap::new();
         let mut batches: Vec<Batch> = Vec::new();
-        let mut users: BTreeSet<(AppId, [u8; 32])> = BTreeSet::new();
+        let mut users: BTreeMap<(AppId, [u8; 32]), u64> = BTreeMap::new();
         for (what, erasure) in erasures {
             let mut batch = Vec::new();
             match *what {
@@ -826,7 +826,7 @@ impl Applier<'_> {
                 Erased::Notification(ping, device) => {
                     notifications.entry(device).or_default().insert(ping);
                 }
-                Erased::User(hash) => drop(users.insert((erasure.app, hash))),
+                Erased::User(hash) => drop(users.insert((erasure.app, hash), erasure.at_ms)),
             }
             // Known in the new store as well: it may be restored again, from another backup.
             if erasure.until_ms > self.now_ms {
@@ -884,21 +884,22 @@ impl Applier<'_> {
         Ok(self.applied)
     }
 
-    /// The devices of erased users.
+    /// The devices of erased users. Those registered after the erasure belong to somebody who came back.
     fn devices_of(
         &self,
-        users: &BTreeSet<(AppId, [u8; 32])>,
+        users: &BTreeMap<(AppId, [u8; 32]), u64>,
         hash: UserHash<'_>,
         devices: &mut BTreeSet<DeviceId>,
     ) -> Result<(), RestoreError> {
-        let apps: BTreeSet<AppId> = users.iter().map(|(app, _)| *app).collect();
+        let apps: BTreeSet<AppId> = users.keys().map(|(app, _)| *app).collect();
         for app in apps {
             let mut after = None;
             loop {
                 let filter = DeviceFilter::default();
                 let page = self.house.reader.devices(app, &filter, after, PAGE)?;
                 for record in page.items {
-                    if users.contains(&(app, hash(app, &record.user))) {
+                    let erased_ms = users.get(&(app, hash(app, &record.user)));
+                    if erased_ms.is_some_and(|at_ms| record.created_ms <= *at_ms) {
                         devices.insert(record.id);
                     }
                 }

@@ -18,7 +18,7 @@ use super::examining::{DEVICE, acknowledge, acknowledge_at, note, post, remember
 use super::files::{Shop, files, settle};
 use super::support::*;
 use crate::delivery::{Outcome, RowMeta, Summary, Urgency};
-use crate::ports::{Erased, Erasure, KeyRecord, Scopes};
+use crate::ports::{Carrier, Erased, Erasure, KeyRecord, PreviousSecret, Scopes, Seen};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/store")
@@ -46,6 +46,15 @@ pub(in crate::store) fn check(name: &str, written: &[u8]) -> Vec<u8> {
         "{name}: what is written now differs from the golden file; a new format needs a new version"
     );
     bytes
+}
+
+/// What an earlier program wrote.
+fn kept(name: &str) -> Vec<u8> {
+    let path = golden().join(format!("{name}.hex"));
+    let text =
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let digits: String = text.split_whitespace().collect();
+    HEXLOWER.decode(digits.as_bytes()).unwrap()
 }
 
 fn written(put: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -180,11 +189,7 @@ fn registrations_read_as_they_were_written_by_version_1() {
         ..device_record(device_id(1), "ada")
     };
     let key = keys::device(device.id);
-    let bytes = check(
-        "device-v1",
-        &written(|out| record::put_device(&key, out, &device)),
-    );
-    assert!(record::device(&key, device.id, &bytes) == Ok(device));
+    assert!(record::device(&key, device.id, &kept("device-v1")) == Ok(device));
 
     let app = AppRecord {
         id: AppId(3),
@@ -232,6 +237,59 @@ fn registrations_read_as_they_were_written_by_version_1() {
 }
 
 #[test]
+fn a_device_and_when_it_was_seen_read_as_they_were_written() {
+    for (name, previous_secret) in [
+        ("device-v2", None),
+        (
+            "device-rotated-v2",
+            Some(PreviousSecret {
+                hash: [4; 32],
+                until_ms: 86_400_007,
+            }),
+        ),
+    ] {
+        let device = DeviceRecord {
+            name: Some("scanner 4".to_owned()),
+            previous_secret,
+            ..device_record(device_id(1), "ada")
+        };
+        let key = keys::device(device.id);
+        let bytes = check(name, &written(|out| record::put_device(&key, out, &device)));
+        assert!(record::device(&key, device.id, &bytes) == Ok(device));
+    }
+
+    let key = keys::seen(device_id(1));
+    for (name, carrier, agent) in [
+        ("seen-v1", Carrier::Quic, Some("scanner/2.1 (linux)".into())),
+        ("seen-silent-v1", Carrier::WebSocket, None),
+    ] {
+        let seen = Seen {
+            at_ms: 60_000,
+            carrier,
+            agent,
+        };
+        let bytes = check(name, &written(|out| record::put_seen(&key, out, &seen)));
+        assert_eq!(record::seen(&key, &bytes), Ok(seen));
+    }
+}
+
+#[test]
+fn a_version_is_newer_or_not_by_what_its_kind_has_had() {
+    let sealed = |key: &[u8], version: u8| {
+        let mut value = vec![version, 0, 0];
+        let sum = crc32c::crc32c_append(crc32c::crc32c(key), &value);
+        value.extend_from_slice(&sum.to_le_bytes());
+        record::verify(key, &value)
+    };
+    let device = keys::device(device_id(1));
+    let summary = keys::summary(device_id(1));
+    assert_eq!(sealed(&device, 2), Ok(()));
+    assert_eq!(sealed(&device, 3), Err(Fault::Newer(3)));
+    assert_eq!(sealed(&summary, 2), Err(Fault::Newer(2)));
+    assert!(matches!(sealed(&device, 0), Err(Fault::Rotten(_))));
+}
+
+#[test]
 fn every_flipped_bit_and_every_cut_of_a_record_is_rot() {
     let (meta, note) = a_row();
     let key = keys::row(device_id(1), meta.key);
@@ -274,6 +332,14 @@ fn every_op() -> Vec<Op> {
             fresh: false,
             previous_user: Some("ada".to_owned()),
         },
+        Op::PutSeen(
+            device_id(1),
+            Seen {
+                at_ms: 60_000,
+                carrier: Carrier::Quic,
+                agent: None,
+            },
+        ),
         Op::DropDevice(device_record(device_id(1), "bob")),
         Op::DropKey(AppId(1), [1; 10]),
     ]
@@ -319,7 +385,7 @@ fn every_write() -> FrameBuilder {
 #[test]
 fn a_frame_reads_as_it_was_built_and_as_version_1_wrote_it() {
     let (bytes, writes) = every_write().seal(42, 7);
-    let bytes = check("frame-v1", &bytes);
+    let bytes = check("frame-v1-with-device-v2", &bytes);
     let frame::Place::Frame(found) = frame::look(&bytes, 0, 7) else {
         panic!("no frame");
     };
@@ -337,6 +403,28 @@ fn a_frame_reads_as_it_was_built_and_as_version_1_wrote_it() {
             assert!(writes.starts_with(&fewer));
         }
     }
+}
+
+#[test]
+fn a_frame_of_the_first_program_is_still_read() {
+    let bytes = kept("frame-v1");
+    let frame::Place::Frame(found) = frame::look(&bytes, 0, 7) else {
+        panic!("no frame");
+    };
+    let payload = bytes::Bytes::from(bytes[found.payload].to_vec());
+    let device = keys::device(device_id(1));
+    let users: Vec<String> = write::decode(&payload)
+        .unwrap()
+        .into_iter()
+        .filter_map(|write| match write {
+            Write::Put { key, value } if *key == *device => {
+                record::device(&key, device_id(1), &value).ok()
+            }
+            _ => None,
+        })
+        .map(|device| device.user)
+        .collect();
+    assert_eq!(users, ["ada", "bob"]);
 }
 
 #[test]

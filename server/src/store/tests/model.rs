@@ -9,7 +9,7 @@ use super::support::*;
 use crate::delivery::{
     Change, DeviceId, MailboxRead, Notification, Outcome, PingId, RowKey, Summary, Urgency,
 };
-use crate::ports::{AppRecord, DeviceFilter, ExpiryCursor, Op, PairState, Store};
+use crate::ports::{AppRecord, Carrier, DeviceFilter, ExpiryCursor, Op, PairState, Seen, Store};
 
 /// A small generator of repeatable choices.
 pub(super) struct Dice(pub(super) u64);
@@ -31,6 +31,7 @@ pub(super) struct Model {
     pub(super) rows: BTreeMap<(DeviceId, u64), Arc<Notification>>,
     pub(super) pairs: BTreeMap<(PingId, DeviceId), PairState>,
     users: BTreeMap<DeviceId, String>,
+    seen: BTreeMap<DeviceId, Seen>,
     apps: BTreeMap<u32, String>,
 }
 
@@ -74,6 +75,7 @@ impl Model {
             Op::Mailbox(Change::Forget { device }) => {
                 self.summaries.remove(device);
             }
+            Op::Mailbox(Change::Cleared { .. }) => {}
             Op::PutDevice { record, fresh, .. } => {
                 self.users.insert(record.id, record.user.clone());
                 if *fresh {
@@ -82,10 +84,12 @@ impl Model {
             }
             Op::DropDevice(record) => {
                 self.users.remove(&record.id);
+                self.seen.remove(&record.id);
             }
             Op::PutApp(app) => {
                 self.apps.insert(app.id.0, app.name.clone());
             }
+            Op::PutSeen(device, seen) => drop(self.seen.insert(*device, seen.clone())),
             Op::PutKey(_)
             | Op::DropKey(..)
             | Op::PutIdempotency(_)
@@ -132,6 +136,7 @@ impl Model {
                 lines.push(format!("{device} {text} {newest:?}"));
             }
             lines.push(format!("{device} user {:?}", self.users.get(&device)));
+            lines.push(format!("{device} seen {:?}", self.seen.get(&device)));
         }
         for ping in (1..=pings).map(ping_id) {
             let all = (ping, DeviceId([0; 16]))..=(ping, DeviceId([0xff; 16]));
@@ -188,6 +193,8 @@ impl Model {
                 "{device} user {:?}",
                 record.map(|record| record.user)
             ));
+            let seen = store.seen(&[device]).unwrap().remove(0);
+            lines.push(format!("{device} seen {seen:?}"));
         }
         for ping in (1..=pings).map(ping_id) {
             let mut after = None;
@@ -392,6 +399,24 @@ impl Script {
                 batch.push(Op::Mailbox(Change::Forget { device }));
                 let user = &model.users[&device];
                 batch.push(Op::DropDevice(device_record(device, user)));
+            }
+            10 if !living.is_empty() => {
+                let device = living[self.dice.roll(living.len() as u64) as usize];
+                let previous = &model.users[&device];
+                let user = if previous == "ada" { "bob" } else { "ada" };
+                batch.push(Op::PutDevice {
+                    record: device_record(device, user),
+                    fresh: false,
+                    previous_user: Some(previous.clone()),
+                });
+                batch.push(Op::PutSeen(
+                    device,
+                    Seen {
+                        at_ms: self.now_ms,
+                        carrier: Carrier::Quic,
+                        agent: (self.dice.roll(2) == 0).then(|| "scanner/2".into()),
+                    },
+                ));
             }
             _ => batch.push(Op::PutApp(AppRecord {
                 id: crate::delivery::AppId(1 + self.dice.roll(3) as u32),

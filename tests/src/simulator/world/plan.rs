@@ -23,6 +23,7 @@ impl World {
                 name: None,
                 created_ms: START_MS,
                 secret_hash: [0; 32],
+                previous_secret: None,
             };
             let registered = Op::PutDevice {
                 record,

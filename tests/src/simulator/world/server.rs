@@ -395,6 +395,7 @@ impl World {
                         .object("a revocation is answered twice".to_owned());
                 }
             }
+            Effect::Cleared { .. } => self.ledger.object("nobody asked to clear".to_owned()),
             Effect::Wiped { ticket, .. } => match house.tickets.remove(&ticket) {
                 Some(Ask::Wipe { device }) => {
                     self.say(|| format!("d{device} is wiped"));
@@ -458,6 +459,9 @@ impl World {
                 match why {
                     Closing::Replaced => self.go_away(conn, GoawayReason::Replaced, 5_000),
                     Closing::Revoked => self.go_away(conn, GoawayReason::Revoked, 0),
+                    Closing::SecretEnded => {
+                        self.ledger.object("the core knows no secrets".to_owned());
+                    }
                     Closing::AckTimeout => self.drive(conn, |session, actions| {
                         session.handle_failure(Code::AckTimeout, "too slow", actions);
                     }),
