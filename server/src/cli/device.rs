@@ -1,4 +1,4 @@
-//! `bellwire device`: register, list, revoke.
+//! `bellwire device`: register, list, change, rotate the secret, revoke.
 
 use std::path::PathBuf;
 
@@ -19,6 +19,8 @@ const AFTER_HELP: &str = "\
 Examples:
   bellwire device add --user anna --name \"Anna's scanner\" --out anna.json
   bellwire device list --user anna
+  bellwire device change mfrggzdfmztwq2lknnwg23tpoa --user ben
+  bellwire device rotate mfrggzdfmztwq2lknnwg23tpoa --out anna.json
   bellwire device revoke mfrggzdfmztwq2lknnwg23tpoa";
 
 #[derive(Debug, Args)]
@@ -62,6 +64,48 @@ Examples:
         #[command(flatten)]
         api: ApiArgs,
     },
+    /// Change a device: its name, its user
+    #[command(after_help = "\
+Examples:
+  bellwire device change mfrggzdfmztwq2lknnwg23tpoa --name \"Ward 4 tablet\"
+  bellwire device change mfrggzdfmztwq2lknnwg23tpoa --user ben            what waits ends as revoked
+  bellwire device change mfrggzdfmztwq2lknnwg23tpoa --user ben --keep     what waits goes with the device")]
+    #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["user", "name", "no_name"]))]
+    Change {
+        /// Its id
+        device: String,
+        /// The new user
+        #[arg(long)]
+        user: Option<String>,
+        /// The new name
+        #[arg(long, conflicts_with = "no_name")]
+        name: Option<String>,
+        /// Take the name away
+        #[arg(long)]
+        no_name: bool,
+        /// With --user: let what waits go with the device; otherwise it ends as revoked, because it was meant for somebody else
+        #[arg(long, requires = "user")]
+        keep: bool,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Give a device a new secret; it is shown once
+    #[command(after_help = "\
+Examples:
+  bellwire device rotate mfrggzdfmztwq2lknnwg23tpoa                   the old one stays good for a while (24 h unless set)
+  bellwire device rotate mfrggzdfmztwq2lknnwg23tpoa --overlap 0       the old one and the session end at once")]
+    Rotate {
+        /// Its id
+        device: String,
+        /// Seconds for which the old secret stays good; 0: not at all, and the session is cut
+        #[arg(long, value_name = "SECONDS")]
+        overlap: Option<u64>,
+        /// Write device id and secret to this file (mode 0600) for `bellwire-device listen --credentials`
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
     /// Revoke a device: cut its session, take back what waits for it
     #[command(after_help = "Examples:\n  bellwire device revoke mfrggzdfmztwq2lknnwg23tpoa")]
     Revoke {
@@ -77,6 +121,8 @@ impl DeviceArgs {
         match &self.command {
             DeviceCommand::Add { api, .. }
             | DeviceCommand::List { api, .. }
+            | DeviceCommand::Change { api, .. }
+            | DeviceCommand::Rotate { api, .. }
             | DeviceCommand::Revoke { api, .. } => api.json,
         }
     }
@@ -98,6 +144,32 @@ pub(crate) async fn run(args: &DeviceArgs) -> Outcome {
             )
             .await
         }
+        DeviceCommand::Change {
+            device,
+            user,
+            name,
+            no_name,
+            keep,
+            api,
+        } => {
+            let mut change = json!({});
+            if let Some(user) = user {
+                change["user"] = json!(user);
+                change["waiting"] = json!(if *keep { "keep" } else { "revoke" });
+            }
+            if *no_name {
+                change["name"] = Value::Null;
+            } else if let Some(name) = name {
+                change["name"] = json!(name);
+            }
+            self::change(device, &change, api).await
+        }
+        DeviceCommand::Rotate {
+            device,
+            overlap,
+            out,
+            api,
+        } => rotate(device, *overlap, out.as_ref(), api).await,
         DeviceCommand::Revoke { device, api } => {
             Api::find(api)?
                 .ask(
@@ -155,6 +227,99 @@ async fn add(user: &str, name: Option<&str>, file: Option<&PathBuf>, api: &ApiAr
         None => out.paint(Paint::Cyan, &secret),
     };
     out.pairs(&[("device", device), ("user", plain(user)), ("secret", shown)]);
+    if file.is_none() {
+        out.line(&out.paint(
+            Paint::Yellow,
+            "The secret is shown this once and kept nowhere: store it now.",
+        ));
+    }
+    Ok(())
+}
+
+async fn change(device: &str, change: &Value, api: &ApiArgs) -> Outcome {
+    let answer = Api::find(api)?
+        .ask(
+            Method::PATCH,
+            &format!("/v1/devices/{}", encode(device)),
+            Some(change),
+        )
+        .await?;
+    let out = Console::out();
+    if api.json {
+        out.line(&answer.to_string());
+        return Ok(());
+    }
+    let number = |name: &str| answer.get(name).and_then(Value::as_u64).unwrap_or(0);
+    out.pairs(&[
+        ("device", text(&answer, "device")),
+        ("user", text(&answer, "user")),
+        ("name", text(&answer, "name")),
+        ("waiting", number("waiting").to_string()),
+        ("revoked", number("revoked").to_string()),
+    ]);
+    Ok(())
+}
+
+async fn rotate(
+    device: &str,
+    overlap: Option<u64>,
+    file: Option<&PathBuf>,
+    api: &ApiArgs,
+) -> Outcome {
+    // Before the old secret is given up.
+    if let Some(file) = file.filter(|file| file.exists()) {
+        return Err(Failure::usage(
+            format!("{} is there already", file.display()),
+            "name another file with --out; nothing was changed",
+        ));
+    }
+    let body = overlap.map(|seconds| json!({ "overlap_s": seconds }));
+    let mut answer = Api::find(api)?
+        .ask(
+            Method::POST,
+            &format!("/v1/devices/{}/secret", encode(device)),
+            body.as_ref(),
+        )
+        .await?;
+    let secret = text(&answer, "secret");
+    if let Some(file) = file {
+        let credentials = json!({ "device": text(&answer, "device"), "secret": secret });
+        write_private(
+            file,
+            format!("{credentials}\n").as_bytes(),
+            IfExists::Refuse,
+        )
+        .map_err(|error| {
+            Failure::new(
+                format!("the secret of {} was rotated, but {error}", plain(device)),
+                "rotate it again with another --out before the old secret ends",
+            )
+        })?;
+        if let Some(object) = answer.as_object_mut() {
+            object.remove("secret");
+            object.insert("file".to_owned(), json!(file.display().to_string()));
+        }
+    }
+    let out = Console::out();
+    if api.json {
+        out.line(&answer.to_string());
+        return Ok(());
+    }
+    let shown = match file {
+        Some(file) => format!("written to {} (mode 0600)", file.display()),
+        None => out.paint(Paint::Cyan, &secret),
+    };
+    let until = answer.get("previous_until_ms").and_then(Value::as_u64);
+    out.pairs(&[
+        ("device", text(&answer, "device")),
+        ("secret", shown),
+        (
+            "old secret",
+            until.map_or("ended".to_owned(), |until| {
+                format!("good until {}", moment(until))
+            }),
+        ),
+    ]);
     if file.is_none() {
         out.line(&out.paint(
             Paint::Yellow,

@@ -18,6 +18,7 @@ mod restore;
 mod serve;
 mod status;
 mod store;
+mod user;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -65,8 +66,10 @@ enum Command {
     Certs(certs::CertsArgs),
     /// API keys of backends
     Key(key::KeyArgs),
-    /// Devices: register, list, revoke
+    /// Devices: register, list, change, revoke
     Device(device::DeviceArgs),
+    /// Users: look at one, erase one
+    User(user::UserArgs),
     /// Send a ping and see what became of it
     Ping(Box<ping::PingArgs>),
     /// How notifications ended: by ping, device, user or time
@@ -123,6 +126,7 @@ impl Command {
             Command::Certs(args) => args.json(),
             Command::Key(args) => args.json(),
             Command::Device(args) => args.json(),
+            Command::User(args) => args.json(),
             Command::Ping(args) => args.api.json,
             Command::Outcomes(args) => args.api.json,
             Command::Status(args) => args.api.json,
@@ -145,6 +149,7 @@ impl Command {
             Command::Certs(args) => certs::run(&args),
             Command::Key(args) => on_one_thread(key::run(&args)),
             Command::Device(args) => on_one_thread(device::run(&args)),
+            Command::User(args) => on_one_thread(user::run(&args)),
             Command::Ping(args) => on_one_thread(ping::run(&args)),
             Command::Outcomes(args) => on_one_thread(outcomes::run(&args)),
             Command::Status(args) => on_one_thread(status::run(&args)),
