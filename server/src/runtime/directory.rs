@@ -551,7 +551,7 @@ impl Inner {
 
     async fn erased_user(self: &Arc<Inner>, app: AppId, user: String) -> Result<u32, RuntimeError> {
         // First, so that a restore finishes what a crash breaks off here. Of the user only a hash stays.
-        let hash = self.hash_key.erased_user(app.0, &user);
+        let hash = self.hash_key.erased_user(app, &user);
         let note = self.erased(app, Erased::User(hash));
         self.commit_fully(vec![note], || {}).await?;
         let mut erased = 0u32;
