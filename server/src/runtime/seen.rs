@@ -144,9 +144,12 @@ mod tests {
 
     fn written(ops: &[Op]) -> Vec<u64> {
         ops.iter()
-            .map(|op| match op {
-                Op::PutSeen(_, seen) => seen.at_ms,
-                _ => 0,
+            .map(|op| {
+                if let Op::PutSeen(_, seen) = op {
+                    seen.at_ms
+                } else {
+                    0
+                }
             })
             .collect()
     }

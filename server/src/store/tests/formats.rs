@@ -416,11 +416,14 @@ fn a_frame_of_the_first_program_is_still_read() {
     let users: Vec<String> = write::decode(&payload)
         .unwrap()
         .into_iter()
-        .filter_map(|write| match write {
-            Write::Put { key, value } if *key == *device => {
+        .filter_map(|write| {
+            if let Write::Put { key, value } = write
+                && *key == *device
+            {
                 record::device(&key, device_id(1), &value).ok()
+            } else {
+                None
             }
-            _ => None,
         })
         .map(|device| device.user)
         .collect();
