@@ -11,6 +11,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
 
 use super::error::{Place, Problem};
+use crate::runtime::RuntimeError;
 
 /// Largest request body, bytes: room for the largest content in base64, a list of 1,000 names, and escapes.
 pub(crate) const BODY_MAX: usize = 1 << 20;
@@ -28,8 +29,8 @@ const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// Why there is no body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BodyError {
-    /// Larger than [`BODY_MAX`].
-    TooLarge,
+    /// Larger than so many bytes.
+    TooLarge(usize),
     /// It did not arrive within [`BODY_TIME`].
     TooSlow,
     /// The connection broke, or the transfer coding is wrong.
@@ -39,9 +40,9 @@ pub(crate) enum BodyError {
 impl From<BodyError> for Problem {
     fn from(error: BodyError) -> Problem {
         match error {
-            BodyError::TooLarge => Problem::new(
+            BodyError::TooLarge(max) => Problem::new(
                 Code::BodyTooLarge,
-                format!("The body is larger than {BODY_MAX} bytes."),
+                format!("The body is larger than {max} bytes."),
             )
             .closing(),
             BodyError::TooSlow => Problem::new(
@@ -58,16 +59,72 @@ impl From<BodyError> for Problem {
     }
 }
 
+/// Steps in which room for a body that does not say its size is taken, bytes.
+const RESERVE_STEP: usize = 256 << 10;
+
+/// Reads a body of at most `max` bytes; each part of it is only kept once `hold` has given room for it. What `hold` gave is given
+/// back with the body.
+///
+/// # Errors
+/// As [`BodyError`], and what `hold` refused with.
+pub(super) async fn read_reserved<S>(
+    mut body: Body,
+    max: usize,
+    hold: impl Fn(usize) -> Result<S, RuntimeError>,
+) -> Result<(Bytes, Vec<S>), Problem> {
+    let least = body.size_hint().lower();
+    let known = usize::try_from(least).unwrap_or(usize::MAX);
+    if known > max {
+        return Err(BodyError::TooLarge(max).into());
+    }
+    let mut shares = Vec::new();
+    let mut held = 0;
+    let mut whole = BytesMut::new();
+    let collect = async {
+        if known > 0 {
+            shares.push(hold(known)?);
+            held = known;
+            whole.reserve(known);
+        }
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(|_| BodyError::Broken)?.into_data() else {
+                continue;
+            };
+            let size = whole.len() + data.len();
+            if size > max {
+                return Err(BodyError::TooLarge(max).into());
+            }
+            if size > held {
+                let step = (size - held).max(RESERVE_STEP);
+                shares.push(hold(step)?);
+                held += step;
+            }
+            whole.extend_from_slice(&data);
+        }
+        Ok::<_, Problem>(())
+    };
+    match tokio::time::timeout(BODY_TIME, collect).await {
+        Ok(Ok(())) => Ok((whole.freeze(), shares)),
+        Ok(Err(problem)) => {
+            if problem.code() == Code::BodyTooLarge {
+                drain(&mut body).await;
+            }
+            Err(problem.closing())
+        }
+        Err(_) => Err(BodyError::TooSlow.into()),
+    }
+}
+
 /// Reads a body of at most [`BODY_MAX`] bytes.
 pub(crate) async fn read(mut body: Body) -> Result<Bytes, BodyError> {
     // What says at the outset that it is too large is not even invited (`Expect: 100-continue`).
     if body.size_hint().lower() > BODY_MAX as u64 {
-        return Err(BodyError::TooLarge);
+        return Err(BodyError::TooLarge(BODY_MAX));
     }
     match tokio::time::timeout(BODY_TIME, collect(&mut body)).await {
-        Ok(Err(BodyError::TooLarge)) => {
+        Ok(Err(BodyError::TooLarge(max))) => {
             drain(&mut body).await;
-            Err(BodyError::TooLarge)
+            Err(BodyError::TooLarge(max))
         }
         Ok(result) => result,
         Err(_) => Err(BodyError::TooSlow),
@@ -82,7 +139,7 @@ async fn collect(body: &mut Body) -> Result<Bytes, BodyError> {
             continue;
         };
         if first.len() + rest.len() + data.len() > BODY_MAX {
-            return Err(BodyError::TooLarge);
+            return Err(BodyError::TooLarge(BODY_MAX));
         }
         // Nearly every body comes in one piece and is not copied.
         if first.is_empty() {
@@ -133,7 +190,11 @@ pub(super) fn expect_merge_patch(headers: &HeaderMap) -> Result<(), Problem> {
     )
 }
 
-fn expect(headers: &HeaderMap, types: &[&str], otherwise: &'static str) -> Result<(), Problem> {
+pub(super) fn expect(
+    headers: &HeaderMap,
+    types: &[&str],
+    otherwise: &'static str,
+) -> Result<(), Problem> {
     let fits = headers.get(CONTENT_TYPE).is_some_and(|value| {
         let essence = value.as_bytes().split(|byte| *byte == b';').next();
         essence.is_some_and(|essence| {

@@ -17,7 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ProblemBody, retry_after_s};
-use super::{Backend, backup, devices, keys, operations, outcomes, pings, users};
+use super::{Backend, backup, batch, devices, keys, operations, outcomes, pings, users};
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
 macro_rules! refusals {
@@ -116,6 +116,7 @@ struct Frame;
 pub(super) fn api_routes() -> OpenApiRouter<Backend> {
     OpenApiRouter::new()
         .routes(routes!(pings::create))
+        .routes(routes!(batch::create))
         .routes(routes!(pings::look, pings::revoke))
         .routes(routes!(devices::create, devices::list))
         .routes(routes!(outcomes::list))

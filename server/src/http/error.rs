@@ -115,17 +115,14 @@ impl Problem {
         self
     }
 
-    #[cfg(test)]
     pub(super) fn code(&self) -> Code {
         self.0.code
     }
 
-    #[cfg(test)]
     pub(super) fn place(&self) -> &Place {
         &self.0.place
     }
 
-    #[cfg(test)]
     pub(super) fn detail(&self) -> &str {
         &self.0.detail
     }

@@ -4,6 +4,12 @@
 /// Reads the body of a ping.
 pub fn ping_body(bytes: &[u8]) {
     let _ = super::ping_body::read(bytes);
+    let _ = super::ping_body::read_line(bytes);
+}
+
+/// Finds the lines of a batch.
+pub fn batch(bytes: &[u8]) {
+    let _ = super::batch::lines(bytes);
 }
 
 /// Reads the query of a ping and of a list.

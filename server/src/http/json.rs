@@ -35,6 +35,8 @@ pub(super) trait Members: Default {
 pub(super) struct Trail {
     steps: Vec<Step>,
     expected: &'static str,
+    /// What is read: a body, or a line of one.
+    whole: &'static str,
     fault: Option<(Code, String)>,
 }
 
@@ -121,11 +123,21 @@ impl Trail {
 /// # Errors
 /// 400 `malformed`, or what a member's reader refused with.
 pub(super) fn read<T: Members>(body: &[u8]) -> Result<T, Problem> {
+    read_whole(body, "body")
+}
+
+/// The same for a line of a body.
+pub(super) fn read_line<T: Members>(line: &[u8]) -> Result<T, Problem> {
+    read_whole(line, "line")
+}
+
+fn read_whole<T: Members>(bytes: &[u8], whole: &'static str) -> Result<T, Problem> {
     let mut trail = Trail {
         expected: "one JSON object",
+        whole,
         ..Trail::default()
     };
-    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = Object::<T>(&mut trail, PhantomData)
         .deserialize(&mut deserializer)
         .and_then(|value| deserializer.end().map(|()| value));
@@ -140,7 +152,7 @@ fn explain(trail: &Trail, error: &serde_json::Error) -> Problem {
     match error.classify() {
         Category::Data if pointer.is_empty() => Problem::new(
             Code::Malformed,
-            format!("The body must be {}.", trail.expected),
+            format!("The {} must be {}.", trail.whole, trail.expected),
         )
         .at(Place::Body(pointer)),
         Category::Data => Problem::new(
@@ -150,7 +162,17 @@ fn explain(trail: &Trail, error: &serde_json::Error) -> Problem {
         .at(Place::Body(pointer)),
         Category::Eof => Problem::new(
             Code::Malformed,
-            "The body ends in the middle of its JSON, or is empty.",
+            format!(
+                "The {} ends in the middle of its JSON, or is empty.",
+                trail.whole
+            ),
+        ),
+        Category::Syntax | Category::Io if trail.whole == "line" => Problem::new(
+            Code::Malformed,
+            format!(
+                "The line is not well-formed JSON at column {}.",
+                error.column()
+            ),
         ),
         Category::Syntax | Category::Io => Problem::new(
             Code::Malformed,

@@ -10,6 +10,7 @@
 
 mod auth;
 mod backup;
+mod batch;
 mod body;
 mod devices;
 mod docs_page;

@@ -37,7 +37,19 @@ pub(super) struct PingBody {
 /// # Errors
 /// 400 `malformed` with a pointer to the member; 422 for what is well-formed and impossible.
 pub(super) fn read(bytes: &[u8]) -> Result<PingBody, Problem> {
-    let ping: Ping = json::read(bytes)?;
+    check(json::read(bytes)?)
+}
+
+/// Reads a line of a batch: a ping, and its idempotency key if it has one.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn read_line(line: &[u8]) -> Result<(PingBody, Option<String>), Problem> {
+    let Line { ping, key } = json::read_line(line)?;
+    Ok((check(ping)?, key))
+}
+
+fn check(ping: Ping) -> Result<PingBody, Problem> {
     let target = target(ping.to)?;
     if ping.content.encoding.is_some() && ping.content.data.is_none() {
         return Err(Problem::new(
@@ -128,6 +140,43 @@ impl Members for Ping {
             other => return Err(forgotten(other, trail)),
         }
         Ok(())
+    }
+}
+
+/// A line of a batch.
+#[derive(Default)]
+struct Line {
+    ping: Ping,
+    key: Option<String>,
+}
+
+const KEY_NAME: &str = "idempotency_key";
+const KEY: &str = "a text of 1 to 255 visible ASCII characters";
+
+impl Members for Line {
+    const NAMES: &'static [&'static str] = &{
+        let mut names = [KEY_NAME; Ping::NAMES.len() + 1];
+        let mut place = 0;
+        while place < Ping::NAMES.len() {
+            names[place] = Ping::NAMES[place];
+            place += 1;
+        }
+        names
+    };
+
+    fn read<'de, A: MapAccess<'de>>(
+        &mut self,
+        name: &'static str,
+        map: &mut A,
+        trail: &mut Trail,
+    ) -> Result<(), A::Error> {
+        if name == KEY_NAME {
+            self.key = trail.text(map, KEY, |text| {
+                text::is_idempotency_key(text.as_bytes()).then(|| text.to_owned())
+            })?;
+            return Ok(());
+        }
+        self.ping.read(name, map, trail)
     }
 }
 
@@ -261,6 +310,18 @@ pub(super) struct PingSchema {
     /// Replacement key: takes the place of one with the same key that still waits.
     #[schema(min_length = 1, max_length = 64)]
     collapse: Option<String>,
+}
+
+/// One line of a batch: a ping, and perhaps its key.
+#[derive(ToSchema)]
+#[schema(as = PingLine)]
+#[expect(dead_code, reason = "describes what `read_line` reads")]
+pub(super) struct PingLineSchema {
+    #[serde(flatten)]
+    ping: PingSchema,
+    /// 1 to 255 visible ASCII characters. One key is for one ping, for ever: the same key in the same line makes the same ping, once.
+    #[schema(min_length = 1, max_length = 255)]
+    idempotency_key: Option<String>,
 }
 
 /// Whom a ping addresses: exactly one member.

@@ -12,18 +12,16 @@ use utoipa::ToSchema;
 use super::auth::{Ping, Read, Scoped};
 use super::document::refusals;
 use super::error::{Place, Problem, rejection_code};
-use super::ping_body::{self, PingSchema};
+use super::ping_body::{self, PingBody, PingSchema};
 use super::query::{self, PathId, Query};
 use super::{Backend, answer, body, text};
-use crate::delivery::{DeviceId, PingId};
-use crate::runtime::{Content, Origin, PairState, PairView, PingAnswer, PingRequest, sha256};
+use crate::delivery::{AppId, DeviceId, PingId};
+use crate::runtime::{Content, PairState, PairView, PingAnswer, PingRequest, sha256};
 
 /// Longest wait for acknowledgements.
 const WAIT_MAX_S: u64 = 60;
 /// Wait for acknowledgements when the caller does not say how long.
 const WAIT_DEFAULT_S: u64 = 10;
-/// Longest idempotency key, bytes.
-const IDEMPOTENCY_KEY_MAX: usize = 255;
 
 /// What became of a ping that was accepted: everything in it is promised.
 #[derive(Serialize, ToSchema)]
@@ -48,7 +46,7 @@ pub(super) struct Accepted {
 
 /// A device that did not accept its part of a ping.
 #[derive(Serialize, ToSchema)]
-struct Rejected {
+pub(super) struct Rejected {
     /// Which device.
     #[serde(serialize_with = "text::display")]
     #[schema(value_type = String)]
@@ -176,8 +174,27 @@ pub(super) async fn create(
         return Err(Problem::plain(Code::RateLimited));
     }
     let ping = ping_body::read(&bytes)?;
-    let request = PingRequest {
-        app: who.app(),
+    let answered = backend
+        .handle
+        .ping(self::request(
+            who.app(),
+            ping,
+            key.map(|key| (key, sha256(&bytes))),
+            wait,
+        ))
+        .await?;
+    Ok(accepted(&answered, wait.is_some()))
+}
+
+/// What the runtime is asked for.
+pub(super) fn request(
+    app: AppId,
+    ping: PingBody,
+    idempotency: Option<(String, [u8; 32])>,
+    wait_acknowledged: Option<Duration>,
+) -> PingRequest {
+    PingRequest {
+        app,
         target: ping.target,
         content: Content {
             encoded: ping.content.to_cbor().into(),
@@ -187,14 +204,21 @@ pub(super) async fn create(
         ttl_s: ping.ttl_s,
         urgency: ping.urgency,
         collapse: ping.collapse,
-        idempotency: key.map(|key| (key, sha256(&bytes))),
-        wait_acknowledged: wait,
-    };
-    let answered = match parts.extensions.get::<Origin>() {
-        Some(origin) => backend.handle.ping_traced(request, origin).await,
-        None => backend.handle.ping(request).await,
-    }?;
-    Ok(accepted(&answered, wait.is_some()))
+        idempotency,
+        wait_acknowledged,
+    }
+}
+
+/// The devices that did not accept theirs.
+pub(super) fn rejected(answered: &PingAnswer) -> Vec<Rejected> {
+    answered
+        .rejected
+        .iter()
+        .map(|(device, why)| Rejected {
+            device: *device,
+            code: rejection_code(*why).name(),
+        })
+        .collect()
 }
 
 fn accepted(answered: &PingAnswer, waited: bool) -> Response {
@@ -202,14 +226,7 @@ fn accepted(answered: &PingAnswer, waited: bool) -> Response {
         id: answered.id,
         devices: answered.devices,
         ttl_s: answered.ttl_s,
-        rejected: answered
-            .rejected
-            .iter()
-            .map(|(device, why)| Rejected {
-                device: *device,
-                code: rejection_code(*why).name(),
-            })
-            .collect(),
+        rejected: rejected(answered),
         outcomes: waited.then(|| answered.outcomes.iter().map(DeviceState::from).collect()),
     };
     let status = if waited {
@@ -246,9 +263,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
         return Ok(None);
     };
     let key = value.as_bytes();
-    let fits = (1..=IDEMPOTENCY_KEY_MAX).contains(&key.len())
-        && key.iter().all(u8::is_ascii_graphic)
-        && values.next().is_none();
+    let fits = text::is_idempotency_key(key) && values.next().is_none();
     match std::str::from_utf8(key) {
         Ok(key) if fits => Ok(Some(key.to_owned())),
         _ => Err(Problem::new(

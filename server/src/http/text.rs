@@ -13,6 +13,14 @@ pub(super) fn name(text: &str) -> Option<String> {
     fits.then(|| text.to_owned())
 }
 
+/// Longest idempotency key, bytes.
+const IDEMPOTENCY_KEY_MAX: usize = 255;
+
+/// Whether this can be an idempotency key: 1 to 255 visible ASCII characters.
+pub(super) fn is_idempotency_key(key: &[u8]) -> bool {
+    (1..=IDEMPOTENCY_KEY_MAX).contains(&key.len()) && key.iter().all(u8::is_ascii_graphic)
+}
+
 /// Serialises by `Display`, without a copy.
 pub(super) fn display<T: Display, S: Serializer>(
     value: &T,

@@ -22,11 +22,11 @@ use super::directory::{Keys, Users};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
 use super::pings::Depth;
-use super::reserve::Reserve;
+use super::reserve::{BodyShare, Reserve};
 use super::settings::{Limits, RuntimeSettings};
 use super::shard::{Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
-use super::traces::{Origin, Trace};
+use super::turn::Turn;
 use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
 use crate::ports::{Carrier, Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth};
 use crate::telemetry::metrics as names;
@@ -290,33 +290,28 @@ impl Handle {
         self.inner.ping(request, None).await
     }
 
-    /// The same for a ping whose way is to be found in the log: its acceptance and its outcomes name the trace.
-    pub async fn ping_traced(
+    /// Publishes, and ends `turn` when the ping has its place in every mailbox that it addresses, or is refused: whatever is
+    /// published after that comes after it. A ping that waits for the answer of another with the same key has its places from that.
+    pub async fn ping_in_turn(
         &self,
         request: PingRequest,
-        origin: &Origin,
+        turn: Turn,
     ) -> Result<PingAnswer, PingError> {
-        self.inner.ping(request, Some(origin)).await
+        self.inner.ping(request, Some(turn)).await
     }
 
-    /// Our part of a trace that a caller began, or of a new one.
-    #[must_use]
-    pub fn trace(&self, trace_id: Option<[u8; 16]>, sampled: bool) -> Trace {
-        let trace_id = trace_id.unwrap_or_else(|| {
-            let mut id = [0; 16];
-            self.inner.entropy.fill(&mut id);
-            // All zeros stand for no trace at all.
-            id[15] |= u8::from(id == [0; 16]);
-            id
-        });
-        let mut span_id = [0; 8];
-        self.inner.entropy.fill(&mut span_id);
-        span_id[7] |= u8::from(span_id == [0; 8]);
-        Trace {
-            trace_id,
-            span_id,
-            sampled,
-        }
+    /// Looks the devices of these users up together, so that pings to them need not one by one. A failure shows at the pings.
+    pub async fn know_users(&self, app: AppId, users: &[String]) {
+        let limit = self.inner.limits.load().devices_max as usize + 1;
+        // What is found is in the cache afterwards.
+        drop(self.inner.user_devices(app, users, limit).await);
+    }
+
+    /// Room for so many bytes of a body, of the reserve for bodies in flight. `MemoryReserve`: there is none for the moment.
+    pub fn hold_body(&self, bytes: usize) -> Result<BodyShare, RuntimeError> {
+        let limit = self.inner.limits.load().memory_reserve;
+        let share = self.inner.reserve.take(bytes, limit);
+        share.map(BodyShare::new).ok_or(RuntimeError::MemoryReserve)
     }
 
     /// What is known of a ping of this app; `None`: not known, or no longer.

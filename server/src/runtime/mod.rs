@@ -23,7 +23,7 @@ mod settings;
 mod shard;
 mod start;
 mod status;
-mod traces;
+mod turn;
 
 pub use api::{
     AttachRequest, Authenticated, Content, DeviceChange, DeviceChanged, DeviceQuery, DeviceView,
@@ -36,13 +36,14 @@ pub use clock::SystemClock;
 pub use entropy::SystemEntropy;
 pub use handle::Handle;
 pub use hashing::{HashKey, HashKeyError, load_or_create_hash_key, sha256};
+pub use reserve::BodyShare;
 pub use settings::{
     DEVICES_PER_PING, KEYS_MAX, Limits, NAME_MAX_BYTES, READING_THREADS_MAX, RuntimeSettings,
     SECRET_OVERLAP_MAX, SHARDS_MAX, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
 };
 pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};
-pub use traces::{Origin, Trace};
+pub use turn::{Placed, Turn};
 
 // What the answers are made of, for those who know the runtime and not its ports.
 pub use crate::delivery::Outcome;

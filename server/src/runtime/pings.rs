@@ -17,7 +17,7 @@ use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
-use super::traces::Origin;
+use super::turn::Turn;
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
 use crate::ports::{
     IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState, ReadError, Store,
@@ -41,16 +41,10 @@ impl Inner {
     pub(super) async fn ping(
         self: &Arc<Inner>,
         request: PingRequest,
-        origin: Option<&Origin>,
+        turn: Option<Turn>,
     ) -> Result<PingAnswer, PingError> {
         let begun = self.shared.clock.now();
-        let answer = self.answer(&request, origin.cloned()).await;
-        if let Some(origin) = origin {
-            match &answer {
-                Ok(answer) => origin.accepted(answer.id, answer.devices, answer.rejected.len()),
-                Err(error) => origin.refused(code(error)),
-            }
-        }
+        let answer = self.answer(&request, turn).await;
         let took = self.shared.clock.now().mono - begun.mono;
         let meters = &self.shared.meters;
         meters.accept_seconds.record(took.as_secs_f64());
@@ -76,7 +70,7 @@ impl Inner {
     async fn answer(
         self: &Arc<Inner>,
         request: &PingRequest,
-        trace: Option<Origin>,
+        turn: Option<Turn>,
     ) -> Result<PingAnswer, PingError> {
         if self.refusing.load(Ordering::Relaxed) {
             return Err(RuntimeError::Draining.into());
@@ -93,18 +87,17 @@ impl Inner {
             None => {
                 let mut id = [0; 16];
                 self.entropy.fill(&mut id);
-                self.publish(Publication {
+                let publication = Publication {
                     app: request.app,
                     id: PingId(id),
                     may_repeat: false,
                     request,
                     limits,
-                    trace,
-                })
-                .await
+                };
+                self.publish(publication, turn).await
             }
             Some((key, body_hash)) => {
-                self.publish_once(app, request, limits, key, body_hash, trace)
+                self.publish_once(app, request, limits, (key, body_hash), turn)
                     .await
             }
         }
@@ -117,9 +110,8 @@ impl Inner {
         app: &App,
         request: &PingRequest,
         limits: Limits,
-        key: &str,
-        body_hash: &[u8; 32],
-        trace: Option<Origin>,
+        (key, body_hash): (&str, &[u8; 32]),
+        mut turn: Option<Turn>,
     ) -> Result<PingAnswer, PingError> {
         let id = derived_id(app, key, body_hash);
         let key_hash = sha256(key.as_bytes());
@@ -139,6 +131,8 @@ impl Inner {
                 }
                 Begin::Join(mut answer) => {
                     hits("joined");
+                    // It has the places of the other, which may be behind us in the same hands.
+                    drop(turn.take());
                     if let Ok(shared) = answer.wait_for(Option::is_some).await
                         && let Some(answer) = shared.clone()
                     {
@@ -167,7 +161,7 @@ impl Inner {
                                 limits,
                                 trace,
                             };
-                            (self.publish(publication).await, true)
+                            (self.publish(publication, turn.take()).await, true)
                         }
                     };
                     let done = answer
@@ -225,6 +219,7 @@ impl Inner {
     async fn publish(
         self: &Arc<Inner>,
         publication: Publication<'_>,
+        turn: Option<Turn>,
     ) -> Result<PingAnswer, PingError> {
         let Publication {
             app,
@@ -293,7 +288,7 @@ impl Inner {
                     may_repeat,
                     waiter: Waiter::One(sender),
                 });
-                drop(gates);
+                drop((gates, turn));
                 // Without an answer the shard was stopped.
                 match settled.await.map_err(|_| RuntimeError::Draining)? {
                     Settled::Accepted => Ok(answer(Vec::new())),
@@ -324,7 +319,7 @@ impl Inner {
                         waiter: Waiter::Part(Arc::clone(&gather)),
                     });
                 }
-                drop((gather, notification, gates));
+                drop((gather, notification, gates, turn));
                 let Parts { rejected, busy } = settled.await.map_err(|_| RuntimeError::Draining)?;
                 if busy {
                     return Err(RuntimeError::StoreBusy.into());

@@ -40,6 +40,18 @@ impl Drop for Share {
     }
 }
 
+/// Room for a request's body while it is read. Dropping it gives it back.
+pub struct BodyShare {
+    /// Held for what dropping it does.
+    _share: Share,
+}
+
+impl BodyShare {
+    pub(super) fn new(share: Share) -> BodyShare {
+        BodyShare { _share: share }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
