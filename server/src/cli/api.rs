@@ -289,15 +289,37 @@ impl Api {
         path: &str,
         take: &mut dyn FnMut(&[u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
+        let request = Request::builder().method(Method::GET);
+        self.hand_on(request, path, Bytes::new(), take).await
+    }
+
+    /// Sends a batch of pings, one a line, and hands on the answer as it comes. Without the end of it this is an error.
+    pub(crate) async fn batch(
+        &self,
+        lines: Bytes,
+        take: &mut dyn FnMut(&[u8]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
         let request = Request::builder()
-            .method(Method::GET)
+            .method(Method::POST)
+            .header(header::CONTENT_TYPE, "application/x-ndjson");
+        self.hand_on(request, "/v1/pings/batch", lines, take).await
+    }
+
+    async fn hand_on(
+        &self,
+        request: http::request::Builder,
+        path: &str,
+        body: Bytes,
+        take: &mut dyn FnMut(&[u8]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let request = request
             .uri(format!("{}{path}", self.base))
             .header(header::AUTHORIZATION, format!("Bearer {}", self.key))
             .header(
                 header::USER_AGENT,
                 concat!("bellwire/", env!("CARGO_PKG_VERSION")),
             )
-            .body(Full::new(Bytes::new()))
+            .body(Full::new(body))
             .map_err(|error| {
                 Failure::usage(
                     format!("the request cannot be made: {error}"),

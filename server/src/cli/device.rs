@@ -1,6 +1,7 @@
 //! `bellwire device`: register, list, change, rotate the secret, revoke.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bellwire_certs::{IfExists, write_private};
 use clap::{Args, Subcommand};
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use super::api::{Api, ApiArgs, encode};
 use super::console::Paint;
 use super::key::text;
-use super::{Console, Failure, Outcome, moment, plain};
+use super::{Console, Failure, Outcome, moment, now, plain};
 
 /// Devices asked for at a time; the server may give fewer.
 const PAGE: usize = 1_000;
@@ -51,16 +52,38 @@ Examples:
         api: ApiArgs,
     },
     /// List devices
-    #[command(
-        after_help = "Examples:\n  bellwire device list\n  bellwire device list --user anna --json"
-    )]
+    #[command(after_help = "\
+Examples:
+  bellwire device list
+  bellwire device list --user anna --json
+  bellwire device list --away --not-seen-for 30d        candidates for `bellwire device revoke`")]
     List {
         /// Only those of this user
         #[arg(long)]
         user: Option<String>,
+        /// Only those that are connected now
+        #[arg(long, conflicts_with = "away")]
+        connected: bool,
+        /// Only those that are not connected now
+        #[arg(long)]
+        away: bool,
+        /// Only those that were not there for so long, such as 30d or 12h
+        #[arg(long, value_name = "TIME", value_parser = ago)]
+        not_seen_for: Option<Duration>,
+        /// Only those that were there within so long, such as 30d or 12h
+        #[arg(long, value_name = "TIME", value_parser = ago)]
+        seen_within: Option<Duration>,
         /// Stop after so many
         #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
         limit: u32,
+        #[command(flatten)]
+        api: ApiArgs,
+    },
+    /// Show a device: its user, whether it is connected, when it was last seen, what waits for it
+    #[command(after_help = "Examples:\n  bellwire device show mfrggzdfmztwq2lknnwg23tpoa")]
+    Show {
+        /// Its id
+        device: String,
         #[command(flatten)]
         api: ApiArgs,
     },
@@ -121,6 +144,7 @@ impl DeviceArgs {
         match &self.command {
             DeviceCommand::Add { api, .. }
             | DeviceCommand::List { api, .. }
+            | DeviceCommand::Show { api, .. }
             | DeviceCommand::Change { api, .. }
             | DeviceCommand::Rotate { api, .. }
             | DeviceCommand::Revoke { api, .. } => api.json,
@@ -136,14 +160,35 @@ pub(crate) async fn run(args: &DeviceArgs) -> Outcome {
             out,
             api,
         } => add(user, name.as_deref(), out.as_ref(), api).await,
-        DeviceCommand::List { user, limit, api } => {
-            list(
-                user.as_deref(),
-                usize::try_from(*limit).unwrap_or(usize::MAX),
-                api,
-            )
-            .await
+        DeviceCommand::List {
+            user,
+            connected,
+            away,
+            not_seen_for,
+            seen_within,
+            limit,
+            api,
+        } => {
+            let mut filters = String::new();
+            let mut filter = |name: &str, value: &str| {
+                filters.push_str(&format!("&{name}={}", encode(value)));
+            };
+            if let Some(user) = user {
+                filter("user", user);
+            }
+            if *connected || *away {
+                filter("attached", if *connected { "true" } else { "false" });
+            }
+            if let Some(time) = not_seen_for {
+                filter("seen_before_ms", &before(*time));
+            }
+            if let Some(time) = seen_within {
+                filter("seen_after_ms", &before(*time));
+            }
+            let limit = usize::try_from(*limit).unwrap_or(usize::MAX);
+            list(&filters, limit, api).await
         }
+        DeviceCommand::Show { device, api } => show(device, api).await,
         DeviceCommand::Change {
             device,
             user,
@@ -329,15 +374,77 @@ async fn rotate(
     Ok(())
 }
 
-async fn list(user: Option<&str>, limit: usize, args: &ApiArgs) -> Outcome {
+/// Longest time that a list looks back.
+const AGO_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
+
+/// A time with its unit, as settings have it.
+fn ago(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => 0,
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .filter(|_| unit > 0)
+        .and_then(|count| count.checked_mul(unit))
+        .map(Duration::from_secs)
+        .filter(|time| *time <= AGO_MAX)
+        .ok_or_else(|| "write a time with its unit: s, m, h or d, such as 30d".to_owned())
+}
+
+/// The moment so long ago, in Unix milliseconds.
+fn before(time: Duration) -> String {
+    let now_ms = now().unix_timestamp_nanos() / 1_000_000;
+    let time_ms = i128::try_from(time.as_millis()).unwrap_or(i128::MAX);
+    now_ms.saturating_sub(time_ms).max(0).to_string()
+}
+
+async fn show(device: &str, api: &ApiArgs) -> Outcome {
+    let path = format!("/v1/devices/{}", encode(device));
+    let answer = Api::find(api)?.ask(Method::GET, &path, None).await?;
+    let out = Console::out();
+    if api.json {
+        out.line(&answer.to_string());
+        return Ok(());
+    }
+    let number = |of: &Value, name: &str| of.get(name).and_then(Value::as_u64);
+    let time = |of: &Value, name: &str| number(of, name).map(moment).unwrap_or_default();
+    let seen = answer.get("last_seen").unwrap_or(&Value::Null);
+    let mut pairs = vec![
+        ("device", text(&answer, "device")),
+        ("user", text(&answer, "user")),
+        ("name", text(&answer, "name")),
+        ("created", time(&answer, "created_ms")),
+        ("connected", connected(&answer)),
+        ("last seen", last_seen(&answer)),
+        ("agent", text(seen, "agent")),
+        (
+            "waiting",
+            number(&answer, "waiting").unwrap_or(0).to_string(),
+        ),
+    ];
+    if answer.get("previous_secret_until_ms").is_some() {
+        pairs.push((
+            "old secret",
+            format!("good until {}", time(&answer, "previous_secret_until_ms")),
+        ));
+    }
+    out.pairs(&pairs);
+    Ok(())
+}
+
+async fn list(filters: &str, limit: usize, args: &ApiArgs) -> Outcome {
     let api = Api::find(args)?;
     let mut devices = Vec::new();
     let mut after: Option<String> = None;
     let more = loop {
         let mut path = format!("/v1/devices?limit={}", PAGE.min(limit - devices.len()));
-        if let Some(user) = user {
-            path.push_str(&format!("&user={}", encode(user)));
-        }
+        path.push_str(filters);
         if let Some(after) = &after {
             path.push_str(&format!("&after={}", encode(after)));
         }
@@ -361,18 +468,29 @@ async fn list(user: Option<&str>, limit: usize, args: &ApiArgs) -> Outcome {
         return Ok(());
     }
     let rows: Vec<Vec<String>> = devices.iter().map(row).collect();
-    out.table(&["DEVICE", "USER", "NAME", "CREATED", "CONNECTED"], &rows);
+    out.table(
+        &[
+            "DEVICE",
+            "USER",
+            "NAME",
+            "CREATED",
+            "CONNECTED",
+            "LAST SEEN",
+        ],
+        &rows,
+    );
     if more {
         out.line(&out.paint(Paint::Dim, "There are more; raise --limit to see them."));
     }
     Ok(())
 }
 
-fn row(device: &Value) -> Vec<String> {
+/// How and since when a device is connected.
+fn connected(device: &Value) -> String {
     let attached = device
         .get("attached")
         .filter(|attached| attached.is_object());
-    let connected = match attached {
+    match attached {
         Some(attached) => {
             let since = attached
                 .get("since_ms")
@@ -382,7 +500,19 @@ fn row(device: &Value) -> Vec<String> {
             format!("{} since {since}", text(attached, "carrier"))
         }
         None => "no".to_owned(),
-    };
+    }
+}
+
+/// When a device was last there.
+fn last_seen(device: &Value) -> String {
+    let at_ms = device
+        .get("last_seen")
+        .and_then(|seen| seen.get("at_ms"))
+        .and_then(Value::as_u64);
+    at_ms.map_or("never".to_owned(), moment)
+}
+
+fn row(device: &Value) -> Vec<String> {
     vec![
         text(device, "device"),
         text(device, "user"),
@@ -392,6 +522,7 @@ fn row(device: &Value) -> Vec<String> {
             .and_then(Value::as_u64)
             .map(moment)
             .unwrap_or_default(),
-        connected,
+        connected(device),
+        last_seen(device),
     ]
 }

@@ -2,6 +2,7 @@
 
 mod api;
 mod backup;
+mod batch;
 mod certs;
 mod check;
 mod console;

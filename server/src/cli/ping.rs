@@ -10,6 +10,7 @@ use http::Method;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, ApiArgs};
+use super::batch;
 use super::console::Paint;
 use super::key::text;
 use super::{Console, Failure, Outcome, moment};
@@ -25,11 +26,16 @@ Examples:
   bellwire ping --device mfrggzdfmztwq2lknnwg23tpoa --body Hi --wait
   bellwire ping --user anna --user ben --body \"Shift starts\" --ttl 600 --urgency high
   bellwire ping --user anna --sync orders --collapse orders --idempotency-key order-7
+  bellwire ping --batch pings.ndjson          one ping a line, as POST /v1/pings/batch takes it; - reads standard input
 
-The exit code is 0 when the server has accepted the ping; with --wait, when it was acknowledged everywhere.";
+The exit code is 0 when the server has accepted the ping; with --wait, when it was acknowledged everywhere; with --batch, when
+every line was accepted.";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
+#[command(group = clap::ArgGroup::new("what").multiple(true)
+    .args(["title", "body", "sound", "badge", "vibrate", "category", "sync", "data", "data_file"]))]
+#[command(group = clap::ArgGroup::new("how").multiple(true).args(["ttl", "urgency", "collapse", "idempotency_key", "wait"]))]
 pub(crate) struct PingArgs {
     /// A user; several times for several
     #[arg(
@@ -44,9 +50,12 @@ pub(crate) struct PingArgs {
         long = "device",
         value_name = "ID",
         help_heading = "Whom",
-        required_unless_present = "users"
+        required_unless_present_any = ["users", "batch"]
     )]
     devices: Vec<String>,
+    /// Many pings, one a line as JSON; `-` reads standard input. Lines with an `idempotency_key` are safe to send again
+    #[arg(long, value_name = "FILE", help_heading = "Whom", conflicts_with_all = ["users", "devices", "what", "how"])]
+    batch: Option<PathBuf>,
 
     /// A line in bold
     #[arg(long, help_heading = "What")]
@@ -98,6 +107,9 @@ pub(crate) struct PingArgs {
 }
 
 pub(crate) async fn run(args: &PingArgs) -> Outcome {
+    if let Some(file) = &args.batch {
+        return batch::run(file, &args.api).await;
+    }
     let body = request(args)?;
     let wait = Duration::from_secs(args.wait.unwrap_or(0));
     let path = match args.wait {

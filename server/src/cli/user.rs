@@ -32,12 +32,12 @@ enum UserCommand {
         #[command(flatten)]
         api: ApiArgs,
     },
-    /// Erase everything held of a user: its devices are revoked, what waits is taken back; there is no way back
+    /// Erase everything held of a user; there is no way back
     #[command(after_help = "\
 Examples:
   bellwire user erase anna --yes
 
-If it fails half way, do it again: it finishes.")]
+Its devices are revoked, and what waits for them is taken back. If it fails half way, do it again: it finishes.")]
     Erase {
         /// The user
         user: String,
@@ -105,7 +105,7 @@ async fn show(user: &str, args: &ApiArgs) -> Outcome {
         vec![
             text(device, "device"),
             text(device, "name"),
-            if device.get("attached").is_some() {
+            if device.get("attached").is_some_and(Value::is_object) {
                 "yes".to_owned()
             } else {
                 "no".to_owned()
@@ -130,7 +130,7 @@ async fn show(user: &str, args: &ApiArgs) -> Outcome {
         );
     }
     if answer.get("next").is_some() {
-        out.line("There are more; GET /v1/users tells all of them, page by page.");
+        out.line("There are more; `bellwire device list --user` tells all of them.");
     }
     Ok(())
 }
