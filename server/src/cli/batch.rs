@@ -68,8 +68,8 @@ struct Lines {
     numbers: Vec<u64>,
 }
 
-/// Reads as many lines as one request takes; the one that is too many waits in `kept`. A line that no server takes goes as an empty object
-/// with a name that says so, so that it is refused at its place.
+/// Reads as many lines as one request takes; the one that is too many waits in `kept`. A line that is longer than servers take is
+/// cut a little behind that, so that it is refused at its place.
 fn gather(
     input: &mut dyn BufRead,
     number: &mut u64,

@@ -327,6 +327,7 @@ impl Batch {
                     complete = true;
                     break;
                 },
+                () = pieces.closed() => break,
                 () = stalled.as_mut(), if !self.unsent.is_empty() => break,
             }
         }

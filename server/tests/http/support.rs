@@ -71,6 +71,10 @@ pub(crate) async fn start_with(setup: Setup) -> Server {
         created_ms: 1,
     };
     store.disk(|disk| disk.apps.push(other));
+    start_on(setup, store, None).await
+}
+
+async fn start_on(setup: Setup, store: Arc<FakeStore>, key: Option<String>) -> Server {
     let runtime = Runtime::start(
         setup.settings,
         Arc::clone(&store) as _,
@@ -81,7 +85,8 @@ pub(crate) async fn start_with(setup: Setup) -> Server {
     .await
     .unwrap();
     let handle = runtime.handle.clone();
-    let key = handle.ensure_bootstrap_key().await.unwrap().unwrap();
+    let made = handle.ensure_bootstrap_key().await.unwrap();
+    let key = key.or(made).unwrap();
     let sites = http::routers(ApiState {
         handle: handle.clone(),
         metrics: Arc::new(setup.metrics),
@@ -171,6 +176,13 @@ impl Server {
         })
         .await;
         attached
+    }
+
+    /// Stops and starts again on what is on disk.
+    pub(crate) async fn restart(self) -> Server {
+        let (store, key) = (Arc::clone(&self.store), self.key.clone());
+        self.stop().await;
+        start_on(Setup::default(), store.restarted(), Some(key)).await
     }
 
     pub(crate) async fn stop(self) -> ServeReport {
