@@ -212,6 +212,137 @@ fn a_ping_is_sent_repeated_safely_and_looked_at() {
 }
 
 #[test]
+fn a_device_changes_hands_and_secret_and_a_user_is_shown_and_erased() {
+    let room = Room::new();
+    let server = room.serve();
+    let made = room.ask(&["device", "add", "--user", "anna", "--name", "phone"]);
+    let id = made["device"].as_str().unwrap();
+    room.ask(&["ping", "--user", "anna", "--body", "for anna"]);
+    let shown = room.run(&["device", "show", id]).good().out;
+    assert!(
+        shown.contains("anna") && shown.contains("never") && shown.contains("waiting    1"),
+        "{shown}"
+    );
+
+    let mistaken = room.run(&["device", "change", id]);
+    assert_eq!(mistaken.code, 2);
+    assert_eq!(room.run(&["device", "change", id, "--keep"]).code, 2);
+    let kept = room.ask(&["device", "change", id, "--user", "ben", "--keep"]);
+    assert_eq!(
+        (&kept["user"], &kept["revoked"]),
+        (&"ben".into(), &0.into())
+    );
+    let changed = room.ask(&["device", "change", id, "--user", "cleo", "--no-name"]);
+    assert_eq!(
+        (&changed["revoked"], &changed["waiting"]),
+        (&1.into(), &0.into())
+    );
+    assert_eq!(changed.get("name"), None);
+
+    let rotated = room.ask(&[
+        "device",
+        "rotate",
+        id,
+        "--overlap",
+        "60",
+        "--out",
+        "new.json",
+    ]);
+    assert!(rotated["previous_until_ms"].is_u64() && rotated.get("secret").is_none());
+    assert_eq!(mode(&room.path().join("new.json")), 0o600);
+    let again = room.run(&["device", "rotate", id, "--out", "new.json"]);
+    assert_eq!(again.code, 2, "{}", again.err);
+    assert!(room.ask(&["device", "show", id])["previous_secret_until_ms"].is_u64());
+    let ended = room.run(&["device", "rotate", id, "--overlap", "0"]).good();
+    assert!(ended.out.contains("ended"), "{}", ended.out);
+
+    let away = room.ask(&["device", "list", "--away"]);
+    assert_eq!(away["devices"].as_array().unwrap().len(), 1);
+    for nobody in [
+        &["device", "list", "--connected"][..],
+        &["device", "list", "--seen-within", "1h"],
+        &["device", "list", "--not-seen-for", "30d"],
+    ] {
+        assert_eq!(room.ask(nobody)["devices"], serde_json::json!([]));
+    }
+    assert_eq!(
+        room.run(&["device", "list", "--seen-within", "soon"]).code,
+        2
+    );
+
+    let shown = room.run(&["user", "show", "cleo"]).good().out;
+    assert!(shown.contains(id) && shown.contains("AGENT"), "{shown}");
+    assert_eq!(room.run(&["user", "erase", "cleo"]).code, 2);
+    let erased = room.ask(&["user", "erase", "cleo", "--yes"]);
+    assert_eq!(erased["erased"], true);
+    assert_eq!(
+        room.ask(&["user", "show", "cleo"])["devices"],
+        serde_json::json!([])
+    );
+    assert_eq!(room.run(&["device", "show", id]).code, 1);
+    server.stop();
+}
+
+#[test]
+fn a_batch_is_sent_out_of_a_file_and_refused_lines_are_named() {
+    let room = Room::new();
+    let server = room.serve();
+    room.ask(&["device", "add", "--user", "anna"]);
+    let line = |number: usize| {
+        format!(
+            "{{\"to\": {{\"user\": \"anna\"}}, \"body\": \"{number}\", \"idempotency_key\": \"k-{number}\"}}\n"
+        )
+    };
+    let good: String = (0..1_200).map(line).collect();
+    room.write("good.ndjson", &good);
+    let said = room.run(&["ping", "--batch", "good.ndjson"]).good();
+    assert!(said.out.contains("accepted  1200 lines"), "{}", said.out);
+
+    let mixed = format!("\n{}oops\n{}{{}}", line(0), line(1));
+    let file = room.write("mixed.ndjson", &mixed);
+    let said = room.run(&["ping", "--batch", "mixed.ndjson"]);
+    assert_eq!(said.code, 1);
+    assert!(said.err.contains("refused: 2 of 4 lines"), "{}", said.err);
+    let table: Vec<&str> = said
+        .out
+        .lines()
+        .filter(|line| line.contains("malformed"))
+        .collect();
+    assert!(
+        table.len() == 2 && table[0].starts_with('3') && table[1].starts_with('5'),
+        "{}",
+        said.out
+    );
+    let mut command = room.command(&["ping", "--batch", "-", "--json"]);
+    command.stdin(fs::File::open(file).unwrap());
+    let said = command.output().unwrap();
+    let answers: Vec<Value> = String::from_utf8(said.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let told: Vec<_> = answers
+        .iter()
+        .map(|answer| (answer["line"].as_u64(), answer["status"].as_u64()))
+        .collect();
+    let pair = |line, status| (Some(line), Some(status));
+    assert_eq!(
+        told,
+        [pair(2, 202), pair(3, 400), pair(4, 202), pair(5, 400)]
+    );
+
+    for wrong in [
+        &["ping", "--batch", "good.ndjson", "--user", "anna"][..],
+        &["ping", "--batch", "good.ndjson", "--body", "x"],
+        &["ping", "--batch", "good.ndjson", "--ttl", "1"],
+        &["ping", "--batch", "missing.ndjson"],
+    ] {
+        assert_eq!(room.run(wrong).code, 2, "{wrong:?}");
+    }
+    server.stop();
+}
+
+#[test]
 fn a_key_that_sends_too_fast_is_told_to_wait() {
     let room = Room::new();
     room.write(

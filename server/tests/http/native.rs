@@ -892,6 +892,7 @@ fn the_ping_body_corpus_does_no_harm() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/http/corpus/ping_body");
     for bytes in crate::support::corpus(folder) {
         bellwire_server::http::fuzz::ping_body(&bytes);
+        bellwire_server::http::fuzz::batch(&bytes);
         for end in 0..bytes.len().min(512) {
             bellwire_server::http::fuzz::ping_body(&bytes[..end]);
         }
