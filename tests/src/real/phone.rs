@@ -139,6 +139,11 @@ impl Phone {
         &self.secret
     }
 
+    /// From now on it shows this secret.
+    pub fn set_secret(&mut self, secret: &str) {
+        secret.clone_into(&mut self.secret);
+    }
+
     /// Starts the client. It answers every notification at once with `verdict`.
     ///
     /// # Panics
