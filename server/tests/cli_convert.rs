@@ -71,6 +71,7 @@ fn fill(dir: &Path, engine: EngineKind) {
                         name: Some("x".repeat(60)),
                         created_ms: 1,
                         secret_hash: [0; 32],
+                        previous_secret: None,
                     },
                     fresh: true,
                     previous_user: None,
