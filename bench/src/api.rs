@@ -67,6 +67,57 @@ impl Connection {
             .map_err(|_| Failure::new("the API did not answer within 60 s"))?
     }
 
+    /// Sends a batch and hands on the lines of its answer as they come. An answer that is none of a batch is given whole.
+    pub(crate) async fn exchange_lines(
+        &mut self,
+        request: &[u8],
+        take: &mut impl FnMut(&[u8]),
+    ) -> Outcome<Option<Answer>> {
+        let exchange = async {
+            self.stream
+                .write_all(request)
+                .await
+                .during("send a request")?;
+            self.buffer.clear();
+            self.head = 0;
+            let mut lines = Lines::default();
+            let mut begun = false;
+            loop {
+                let read = self
+                    .stream
+                    .read_buf(&mut self.buffer)
+                    .await
+                    .during("read an answer")?;
+                if read == 0 {
+                    return Err(Failure::new(
+                        "the API closed the connection within an answer",
+                    ));
+                }
+                if !begun {
+                    match chunks_at(&self.buffer)? {
+                        Some(at) => {
+                            begun = true;
+                            self.buffer.drain(..at);
+                        }
+                        // No chunks, or not the whole head.
+                        None => {
+                            if let Ok(Some(answer)) = parse(&self.buffer) {
+                                return Ok(Some(answer));
+                            }
+                            continue;
+                        }
+                    }
+                }
+                if lines.feed(&mut self.buffer, take)? {
+                    return Ok(None);
+                }
+            }
+        };
+        timeout(ANSWER_MAX, exchange)
+            .await
+            .map_err(|_| Failure::new("the API did not answer within 60 s"))?
+    }
+
     async fn read_answer(&mut self) -> Outcome<Answer> {
         self.buffer.clear();
         self.head = 0;
@@ -125,11 +176,77 @@ fn parse(bytes: &[u8]) -> Outcome<Option<Answer>> {
     }))
 }
 
+/// Where the chunks of an answer start, once its head is there and says that there are some.
+fn chunks_at(bytes: &[u8]) -> Outcome<Option<usize>> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut response = httparse::Response::new(&mut headers);
+    let parsed = response.parse(bytes).during("understand an answer")?;
+    let httparse::Status::Complete(start) = parsed else {
+        return Ok(None);
+    };
+    let chunked = response.headers.iter().any(|header| {
+        header.name.eq_ignore_ascii_case("transfer-encoding")
+            && header.value.eq_ignore_ascii_case(b"chunked")
+    });
+    Ok(chunked.then_some(start))
+}
+
+/// Lines out of chunks.
+#[derive(Default)]
+struct Lines {
+    text: Vec<u8>,
+}
+
+impl Lines {
+    /// Takes the whole chunks out of `bytes` and hands on the whole lines in them. `true`: that was the last chunk.
+    fn feed(&mut self, bytes: &mut Vec<u8>, take: &mut impl FnMut(&[u8])) -> Outcome<bool> {
+        let mut at = 0;
+        let mut ended = false;
+        while !ended {
+            let rest = &bytes[at..];
+            let Some(end) = rest.windows(2).position(|two| two == b"\r\n") else {
+                break;
+            };
+            let size = std::str::from_utf8(&rest[..end])
+                .ok()
+                .and_then(|digits| usize::from_str_radix(digits, 16).ok())
+                .filter(|size| *size <= ANSWER_MAX_BYTES)
+                .ok_or_else(|| Failure::new("a chunk of an answer has no size"))?;
+            let start = end + 2;
+            if rest.len() < start + size + 2 {
+                break;
+            }
+            self.text.extend_from_slice(&rest[start..start + size]);
+            at += start + size + 2;
+            ended = size == 0;
+        }
+        bytes.drain(..at);
+        let mut from = 0;
+        while let Some(length) = self.text[from..].iter().position(|byte| *byte == b'\n') {
+            take(&self.text[from..from + length]);
+            from += length + 1;
+        }
+        self.text.drain(..from);
+        Ok(ended)
+    }
+}
+
 /// A whole request with a body in JSON, and where its body starts.
 pub(crate) fn post(path: &str, host: SocketAddr, key: &str, body: &str) -> (Vec<u8>, usize) {
+    post_as("application/json", path, host, key, body)
+}
+
+/// The same with a body of another kind.
+pub(crate) fn post_as(
+    kind: &str,
+    path: &str,
+    host: SocketAddr,
+    key: &str,
+    body: &str,
+) -> (Vec<u8>, usize) {
     let mut request = format!(
         "POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n\
-         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+         Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
         body.len()
     )
     .into_bytes();
@@ -218,6 +335,25 @@ mod tests {
         assert_eq!(answer.status, 202);
         assert_eq!(&whole[answer.body.0..answer.body.1], b"abc");
         assert!(parse(b"HTTP/1.1 200 OK\r\n\r\n").is_err());
+    }
+
+    #[test]
+    fn lines_come_out_of_chunks_however_they_are_cut() {
+        let head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+        assert_eq!(chunks_at(head).unwrap(), Some(head.len()));
+        assert_eq!(chunks_at(&head[..20]).unwrap(), None);
+        let whole = b"4\r\none\n\r\n3\r\ntwo\r\n1\r\n\n\r\n0\r\n\r\n";
+        for cut in 0..whole.len() {
+            let (mut lines, mut found) = (Lines::default(), Vec::new());
+            let mut bytes = whole[..cut].to_vec();
+            let mut take = |line: &[u8]| found.push(String::from_utf8_lossy(line).into_owned());
+            assert!(!lines.feed(&mut bytes, &mut take).unwrap());
+            bytes.extend_from_slice(&whole[cut..]);
+            assert!(lines.feed(&mut bytes, &mut take).unwrap());
+            assert_eq!(found, ["one", "two"]);
+        }
+        let mut strange = b"x\r\n".to_vec();
+        assert!(Lines::default().feed(&mut strange, &mut |_| {}).is_err());
     }
 
     #[test]

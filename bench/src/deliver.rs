@@ -41,6 +41,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// Pause after a refusal, so that a server in trouble is not hammered.
 const AFTER_REFUSAL: Duration = Duration::from_millis(20);
 
+/// No rate of the key that posts.
+const UNLIMITED: [&str; 2] = [
+    "LIMITS__PINGS_PER_SECOND=10000000",
+    "LIMITS__PING_BURST=100000000",
+];
+
 /// Connections that devices open at a time.
 const CONNECTING: usize = 32;
 
@@ -69,7 +75,7 @@ pub(crate) struct Deliver {
     /// What the devices connect by
     #[arg(long, value_enum, default_value_t = Carriers::Both)]
     pub(crate) carrier: Carriers,
-    /// Keep-alive HTTP/1.1 connections that post, each one ping at a time
+    /// Keep-alive HTTP/1.1 connections that post, each one request at a time
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(crate) connections: u32,
     /// Measured time, seconds
@@ -85,6 +91,9 @@ pub(crate) struct Deliver {
     /// Stop after so many pings
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=PINGS_MAX as i64))]
     pub(crate) pings: Option<u32>,
+    /// Pings of one request: posted to the batch endpoint if more than one
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000), conflicts_with = "rate")]
+    pub(crate) batch: u32,
     /// Content of a ping in bytes
     #[arg(long, default_value_t = 1_024, value_parser = clap::value_parser!(u32).range(NUMBER_DIGITS as i64..=4_096))]
     pub(crate) bytes: u32,
@@ -208,7 +217,12 @@ pub(crate) async fn run(args: Deliver, progress: Progress) -> Outcome<Report> {
     }
     let mut report = Report::new("deliver", &args)?;
     let binary = server::binary(args.server.as_deref())?;
-    let mut server = Server::start(&binary, &args.settings).await?;
+    let mut settings = args.settings.clone();
+    if args.batch > 1 {
+        // What is measured is the server and not the rate that a key is allowed.
+        settings.splice(0..0, UNLIMITED.map(str::to_owned));
+    }
+    let mut server = Server::start(&binary, &settings).await?;
     let listen = server.listen.clone();
     let devices: Arc<[Registered]> =
         fleet::register(listen.api, &server.key, args.devices as usize, progress)
@@ -369,9 +383,17 @@ async fn post_all(
 /// One backend connection.
 struct Sender {
     connection: Connection,
-    request: Vec<u8>,
+    /// One ping, and where its device and number stand in it.
+    line: String,
     device_at: usize,
     number_at: usize,
+    /// The request of so many pings, and where its body starts.
+    request: Vec<u8>,
+    start: usize,
+    pings: usize,
+    host: SocketAddr,
+    key: String,
+    batch: usize,
     devices: Arc<[Registered]>,
     ledger: Arc<Ledger>,
     rate: Option<u32>,
@@ -389,15 +411,20 @@ impl Sender {
         let zeros = "0".repeat(NUMBER_DIGITS);
         let before_device = r#"{"to":{"device":""#;
         let before_number = r#""},"title":""#;
-        let body =
+        let line =
             format!(r#"{before_device}{placeholder}{before_number}{zeros}","body":"{filler}"}}"#);
-        let (request, start) = api::post("/v1/pings", server.listen.api, &server.key, &body);
-        let device_at = start + before_device.len();
+        let device_at = before_device.len();
         Ok(Sender {
             connection: Connection::open(server.listen.api).await?,
-            request,
+            line,
             device_at,
             number_at: device_at + Id::TEXT_LEN + before_number.len(),
+            request: Vec::new(),
+            start: 0,
+            pings: 0,
+            host: server.listen.api,
+            key: server.key.clone(),
+            batch: args.batch as usize,
             devices: Arc::clone(devices),
             ledger: Arc::clone(ledger),
             rate: args.rate,
@@ -407,9 +434,15 @@ impl Sender {
     async fn run(mut self, limit: usize) -> Outcome<()> {
         let ledger = Arc::clone(&self.ledger);
         while !ledger.stop.load(Ordering::Relaxed) {
-            let number = ledger.next.fetch_add(1, Ordering::Relaxed);
+            let number = ledger.next.fetch_add(self.batch, Ordering::Relaxed);
             if number >= limit {
                 break;
+            }
+            let pings = self.batch.min(limit - number);
+            self.make_room(pings);
+            if self.batch > 1 {
+                self.post_batch(number, pings).await?;
+                continue;
             }
             if let Some(rate) = self.rate {
                 // Due times are the clock's. A connection that comes late, because its last answer did, posts at once, and
@@ -425,7 +458,7 @@ impl Sender {
             } else {
                 ledger.posted[number].store(ledger.now(), Ordering::Relaxed);
             }
-            self.address(number);
+            self.address(0, number);
             let answer = self.connection.exchange(&self.request).await?;
             if answer.status == 202 {
                 ledger.answered[number].store(ledger.now(), Ordering::Relaxed);
@@ -441,11 +474,75 @@ impl Sender {
         Ok(())
     }
 
-    /// Writes number and device into the request.
-    fn address(&mut self, number: usize) {
+    /// Posts a batch; each of its pings counts from the moment at which all of them are posted.
+    async fn post_batch(&mut self, first: usize, pings: usize) -> Outcome<()> {
+        let ledger = Arc::clone(&self.ledger);
+        for place in 0..pings {
+            self.address(place, first + place);
+        }
+        let now = ledger.now();
+        for posted in &ledger.posted[first..first + pings] {
+            posted.store(now, Ordering::Relaxed);
+        }
+        let mut place = 0;
+        let mut refused = false;
+        let mut take = |line: &[u8]| {
+            let answered = ledger.answered.get(first + place).filter(|_| place < pings);
+            let accepted = line.windows(ACCEPTED.len()).any(|part| part == ACCEPTED);
+            match answered {
+                Some(answered) if accepted => {
+                    answered.store(ledger.now(), Ordering::Relaxed);
+                    ledger.accepted.fetch_add(1, Ordering::Relaxed);
+                }
+                Some(_) | None => {
+                    refused = true;
+                    ledger.refusal(|| String::from_utf8_lossy(line).into_owned());
+                }
+            }
+            place += 1;
+        };
+        let answer = self
+            .connection
+            .exchange_lines(&self.request, &mut take)
+            .await?;
+        if let Some(answer) = answer {
+            refused = true;
+            ledger.refusal(|| {
+                let body = String::from_utf8_lossy(self.connection.body(answer));
+                format!("{}: {body}", answer.status)
+            });
+        } else if place != pings {
+            return Err(Failure::new(format!(
+                "a batch of {pings} pings has {place} answers"
+            )));
+        }
+        if refused {
+            sleep(AFTER_REFUSAL).await;
+        }
+        Ok(())
+    }
+
+    /// Makes the request one of so many pings.
+    fn make_room(&mut self, pings: usize) {
+        if self.pings == pings {
+            return;
+        }
+        (self.request, self.start) = if self.batch > 1 {
+            let lines = format!("{}\n", self.line).repeat(pings);
+            let kind = "application/x-ndjson";
+            api::post_as(kind, "/v1/pings/batch", self.host, &self.key, &lines)
+        } else {
+            api::post("/v1/pings", self.host, &self.key, &self.line)
+        };
+        self.pings = pings;
+    }
+
+    /// Writes number and device into a ping of the request.
+    fn address(&mut self, place: usize, number: usize) {
+        let ping = &mut self.request[self.start + place * (self.line.len() + 1)..];
         let device = self.devices[number % self.devices.len()].device.text();
-        self.request[self.device_at..][..Id::TEXT_LEN].copy_from_slice(&device);
-        let digits = &mut self.request[self.number_at..][..NUMBER_DIGITS];
+        ping[self.device_at..][..Id::TEXT_LEN].copy_from_slice(&device);
+        let digits = &mut ping[self.number_at..][..NUMBER_DIGITS];
         let mut rest = number;
         for digit in digits.iter_mut().rev() {
             *digit = b'0' + (rest % 10) as u8;
@@ -453,6 +550,9 @@ impl Sender {
         }
     }
 }
+
+/// What the answer to a line has that was accepted.
+const ACCEPTED: &[u8] = b"\"status\":202";
 
 /// When the n-th ping is due.
 fn due(number: usize, rate: u32) -> Duration {
@@ -580,10 +680,14 @@ fn summarise(report: &mut Report, args: &Deliver, ledger: &Ledger, posting: &Pos
     let attached = !args.absent;
     let closed = args.rate.is_none() && args.connections >= 32 && !args.smoke;
     let mut figure = Figure::new("pings accepted", answered / seconds, "pings/s");
-    if closed && attached {
-        figure = figure.budget(Budget::AtLeast(15_000.0));
-    } else if closed {
-        figure = figure.budget(Budget::AtLeast(8_000.0));
+    let batch = args.batch >= 100;
+    if closed {
+        figure = figure.budget(Budget::AtLeast(match (attached, batch) {
+            (true, false) => 15_000.0,
+            (true, true) => 60_000.0,
+            (false, false) => 8_000.0,
+            (false, true) => 15_000.0,
+        }));
     }
     report.push(figure);
     if attached {
@@ -599,7 +703,7 @@ fn summarise(report: &mut Report, args: &Deliver, ledger: &Ledger, posting: &Pos
     );
     if attached {
         report.push_latency("post to device", &latency(ledger, &ledger.arrived, posting));
-        if closed {
+        if closed && args.batch == 1 {
             report.set_budget("post to answer p99", Budget::AtMost(8.0));
         } else if args.connections == 1 && !args.smoke {
             report.set_budget("post to device p50", Budget::AtMost(0.4));

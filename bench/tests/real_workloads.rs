@@ -58,6 +58,15 @@ fn every_ping_by_the_clock_arrives_once() {
 }
 
 #[test]
+fn every_ping_of_a_batch_arrives_once() {
+    let (output, report) = run(&["deliver", "--batch", "70"]);
+    assert_good(&output, &report);
+    assert_eq!(value(&report, "pings in all, warm-up included"), 400.0);
+    let (output, report) = run(&["deliver", "--batch", "70", "--absent"]);
+    assert_good(&output, &report);
+}
+
+#[test]
 fn every_ping_to_an_absent_device_waits_for_it() {
     let (output, report) = run(&["deliver", "--absent"]);
     assert_good(&output, &report);

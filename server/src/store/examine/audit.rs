@@ -125,6 +125,9 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(), Fault> {
         Some(b'd') => keys::parse_id(key)
             .ok_or(NO_KEY)
             .and_then(|id| record::device(key, DeviceId(id), value).map(|_| ())),
+        Some(b'l') => keys::parse_id(key)
+            .ok_or(NO_KEY)
+            .and_then(|_| record::seen(key, value).map(|_| ())),
         Some(b'a') => record::app(key, value).map(|_| ()),
         Some(b'k') => record::api_key(key, value).map(|_| ()),
         Some(b'i') => keys::parse_idempotency(key)
@@ -167,6 +170,10 @@ impl Display for Named<'_> {
             Some(b'd') => match id(1) {
                 Some(device) => write!(f, "device {}", DeviceId(device)),
                 None => f.write_str("a device"),
+            },
+            Some(b'l') => match id(1) {
+                Some(device) => write!(f, "last sight of device {}", DeviceId(device)),
+                None => f.write_str("the last sight of a device"),
             },
             Some(b'p') => match keys::parse_pair(key) {
                 Some((ping, device)) => write!(f, "ping {ping} for device {device}"),
@@ -690,7 +697,19 @@ impl Work<'_> {
                 Ok(())
             })?;
         }
-        Ok(())
+        self.each(b'l', |work, key, _| {
+            let Some(device) = keys::parse_id(key).map(DeviceId) else {
+                return Ok(());
+            };
+            if !work.has(&keys::device(device))? {
+                work.audit.tell(
+                    "the last sight of a device that is gone",
+                    format!("device {device}"),
+                );
+                work.delete(key);
+            }
+            Ok(())
+        })
     }
 
     fn idempotency(&mut self) -> Result<(), EngineError> {

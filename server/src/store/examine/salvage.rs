@@ -960,7 +960,10 @@ fn erase(main: &dyn Engine) -> Result<(), SalvageError> {
         };
         match what {
             // Its rows end with it: a repair ends what has lost its device.
-            Erased::Device(device) => gone.push(delete(&keys::device(device))),
+            Erased::Device(device) => {
+                gone.push(delete(&keys::device(device)));
+                gone.push(delete(&keys::seen(device)));
+            }
             Erased::Key(id) => gone.push(delete(&keys::api_key(id))),
             Erased::Notification(ping, device) => {
                 let pair = keys::pair(ping, device);
@@ -981,7 +984,7 @@ fn erase(main: &dyn Engine) -> Result<(), SalvageError> {
             // The devices of the user have erasures of their own.
             Erased::User(_) => {}
         }
-        if gone.len() + 1 >= crate::store::engine::BATCH_OPERATIONS {
+        if gone.len() + 2 >= crate::store::engine::BATCH_OPERATIONS {
             main.apply(&gone, None).map_err(engine_error)?;
             gone.clear();
         }

@@ -393,6 +393,34 @@ fn a_rotten_record_of_the_engine_is_found_in_the_log() {
 }
 
 #[test]
+fn the_last_sight_of_a_device_is_saved_with_it_and_of_one_that_is_gone_is_not() {
+    use crate::ports::{Carrier, Seen};
+    for engine in [EngineKind::Sled, EngineKind::Fjall] {
+        let shop = posted(engine, 3);
+        let (house, _) = shop.open();
+        let seen = Seen {
+            at_ms: 7,
+            carrier: Carrier::Quic,
+            agent: Some("tester/1".into()),
+        };
+        let (here, gone) = (device_id(DEVICE), device_id(77));
+        let sights = [here, gone].map(|device| Op::PutSeen(device, seen.clone()));
+        commit(&house, sights.to_vec()).unwrap();
+        settle(&house);
+        drop(house);
+        let found = checked(&shop.data());
+        let kinds = found.state.unwrap().kinds;
+        assert_eq!(
+            kinds["the last sight of a device that is gone"], 1,
+            "{kinds:?}"
+        );
+        let (room, _) = saved(&shop);
+        let house = opened(&room, engine);
+        assert_eq!(house.seen(&[here, gone]).unwrap(), [Some(seen), None]);
+    }
+}
+
+#[test]
 fn a_store_without_its_format_file_is_saved_and_a_later_one_is_left_alone() {
     let shop = posted(EngineKind::Sled, 10);
     let format = shop.data().join("format");
