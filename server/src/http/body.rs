@@ -106,7 +106,8 @@ pub(super) async fn read_reserved<S>(
     match tokio::time::timeout(BODY_TIME, collect).await {
         Ok(Ok(())) => Ok((whole.freeze(), shares)),
         Ok(Err(problem)) => {
-            if problem.code() == Code::BodyTooLarge {
+            // Of one that broke off nothing more comes.
+            if problem.code() != Code::Malformed {
                 drain(&mut body).await;
             }
             Err(problem.closing())
