@@ -143,6 +143,16 @@ async fn every_line_has_its_own_answer_and_a_bad_one_costs_only_itself() {
 }
 
 #[tokio::test]
+async fn a_line_that_is_too_long_costs_only_itself() {
+    let server = start().await;
+    let good = json!({"to": {"user": "nobody"}});
+    let long = json!({"to": {"user": "nobody"}, "body": "x".repeat(1 << 20)});
+    let answers = answers(&ask(&server, &format!("{good}\n{long}\n{good}")).await);
+    assert_eq!(told(&answers), ["1 202", "2 413 body_too_large", "3 202"]);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_batch_that_cannot_be_is_refused_before_anything_of_it_happens() {
     let server = start().await;
     let (device, _) = server.device("ana").await;
