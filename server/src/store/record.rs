@@ -28,12 +28,17 @@ use crate::ports::{
 /// ones would make sled put them into files that it never syncs.
 pub(super) const RECORD_MAX: usize = 72 << 10;
 
-/// The newest version of the record that a key leads to; it is the one that is written. What is not named here has had one.
+/// The newest version of most records.
+const VERSION: u8 = 1;
+
+/// The newest version of the record of a device. 2: a secret that was rotated stays good for a while.
+const DEVICE_VERSION: u8 = 2;
+
+/// The newest version of the record that a key leads to; it is the one that is written.
 fn newest(key: &[u8]) -> u8 {
     match key.first() {
-        // 2: a secret that was rotated stays good for a while.
-        Some(b'd') => 2,
-        _ => 1,
+        Some(b'd') => DEVICE_VERSION,
+        _ => VERSION,
     }
 }
 
