@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read as _};
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -20,6 +21,10 @@ const BYTES_MAX: usize = 4 << 20;
 const LINE_MAX: usize = 1 << 20;
 /// Most bytes of one line of an answer.
 const ANSWER_LINE_MAX: usize = 1 << 20;
+/// So many times lines are sent again in a row without one of them being accepted.
+const TRIES_MAX: u32 = 3;
+/// Longest pause before that, seconds, whatever the server says.
+const PAUSE_MAX_S: u64 = 30;
 /// Refused lines that are shown one by one.
 const SHOWN: usize = 20;
 
@@ -48,24 +53,36 @@ pub(crate) async fn run(file: &Path, args: &ApiArgs) -> Outcome {
     let (mut number, mut read) = (0, 0);
     let mut kept = None;
     loop {
-        let batch = gather(&mut *input, &mut number, &mut kept)
+        let lines = gather(&mut *input, &mut number, &mut kept)
             .map_err(|error| unreadable(file, &error))?;
-        if batch.numbers.is_empty() {
+        if lines.is_empty() {
             break;
         }
-        read += batch.bytes.len() as u64;
-        send(&api, batch, args.json, &mut tally).await?;
+        read += lines.iter().map(|line| line.text.len() as u64).sum::<u64>();
+        send(&api, lines, args.json, &mut tally).await?;
         progress.bytes("send", read.min(size.max(1)), size);
     }
     progress.done();
     tell(&tally, args.json)
 }
 
-/// Lines of one request, and their numbers in the file.
-#[derive(Default)]
-struct Lines {
-    bytes: Vec<u8>,
-    numbers: Vec<u64>,
+/// A line and its number in the file.
+struct Line {
+    number: u64,
+    /// With its end.
+    text: Vec<u8>,
+}
+
+impl Line {
+    /// Whether it can be sent again without a second ping, after the server had no room for it.
+    fn may_repeat(&self, code: &str) -> bool {
+        // These are refused before anything else happens.
+        if matches!(code, "rate_limited" | "memory_reserve") {
+            return true;
+        }
+        let ping: Value = serde_json::from_slice(&self.text).unwrap_or(Value::Null);
+        ping.get("idempotency_key").is_some_and(Value::is_string)
+    }
 }
 
 /// Reads as many lines as one request takes; the one that is too many waits in `kept`. A line that is longer than servers take is
@@ -73,54 +90,97 @@ struct Lines {
 fn gather(
     input: &mut dyn BufRead,
     number: &mut u64,
-    kept: &mut Option<Vec<u8>>,
-) -> std::io::Result<Lines> {
-    let mut lines = Lines::default();
-    while lines.numbers.len() < LINES_MAX {
+    kept: &mut Option<Line>,
+) -> std::io::Result<Vec<Line>> {
+    let mut lines = Vec::new();
+    let mut bytes = 0;
+    while lines.len() < LINES_MAX {
         let line = match kept.take() {
             Some(line) => line,
             None => {
-                let mut line = Vec::new();
-                // What is longer is cut, and refused by the server for its length.
-                if (&mut *input)
-                    .take(LINE_MAX as u64 + 2)
-                    .read_until(b'\n', &mut line)?
-                    == 0
-                {
+                let mut text = Vec::new();
+                let mut limited = (&mut *input).take(LINE_MAX as u64 + 2);
+                if limited.read_until(b'\n', &mut text)? == 0 {
                     break;
                 }
-                if line.last() != Some(&b'\n') {
+                if text.last() != Some(&b'\n') {
                     input.skip_until(b'\n')?;
-                    line.push(b'\n');
+                    text.push(b'\n');
                 }
                 *number += 1;
-                line
+                Line {
+                    number: *number,
+                    text,
+                }
             }
         };
-        if line.trim_ascii().is_empty() {
+        if line.text.trim_ascii().is_empty() {
             continue;
         }
-        if lines.bytes.len() + line.len() > BYTES_MAX && !lines.numbers.is_empty() {
+        if bytes + line.text.len() > BYTES_MAX && !lines.is_empty() {
             *kept = Some(line);
             break;
         }
-        lines.bytes.extend_from_slice(&line);
-        lines.numbers.push(*number);
+        bytes += line.text.len();
+        lines.push(line);
     }
     Ok(lines)
 }
 
-async fn send(api: &Api, lines: Lines, as_json: bool, tally: &mut Tally) -> Outcome {
-    let Lines { bytes, numbers } = lines;
+/// Sends lines, and again those for which the server had no room, as long as that brings something.
+async fn send(api: &Api, mut lines: Vec<Line>, as_json: bool, tally: &mut Tally) -> Outcome {
+    let mut fruitless = 0;
+    loop {
+        let before = tally.accepted;
+        let (again, pause) = post(api, &lines, as_json, fruitless < TRIES_MAX, tally).await?;
+        if again.is_empty() {
+            return Ok(());
+        }
+        fruitless = if tally.accepted > before {
+            0
+        } else {
+            fruitless + 1
+        };
+        let mut place = 0;
+        lines.retain(|_| {
+            place += 1;
+            again.binary_search(&(place - 1)).is_ok()
+        });
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Sends lines once. Answers the places of those to send again, and when.
+async fn post(
+    api: &Api,
+    lines: &[Line],
+    as_json: bool,
+    may_repeat: bool,
+    tally: &mut Tally,
+) -> Result<(Vec<usize>, Duration), Failure> {
+    let bytes: Vec<u8> = lines
+        .iter()
+        .flat_map(|line| line.text.iter().copied())
+        .collect();
     let mut waiting = Vec::new();
     let mut answered = 0;
+    let mut again = Vec::new();
+    let mut pause = Duration::ZERO;
     let sent = api
         .batch(Bytes::from(bytes), &mut |piece| {
             waiting.extend_from_slice(piece);
             while let Some(end) = waiting.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = waiting.drain(..=end).collect();
-                let number = numbers.get(answered).copied().ok_or_else(strange)?;
-                take(&line, number, as_json, tally)?;
+                let answer: Vec<u8> = waiting.drain(..=end).collect();
+                let answer: Value = serde_json::from_slice(&answer).map_err(|_| strange())?;
+                let line = lines.get(answered).ok_or_else(strange)?;
+                let problem = answer.get("problem").unwrap_or(&Value::Null);
+                match problem.get("retry_after_s").and_then(Value::as_u64) {
+                    Some(seconds) if may_repeat && line.may_repeat(&text(problem, "code")) => {
+                        again.push(answered);
+                        pause = pause.max(Duration::from_secs(seconds.min(PAUSE_MAX_S)));
+                    }
+                    Some(_) | None => take(answer, line.number, as_json, tally)?,
+                }
                 answered += 1;
             }
             if waiting.len() > ANSWER_LINE_MAX {
@@ -129,26 +189,29 @@ async fn send(api: &Api, lines: Lines, as_json: bool, tally: &mut Tally) -> Outc
             Ok(())
         })
         .await;
-    let missing = numbers.get(answered).copied();
-    match (sent, missing) {
-        (Ok(()), None) => Ok(()),
+    let unknown = &lines[answered.min(lines.len())..];
+    match (sent, unknown.first()) {
+        (Ok(()), None) => Ok((again, pause)),
         (Ok(()), Some(_)) => Err(strange()),
-        (Err(failure), Some(first)) => {
-            let last = numbers.last().copied().unwrap_or(first);
-            Console::err().line(&format!(
-                "{} lines were accepted, {} refused; of lines {first} to {last} nothing is known: send them again (safe where they \
-                 have an idempotency_key); nothing behind them was sent",
-                tally.accepted, tally.refused
-            ));
+        (Err(failure), first) => {
+            if let Some(first) = first {
+                Console::err().line(&format!(
+                    "{} lines were accepted, {} refused and {} are still to be sent again; of {} lines from line {} on nothing \
+                     is known: send them again (safe where they have an idempotency_key); nothing behind them was sent",
+                    tally.accepted,
+                    tally.refused,
+                    again.len(),
+                    unknown.len(),
+                    first.number
+                ));
+            }
             Err(failure)
         }
-        (Err(failure), None) => Err(failure),
     }
 }
 
 /// Takes the answer to one line; its number in the request becomes that in the file.
-fn take(line: &[u8], number: u64, as_json: bool, tally: &mut Tally) -> Outcome {
-    let mut answer: Value = serde_json::from_slice(line).map_err(|_| strange())?;
+fn take(mut answer: Value, number: u64, as_json: bool, tally: &mut Tally) -> Outcome {
     let count = |name: &str| answer.get(name).and_then(Value::as_u64).unwrap_or(0);
     let rejected = answer
         .get("rejected")
@@ -236,16 +299,21 @@ mod tests {
         let text = format!("\na\n\n{}{long}\nlast", "b\n".repeat(LINES_MAX));
         let mut input = text.as_bytes();
         let (mut number, mut kept) = (0, None);
+        let numbers = |lines: &[Line]| lines.iter().map(|line| line.number).collect::<Vec<_>>();
         let first = gather(&mut input, &mut number, &mut kept).unwrap();
-        assert_eq!(first.numbers.len(), LINES_MAX);
-        assert_eq!(first.numbers[..2], [2, 4]);
+        assert_eq!(first.len(), LINES_MAX);
+        assert_eq!(numbers(&first)[..2], [2, 4]);
         let second = gather(&mut input, &mut number, &mut kept).unwrap();
-        assert_eq!(second.numbers, [1_003, 1_004, 1_005]);
-        assert!(second.bytes.ends_with(b"x\nlast\n"));
+        assert_eq!(numbers(&second), [1_003, 1_004, 1_005]);
+        assert_eq!(second[0].text, b"b\n");
         // Cut, and still too long for the server.
-        assert_eq!(second.bytes.len(), 2 + LINE_MAX + 3 + 5);
-        let third = gather(&mut input, &mut number, &mut kept).unwrap();
-        assert!(third.numbers.is_empty());
+        assert_eq!(second[1].text.len(), LINE_MAX + 3);
+        assert_eq!(second[2].text, b"last\n");
+        assert!(
+            gather(&mut input, &mut number, &mut kept)
+                .unwrap()
+                .is_empty()
+        );
     }
 
     #[test]
@@ -257,12 +325,26 @@ mod tests {
         let mut found = Vec::new();
         loop {
             let lines = gather(&mut input, &mut number, &mut kept).unwrap();
-            if lines.numbers.is_empty() {
+            if lines.is_empty() {
                 break;
             }
-            assert!(lines.bytes.len() <= BYTES_MAX);
-            found.extend(lines.numbers);
+            assert!(lines.iter().map(|line| line.text.len()).sum::<usize>() <= BYTES_MAX);
+            found.extend(lines.into_iter().map(|line| line.number));
         }
         assert_eq!(found, (1..=9).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn only_what_makes_no_second_ping_is_sent_again() {
+        let line = |text: &str| Line {
+            number: 1,
+            text: text.as_bytes().to_vec(),
+        };
+        let plain = line(r#"{"to": {"user": "ana"}, "idempotency_key": null}"#);
+        assert!(plain.may_repeat("rate_limited"));
+        assert!(!plain.may_repeat("store_busy"));
+        assert!(
+            line(r#"{"to": {"user": "ana"}, "idempotency_key": "k"}"#).may_repeat("store_busy")
+        );
     }
 }

@@ -29,7 +29,8 @@ Examples:
   bellwire ping --batch pings.ndjson          one ping a line, as POST /v1/pings/batch takes it; - reads standard input
 
 The exit code is 0 when the server has accepted the ping; with --wait, when it was acknowledged everywhere; with --batch, when
-every line was accepted.";
+every line was accepted. Lines for which the server has no room at the moment are sent again, behind others, if that is safe: those
+with an idempotency_key, and those refused before anything happened.";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
