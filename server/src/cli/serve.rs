@@ -592,6 +592,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             pings_per_second: limits.pings_per_second,
             ping_burst: limits.ping_burst,
             backup_stall: limits.backup_stall,
+            batch_stall: limits.batch_stall,
             secret_overlap: limits.secret_overlap,
             ..Limits::default()
         },

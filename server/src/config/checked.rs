@@ -194,6 +194,8 @@ pub struct Limits {
     pub api_connections: u32,
     /// How long a backup may wait for whoever takes it.
     pub backup_stall: Duration,
+    /// How long whoever sends a batch may take none of its answers.
+    pub batch_stall: Duration,
 }
 
 /// The log on standard error.
@@ -493,6 +495,7 @@ fn limits(source: &Source) -> Limits {
         secret_overlap: source.get(&keys::LIMITS_SECRET_OVERLAP),
         api_connections: clamp(source.get(&keys::LIMITS_API_CONNECTIONS)),
         backup_stall: source.get(&keys::LIMITS_BACKUP_STALL),
+        batch_stall: source.get(&keys::LIMITS_BATCH_STALL),
     }
 }
 

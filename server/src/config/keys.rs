@@ -161,6 +161,8 @@ keys! {
     LIMITS_API_CONNECTIONS: CountSetting = "limits.api_connections", count(1, 1_000_000), "4096";
     /// How long a caller of `GET /v1/backup` may take nothing, and how much longer than a second for each 256 KiB it may let the backup wait in all. One that is slower is cut: until a backup is taken the log is not let go.
     LIMITS_BACKUP_STALL: SpanSetting = "limits.backup_stall", span(SECOND, HOUR), "60s";
+    /// How long a caller of `POST /v1/pings/batch` may take none of its answers; then it is cut, and lines that were not begun are not sent.
+    LIMITS_BATCH_STALL: SpanSetting = "limits.batch_stall", span(SECOND, HOUR), "60s";
 
     /// How long the outcome of a ping can be asked for; then it answers 404 `ping_not_retained`.
     RECEIPTS_KEEP: SpanSetting = "receipts.keep", span(MINUTE, 90 * DAY), "24h";

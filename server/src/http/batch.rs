@@ -7,8 +7,8 @@
 //! to one device arrive in their order.
 //!
 //! The task, and not the answer's reader, drives the pings: what is under way goes on whether or not somebody reads, so that no slow
-//! reader holds what others wait for. A reader who takes nothing only keeps further lines from being begun, and is given up after
-//! [`STALL_TIME`].
+//! reader holds what others wait for. A reader who takes nothing only keeps further lines from being begun, and is cut after
+//! `limits.batch_stall`.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -27,7 +27,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, FuturesOrdered};
 use futures_util::{FutureExt as _, StreamExt as _};
 use http::header::{CONTENT_TYPE, HeaderName};
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode, Version};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
@@ -38,10 +38,11 @@ use super::error::{Place, Problem, retry_after_s};
 use super::ping_body::{self, PingLineSchema};
 use super::pings::{self, Rejected};
 use super::query::Query;
+use super::serve::Cut;
 use super::{Backend, body, text};
 use crate::delivery::PingId;
 use crate::runtime::{
-    Handle, PingAnswer, PingError, PingRequest, Placed, Principal, Target, Turn, sha256,
+    BodyShare, Handle, PingAnswer, PingError, PingRequest, Placed, Principal, Target, Turn, sha256,
 };
 use crate::telemetry::metrics as names;
 
@@ -57,8 +58,6 @@ const AHEAD_MAX: usize = 64;
 const UNSENT_MAX: usize = 64 << 10;
 /// Pieces of the answer between the task and the connection.
 const PIECES_MAX: usize = 2;
-/// How long nobody may take a piece of the answer before the rest of the batch is given up.
-const STALL_TIME: Duration = Duration::from_secs(60);
 
 /// The media type of the answer, and the first of those of a batch.
 const NDJSON: &str = "application/x-ndjson";
@@ -173,9 +172,14 @@ pub(super) async fn create(
         body::read_reserved(body, BATCH_BODY_MAX, |size| backend.handle.hold_body(size)).await?;
     let lines = lines(&bytes)?;
     let (pieces, answer) = mpsc::channel(PIECES_MAX);
+    let cut = parts.extensions.get::<Cut>().cloned();
+    // An HTTP/2 connection carries other calls as well, and one that nobody reads holds only its own stream there.
+    let cut = cut.filter(|_| parts.version < Version::HTTP_2);
     let batch = Batch {
+        stall: backend.handle.batch_stall(),
         handle: backend.handle,
         who: who.into_principal(),
+        _share: share,
         bytes,
         lines,
         ahead: VecDeque::new(),
@@ -185,8 +189,13 @@ pub(super) async fn create(
         counts: [0; CLASSES.len()],
     };
     tokio::spawn(async move {
-        batch.run(pieces).await;
-        drop(share);
+        if batch.run(pieces).await == Over::Stalled {
+            metrics::counter!(names::HTTP_BATCHES_STALLED_TOTAL).increment(1);
+            tracing::debug!("a batch was cut: nobody took its answers (limits.batch_stall)");
+            if let Some(Cut(cut)) = cut {
+                cut.cancel();
+            }
+        }
     });
     let mut response = Response::new(Body::from_stream(stream::unfold(Some(answer), next_piece)));
     response
@@ -285,11 +294,26 @@ fn refusal(error: PingError) -> Problem {
     }
 }
 
+/// How a batch ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    /// Everything is answered, and somebody took it.
+    Answered,
+    /// Nobody reads any more.
+    Gone,
+    /// Nobody took an answer for too long.
+    Stalled,
+}
+
 /// A batch under way.
 struct Batch {
     handle: Handle,
     who: Principal,
+    /// How long nobody may take a piece of the answer.
+    stall: Duration,
     bytes: Bytes,
+    /// The room of `bytes` in the memory reserve; held for what dropping it does.
+    _share: Vec<BodyShare>,
     /// Lines that nobody has looked at.
     lines: VecDeque<(u32, Range<usize>)>,
     /// Lines that were read and not begun.
@@ -308,39 +332,47 @@ struct Batch {
 const CLASSES: [&str; 3] = ["2xx", "4xx", "5xx"];
 
 impl Batch {
-    async fn run(mut self, pieces: mpsc::Sender<Piece>) {
+    async fn run(mut self, pieces: mpsc::Sender<Piece>) -> Over {
         let mut under_way = FuturesOrdered::new();
-        let mut stalled = pin!(tokio::time::sleep(STALL_TIME));
-        let mut complete = false;
-        loop {
+        let stall = self.stall;
+        let mut stalled = pin!(tokio::time::sleep(stall));
+        let over = loop {
             tokio::select! {
                 biased;
                 place = pieces.reserve(), if !self.unsent.is_empty() => match place {
                     Ok(place) => {
                         place.send(Piece::Answers(std::mem::take(&mut self.unsent).into()));
-                        stalled.set(tokio::time::sleep(STALL_TIME));
+                        stalled.set(tokio::time::sleep(stall));
                     }
-                    // Nobody reads any more.
-                    Err(_) => break,
+                    Err(_) => break Over::Gone,
                 },
                 more = poll_fn(|cx| self.advance(cx, &mut under_way, publish)) => if !more {
-                    complete = true;
-                    break;
+                    break Over::Answered;
                 },
-                () = pieces.closed() => break,
-                () = stalled.as_mut(), if !self.unsent.is_empty() => break,
+                () = pieces.closed() => break Over::Gone,
+                () = stalled.as_mut(), if !self.unsent.is_empty() => break Over::Stalled,
             }
-        }
+        };
         // What was begun ends as if somebody still listened.
         while let Some(ended) = under_way.next().await {
             self.count(&ended);
         }
-        if complete {
-            // Fails only when nobody reads any more.
-            let _ = pieces.send(Piece::End).await;
-        }
         for (class, count) in CLASSES.into_iter().zip(self.counts) {
             metrics::counter!(names::HTTP_BATCH_LINES_TOTAL, "status" => class).increment(count);
+        }
+        // The room is for others again before anybody waits for the reader's last steps.
+        drop(self);
+        if over != Over::Answered {
+            return over;
+        }
+        match tokio::time::timeout(stall, pieces.send(Piece::End)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Over::Gone,
+            Err(_) => return Over::Stalled,
+        }
+        match tokio::time::timeout(stall, pieces.closed()).await {
+            Ok(()) => Over::Answered,
+            Err(_) => Over::Stalled,
         }
     }
 

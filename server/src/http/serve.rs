@@ -282,6 +282,7 @@ async fn speak_http1(
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => return ended,
+        () = ends.cut.cancelled() => return Ok(()),
         () = ends.shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
     }
     tokio::select! {
@@ -311,6 +312,7 @@ async fn speak_http2(
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => return ended,
+        () = ends.cut.cancelled() => return Ok(()),
         () = ends.shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
     }
     tokio::select! {

@@ -314,6 +314,12 @@ impl Handle {
         share.map(BodyShare::new).ok_or(RuntimeError::MemoryReserve)
     }
 
+    /// How long the caller of a batch may take none of its answers ([`Limits::batch_stall`]).
+    #[must_use]
+    pub fn batch_stall(&self) -> Duration {
+        self.inner.limits.load().batch_stall
+    }
+
     /// What is known of a ping of this app; `None`: not known, or no longer.
     pub async fn ping_view(
         &self,

@@ -103,6 +103,8 @@ pub struct Limits {
     /// How long whoever takes a backup may let it wait: at once, and in all on top of a second for each 256 KiB. Default 60 s.
     /// Until it is taken the log is not let go.
     pub backup_stall: Duration,
+    /// How long whoever sends a batch may take none of its answers before it is cut. Default 60 s.
+    pub batch_stall: Duration,
     /// How long a device's old secret stays good after a rotation that names no time. Default 24 h; at most
     /// [`SECRET_OVERLAP_MAX`].
     pub secret_overlap: Duration,
@@ -120,6 +122,7 @@ impl Default for Limits {
             ping_burst: 100_000,
             accept_wait: Duration::from_secs(10),
             backup_stall: Duration::from_secs(60),
+            batch_stall: Duration::from_secs(60),
             secret_overlap: Duration::from_secs(24 * 3_600),
         }
     }

@@ -445,6 +445,59 @@ async fn a_caller_that_reads_nothing_holds_up_nobody_who_changes_a_device() {
 }
 
 #[tokio::test]
+async fn a_caller_that_stops_reading_in_the_middle_is_cut_and_costs_nobody_else_anything() {
+    let settings = RuntimeSettings {
+        limits: Limits {
+            batch_stall: std::time::Duration::from_millis(300),
+            ..Limits::default()
+        },
+        ..RuntimeSettings::default()
+    };
+    let server = start_with(Setup {
+        settings,
+        connections_max: 2,
+        ..Setup::default()
+    })
+    .await;
+    let (device, _) = server.device("ana").await;
+    let many: Vec<String> = (0..400u32)
+        .map(|number| {
+            let mut id = [0; 16];
+            id[..4].copy_from_slice(&number.to_be_bytes());
+            DeviceId(id).to_string()
+        })
+        .collect();
+    let strangers = json!({"to": {"devices": many}});
+    let ana = json!({"to": {"user": "ana"}, "body": "of the batch"});
+    let mut stalled = Reading::begin(&server, &format!("{ana}\n{strangers}\n").repeat(400)).await;
+    stalled.answers(3).await;
+    // Everybody else goes on: the same user, another device, a batch of their own.
+    let line = json!({"to": {"user": "ana"}, "body": "of another"}).to_string();
+    let one = server.ask("POST", "/v1/pings", &line).await;
+    assert_eq!(one.status, 202);
+    let other = answers(&ask(&server, &format!("{line}\n").repeat(20)).await);
+    assert_eq!(other.len(), 20);
+    assert!(other.iter().all(|answer| answer["status"] == 202));
+    // The room that the batch had is given back, and its place among the connections as well: one is taken by a caller who says
+    // nothing, so the next one gets an answer only in the place of the batch.
+    until(|| server.handle.status().reserve_bytes == 0).await;
+    let quiet = TcpStream::connect(server.api).await.unwrap();
+    assert_eq!(server.ask("POST", "/v1/pings", &line).await.status, 202);
+    drop(quiet);
+    // What was begun is kept, and the answer does not look whole.
+    let bodies = waiting(&server, device);
+    let begun = bodies.iter().filter(|body| *body == "of the batch").count();
+    assert!((2..=400).contains(&begun), "{begun}");
+    assert_eq!(bodies.len() - begun, 22);
+    let mut rest = Vec::new();
+    let reading = stalled.stream.read_to_end(&mut rest);
+    // An end that is no end may be a reset.
+    let _ = tokio::time::timeout(PATIENCE, reading).await.unwrap();
+    assert!(!rest.ends_with(b"0\r\n\r\n"), "it must not look whole");
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_batch_takes_its_room_out_of_the_memory_reserve_and_gives_it_back() {
     let settings = RuntimeSettings {
         limits: Limits {
