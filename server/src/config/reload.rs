@@ -36,6 +36,8 @@ const LIVE: &[&str] = &[
     "limits.pings_per_second",
     "limits.ping_burst",
     "limits.backup_stall",
+    "limits.batch_stall",
+    "limits.secret_overlap",
     "drain.window",
     "log.level",
 ];

@@ -15,6 +15,7 @@ use std::future::poll_fn;
 use std::io;
 use std::ops::Range;
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -42,7 +43,8 @@ use super::serve::Cut;
 use super::{Backend, body, text};
 use crate::delivery::PingId;
 use crate::runtime::{
-    BodyShare, Handle, PingAnswer, PingError, PingRequest, Placed, Principal, Target, Turn, sha256,
+    BodyShare, Handle, Origin, PingAnswer, PingError, PingRequest, Placed, Principal, Target, Turn,
+    sha256,
 };
 use crate::telemetry::metrics as names;
 
@@ -179,6 +181,7 @@ pub(super) async fn create(
         stall: backend.handle.batch_stall(),
         handle: backend.handle,
         who: who.into_principal(),
+        origin: parts.extensions.get::<Origin>().cloned().map(Arc::new),
         _share: share,
         bytes,
         lines,
@@ -263,6 +266,8 @@ enum Piece {
 struct Line {
     number: u32,
     ping: Result<PingRequest, Problem>,
+    /// Of the whole batch, if it is traced.
+    origin: Option<Arc<Origin>>,
 }
 
 /// How a line ended.
@@ -274,7 +279,11 @@ struct Ended {
 /// Publishes one line.
 async fn publish(handle: Handle, line: Line, turn: Turn) -> Ended {
     let result = match line.ping {
-        Ok(ping) => handle.ping_in_turn(ping, turn).await.map_err(refusal),
+        Ok(ping) => {
+            let origin = line.origin.as_deref();
+            let answer = handle.ping_in_turn(ping, turn, origin).await;
+            answer.map_err(refusal)
+        }
         Err(problem) => Err(problem),
     };
     Ended {
@@ -309,6 +318,8 @@ enum Over {
 struct Batch {
     handle: Handle,
     who: Principal,
+    /// The trace that the batch belongs to, if it is traced.
+    origin: Option<Arc<Origin>>,
     /// How long nobody may take a piece of the answer.
     stall: Duration,
     bytes: Bytes,
@@ -444,7 +455,11 @@ impl Batch {
             {
                 users.extend_from_slice(named);
             }
-            self.ahead.push_back(Line { number, ping });
+            self.ahead.push_back(Line {
+                number,
+                ping,
+                origin: self.origin.clone(),
+            });
         }
         // A single one looks for itself.
         if users.len() > 1 {

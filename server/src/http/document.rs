@@ -17,7 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ProblemBody, retry_after_s};
-use super::{Backend, backup, batch, devices, keys, operations, outcomes, pings, users};
+use super::{Backend, backup, batch, devices, docs_page, keys, operations, outcomes, pings, users};
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
 macro_rules! refusals {

@@ -28,6 +28,7 @@ mod query;
 mod serve;
 mod site;
 mod text;
+mod traceparent;
 mod users;
 
 use std::sync::Arc;

@@ -16,7 +16,7 @@ use super::ping_body::{self, PingBody, PingSchema};
 use super::query::{self, PathId, Query};
 use super::{Backend, answer, body, text};
 use crate::delivery::{AppId, DeviceId, PingId};
-use crate::runtime::{Content, PairState, PairView, PingAnswer, PingRequest, sha256};
+use crate::runtime::{Content, Origin, PairState, PairView, PingAnswer, PingRequest, sha256};
 
 /// Longest wait for acknowledgements.
 const WAIT_MAX_S: u64 = 60;
@@ -174,15 +174,12 @@ pub(super) async fn create(
         return Err(Problem::plain(Code::RateLimited));
     }
     let ping = ping_body::read(&bytes)?;
-    let answered = backend
-        .handle
-        .ping(self::request(
-            who.app(),
-            ping,
-            key.map(|key| (key, sha256(&bytes))),
-            wait,
-        ))
-        .await?;
+    let key = key.map(|key| (key, sha256(&bytes)));
+    let request = self::request(who.app(), ping, key, wait);
+    let answered = match parts.extensions.get::<Origin>() {
+        Some(origin) => backend.handle.ping_traced(request, origin).await,
+        None => backend.handle.ping(request).await,
+    }?;
     Ok(accepted(&answered, wait.is_some()))
 }
 

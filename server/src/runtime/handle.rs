@@ -26,6 +26,7 @@ use super::reserve::{BodyShare, Reserve};
 use super::settings::{Limits, RuntimeSettings};
 use super::shard::{Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
+use super::traces::{Origin, Trace};
 use super::turn::Turn;
 use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
 use crate::ports::{Carrier, Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth};
@@ -287,7 +288,16 @@ impl Handle {
     /// Publishes. Answers when every part is safe or has its outcome. Dropping the future changes nothing about what
     /// was handed over.
     pub async fn ping(&self, request: PingRequest) -> Result<PingAnswer, PingError> {
-        self.inner.ping(request, None).await
+        self.inner.ping(request, None, None).await
+    }
+
+    /// The same for a ping whose way is to be found in the log: its acceptance and its outcomes name the trace.
+    pub async fn ping_traced(
+        &self,
+        request: PingRequest,
+        origin: &Origin,
+    ) -> Result<PingAnswer, PingError> {
+        self.inner.ping(request, None, Some(origin)).await
     }
 
     /// Publishes, and ends `turn` when the ping has its place in every mailbox that it addresses, or is refused: whatever is
@@ -296,8 +306,29 @@ impl Handle {
         &self,
         request: PingRequest,
         turn: Turn,
+        origin: Option<&Origin>,
     ) -> Result<PingAnswer, PingError> {
-        self.inner.ping(request, Some(turn)).await
+        self.inner.ping(request, Some(turn), origin).await
+    }
+
+    /// Our part of a trace that a caller began, or of a new one.
+    #[must_use]
+    pub fn trace(&self, trace_id: Option<[u8; 16]>, sampled: bool) -> Trace {
+        let trace_id = trace_id.unwrap_or_else(|| {
+            let mut id = [0; 16];
+            self.inner.entropy.fill(&mut id);
+            // All zeros stand for no trace at all.
+            id[15] |= u8::from(id == [0; 16]);
+            id
+        });
+        let mut span_id = [0; 8];
+        self.inner.entropy.fill(&mut span_id);
+        span_id[7] |= u8::from(span_id == [0; 8]);
+        Trace {
+            trace_id,
+            span_id,
+            sampled,
+        }
     }
 
     /// Looks the devices of these users up together, so that pings to them need not one by one. A failure shows at the pings.

@@ -23,6 +23,7 @@ mod settings;
 mod shard;
 mod start;
 mod status;
+mod traces;
 mod turn;
 
 pub use api::{
@@ -43,6 +44,7 @@ pub use settings::{
 };
 pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};
+pub use traces::{Origin, Trace};
 pub use turn::{Placed, Turn};
 
 // What the answers are made of, for those who know the runtime and not its ports.

@@ -17,6 +17,7 @@ use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
+use super::traces::{Origin, Trace};
 use super::turn::Turn;
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
 use crate::ports::{
@@ -42,9 +43,17 @@ impl Inner {
         self: &Arc<Inner>,
         request: PingRequest,
         turn: Option<Turn>,
+        origin: Option<&Origin>,
     ) -> Result<PingAnswer, PingError> {
         let begun = self.shared.clock.now();
-        let answer = self.answer(&request, turn).await;
+        let trace = origin.map(|origin| origin.trace);
+        let answer = self.answer(&request, turn, trace).await;
+        if let Some(origin) = origin {
+            match &answer {
+                Ok(answer) => origin.accepted(answer.id, answer.devices, answer.rejected.len()),
+                Err(error) => origin.refused(code(error)),
+            }
+        }
         let took = self.shared.clock.now().mono - begun.mono;
         let meters = &self.shared.meters;
         meters.accept_seconds.record(took.as_secs_f64());
@@ -71,6 +80,7 @@ impl Inner {
         self: &Arc<Inner>,
         request: &PingRequest,
         turn: Option<Turn>,
+        trace: Option<Trace>,
     ) -> Result<PingAnswer, PingError> {
         if self.refusing.load(Ordering::Relaxed) {
             return Err(RuntimeError::Draining.into());
@@ -93,11 +103,12 @@ impl Inner {
                     may_repeat: false,
                     request,
                     limits,
+                    trace,
                 };
                 self.publish(publication, turn).await
             }
             Some((key, body_hash)) => {
-                self.publish_once(app, request, limits, (key, body_hash), turn)
+                self.publish_once(app, request, limits, (key, body_hash), turn, trace)
                     .await
             }
         }
@@ -112,6 +123,7 @@ impl Inner {
         limits: Limits,
         (key, body_hash): (&str, &[u8; 32]),
         mut turn: Option<Turn>,
+        trace: Option<Trace>,
     ) -> Result<PingAnswer, PingError> {
         let id = derived_id(app, key, body_hash);
         let key_hash = sha256(key.as_bytes());

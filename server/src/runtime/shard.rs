@@ -27,6 +27,7 @@ use super::ledger::Ledger;
 use super::meters::Meters;
 use super::reading::{MailboxJob, Reading};
 use super::seen::SeenBook;
+use super::traces::Traces;
 use super::{locked, reply};
 use crate::delivery::{
     AppId, Attach, Change, Closing, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono,
