@@ -17,7 +17,7 @@ use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
-use super::traces::{Origin, Trace};
+use super::traces::Origin;
 use super::turn::Turn;
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
 use crate::ports::{
@@ -46,8 +46,7 @@ impl Inner {
         origin: Option<&Origin>,
     ) -> Result<PingAnswer, PingError> {
         let begun = self.shared.clock.now();
-        let trace = origin.map(|origin| origin.trace);
-        let answer = self.answer(&request, turn, trace).await;
+        let answer = self.answer(&request, turn, origin.cloned()).await;
         if let Some(origin) = origin {
             match &answer {
                 Ok(answer) => origin.accepted(answer.id, answer.devices, answer.rejected.len()),
@@ -80,7 +79,7 @@ impl Inner {
         self: &Arc<Inner>,
         request: &PingRequest,
         turn: Option<Turn>,
-        trace: Option<Trace>,
+        trace: Option<Origin>,
     ) -> Result<PingAnswer, PingError> {
         if self.refusing.load(Ordering::Relaxed) {
             return Err(RuntimeError::Draining.into());
@@ -123,7 +122,7 @@ impl Inner {
         limits: Limits,
         (key, body_hash): (&str, &[u8; 32]),
         mut turn: Option<Turn>,
-        trace: Option<Trace>,
+        trace: Option<Origin>,
     ) -> Result<PingAnswer, PingError> {
         let id = derived_id(app, key, body_hash);
         let key_hash = sha256(key.as_bytes());
