@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bellwire_protocol::{EXPIRED, Id, Notify};
+use bellwire_protocol::{EXPIRED, Id, Notify, WITHDRAWN};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::Notify as Bell;
@@ -46,6 +46,15 @@ struct Waiting {
     notify: Notify,
     /// When it is of no more use, on the client's own clock.
     expires_at_ms: u64,
+    /// The server has taken it back meanwhile.
+    withdrawn: bool,
+}
+
+/// The notification that the app works on.
+#[derive(Debug)]
+struct Current {
+    id: Id,
+    withdrawn: bool,
 }
 
 /// A verdict that is safe on disk and waits to be sent.
@@ -71,7 +80,8 @@ pub(crate) struct Desk {
 struct Inner {
     /// Bounded by the window: the session machine ends a session whose server overruns it, and a new one starts empty.
     waiting: VecDeque<Waiting>,
-    /// Bounded likewise: a verdict answers a notification of the window, or of the batch that the last session left behind.
+    current: Option<Current>,
+    /// Bounded likewise: a verdict answers a notification of this window, or of the last one.
     decided: Vec<Decided>,
     /// Verdicts could not be saved; the session must end without them.
     failed: Option<String>,
@@ -122,8 +132,25 @@ impl Desk {
             inner.waiting.push_back(Waiting {
                 notify,
                 expires_at_ms,
+                withdrawn: false,
             });
         }
+    }
+
+    /// The server takes notifications back. What the app has not seen will not reach it; of what it works on it is told once
+    /// it is done. Answers with the others, of which it is to be told now.
+    pub(crate) fn withdraw(&self, mut ids: Vec<Id>) -> Vec<Id> {
+        let mut inner = self.inner();
+        for waiting in &mut inner.waiting {
+            waiting.withdrawn |= ids.contains(&waiting.notify.id);
+        }
+        if let Some(current) = &mut inner.current
+            && ids.contains(&current.id)
+        {
+            current.withdrawn = true;
+            ids.retain(|id| *id != current.id);
+        }
+        ids
     }
 
     /// Wakes the hand-over.
@@ -159,6 +186,23 @@ impl Desk {
         self.arrived.notify_one();
     }
 
+    /// The next one for the app. On the way out there is none: what the app has not seen stays with the server.
+    fn next(&self) -> Option<Waiting> {
+        let mut inner = self.inner();
+        let waiting = inner.waiting.pop_front()?;
+        inner.current = Some(Current {
+            id: waiting.notify.id,
+            withdrawn: waiting.withdrawn,
+        });
+        Some(waiting)
+    }
+
+    /// The app is done with it; answers whether it was taken back meanwhile.
+    fn done(&self) -> bool {
+        let current = self.inner().current.take();
+        current.is_some_and(|current| current.withdrawn)
+    }
+
     fn is_closing(&self) -> bool {
         self.inner().closing
     }
@@ -184,52 +228,58 @@ impl Handover {
     /// Runs until the desk is closed.
     pub(crate) async fn run(mut self) {
         let desk = self.desk.clone();
+        // No more than two windows: a verdict that was not told keeps its place in the session that it belongs to.
+        let mut decided = Vec::new();
+        let mut first_at_ms = None;
         loop {
             let bell = desk.arrived.notified();
-            let batch = std::mem::take(&mut desk.inner().waiting);
-            if batch.is_empty() {
-                if desk.is_closing() {
-                    break;
+            match desk.next() {
+                Some(waiting) => {
+                    decided.push(self.decide(waiting).await);
+                    let now_ms = self.clock.now_ms();
+                    let waited_ms = now_ms.saturating_sub(*first_at_ms.get_or_insert(now_ms));
+                    if waited_ms >= SAVE_AFTER_MS {
+                        self.save(std::mem::take(&mut decided)).await;
+                        first_at_ms = None;
+                    }
                 }
-                bell.await;
-                continue;
+                None if !decided.is_empty() => {
+                    self.save(std::mem::take(&mut decided)).await;
+                    first_at_ms = None;
+                }
+                None if desk.is_closing() => break,
+                None => bell.await,
             }
-            self.work_through(batch).await;
         }
         desk.inner().closed = true;
         desk.decided.notify_one();
     }
 
-    async fn work_through(&mut self, batch: VecDeque<Waiting>) {
-        let mut decided = Vec::with_capacity(batch.len());
-        let mut first_at_ms = None;
-        for waiting in batch {
-            // On the way out what the app has not seen stays with the server.
-            if self.desk.is_closing() {
-                break;
-            }
-            decided.push(self.decide(waiting).await);
-            let now_ms = self.clock.now_ms();
-            if now_ms.saturating_sub(*first_at_ms.get_or_insert(now_ms)) >= SAVE_AFTER_MS {
-                self.save(std::mem::take(&mut decided)).await;
-                first_at_ms = None;
-            }
-        }
-        self.save(decided).await;
-    }
-
     /// One notification: from the window if it was answered before, otherwise by the app.
     async fn decide(&mut self, waiting: Waiting) -> Decided {
+        let id = waiting.notify.id;
+        let already_told = waiting.withdrawn;
+        let decided = self.verdict(waiting).await;
+        if self.desk.done() && !already_told {
+            self.events.tell(Event::Withdrawn { ids: vec![id] });
+        }
+        decided
+    }
+
+    async fn verdict(&mut self, waiting: Waiting) -> Decided {
         let id = waiting.notify.id;
         let known = self.desk.memory().given(&id).cloned();
         if let Some(given) = known {
             self.events.tell(Event::Repeated { id });
             return Decided { id, given, mark: 0 };
         }
+        // Both are remembered like any verdict: a copy that a later session brought, by a clock that was set back, must not
+        // reach the app after all.
+        if waiting.withdrawn {
+            return self.remember(id, Given::declined(WITHDRAWN));
+        }
         if self.clock.now_ms() >= waiting.expires_at_ms {
             self.events.tell(Event::Expired { id });
-            // Remembered like any verdict: a copy that a later session brought, by a clock that was set back, must not
-            // reach the app after all.
             return self.remember(id, Given::declined(EXPIRED));
         }
         let handler = &self.handler;
@@ -337,16 +387,7 @@ mod tests {
         }
 
         fn put(&self, id: Id, expires_at_ms: u64) {
-            let notify = Notify {
-                seq: 1,
-                redelivered: false,
-                id,
-                accepted_ms: 0,
-                expires_ms: 0,
-                urgency: Urgency::Normal,
-                content: Content::default(),
-            };
-            self.desk.put(notify, expires_at_ms);
+            self.desk.put(notify(id), expires_at_ms);
             self.desk.ring();
         }
 
@@ -354,6 +395,18 @@ mod tests {
             let waiting =
                 tokio::time::timeout(std::time::Duration::from_secs(20), self.desk.decided());
             waiting.await.expect("nothing was decided")
+        }
+    }
+
+    fn notify(id: Id) -> Notify {
+        Notify {
+            seq: 1,
+            redelivered: false,
+            id,
+            accepted_ms: 0,
+            expires_ms: 0,
+            urgency: Urgency::Normal,
+            content: Content::default(),
         }
     }
 
@@ -392,6 +445,24 @@ mod tests {
         assert_eq!(*world.shown.lock().unwrap(), [ID], "the app saw it twice");
         let (_, memory, _) = Journal::open(world.directory.path(), true, 7).unwrap();
         assert_eq!(memory.given(&ID), Some(&Given::Acknowledged));
+    }
+
+    #[tokio::test]
+    async fn what_is_withdrawn_while_it_waits_for_the_app_is_declined_and_never_shown() {
+        let world = World::new();
+        let other = Id::from_bytes([8; 16]);
+        // The hand-over has not looked yet: nobody rang.
+        world.desk.put(notify(ID), NEVER);
+        // The app is told of both: it may have shown the other one in an earlier session.
+        assert_eq!(world.desk.withdraw(vec![ID, other]), [ID, other]);
+        world.desk.ring();
+        let taken = world.decided().await;
+        assert_eq!(taken.decided[0].given, Given::declined(WITHDRAWN));
+        // A copy gets the same verdict.
+        world.put(ID, NEVER);
+        let taken = world.decided().await;
+        assert_eq!(taken.decided[0].given, Given::declined(WITHDRAWN));
+        assert!(world.shown.lock().unwrap().is_empty());
     }
 
     #[tokio::test]

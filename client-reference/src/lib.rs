@@ -44,16 +44,18 @@
 //!
 //! # A tour of the source
 //!
-//! 1. `client`: the builder, the handle, and the loop that keeps a session up.
+//! 1. `builder`: the settings. `client`: the handle. `keeper`: the loop that keeps a session up.
 //! 2. `carrier` and `race`: QUIC and WebSocket, and which of them wins.
 //!    `carrier::proxy` is the way through an HTTP proxy.
 //! 3. `session`: joins a link with the session machine of `bellwire-protocol`, which makes all decisions.
 //! 4. `handover`: the app's callback, and the order of promise.
 //! 5. `state`: the window of ids and what else is on disk.
-//! 6. `reconnect`: when to come back. `clock`: the only reader of time and chance.
-//! 7. `surroundings` and `network`: where the machine is, and that it slept. `keepalive`: how long it may be silent there.
-//! 8. [`diagnose`]: the same steps one by one, told to a person. [`testing`]: a server and a clock for the tests of apps.
+//! 6. `topics` and `membership`: what the app asked for, until the server has answered.
+//! 7. `reconnect`: when to come back. `clock`: the only reader of time and chance.
+//! 8. `surroundings` and `network`: where the machine is, and that it slept. `keepalive`: how long it may be silent there.
+//! 9. [`diagnose`]: the same steps one by one, told to a person. [`testing`]: a server and a clock for the tests of apps.
 
+mod builder;
 mod carrier;
 mod client;
 mod clock;
@@ -62,6 +64,8 @@ mod end;
 mod endpoint;
 mod handover;
 mod keepalive;
+mod keeper;
+mod membership;
 mod network;
 mod notification;
 mod race;
@@ -71,6 +75,7 @@ mod state;
 mod surroundings;
 pub mod testing;
 mod tls;
+mod topics;
 
 pub mod parts {
     //! The pure parts of the client, for the simulator: the window of ids without its file, and when to come back.
@@ -102,8 +107,9 @@ pub mod raw {
 pub use bellwire_protocol::{
     Carrier, Code, Codec, Content, GoawayReason, Id, PresenceState, Secret, Urgency,
 };
+pub use builder::{BuildError, Builder, Carriers};
 pub use carrier::{ConnectError, EnvironmentProxyError, ParseProxyError, Proxy, ProxyFault};
-pub use client::{BuildError, Builder, Carriers, Client, Gone, TopicsError};
+pub use client::{Client, Gone, TopicsError};
 pub use end::Disconnect;
 pub use endpoint::{DEFAULT_PORT, Endpoint, ParseEndpointError};
 pub use notification::{Event, Notification, Verdict};
@@ -113,3 +119,4 @@ pub use state::{
     inspect,
 };
 pub use tls::{SYSTEM_CA_FILES, Trust, TrustError};
+pub use topics::Subscriptions;

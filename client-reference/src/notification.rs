@@ -91,7 +91,9 @@ pub enum Event {
         /// When the client tries again; `None`: it does not, [`Event::Stopped`] follows.
         retry_in: Option<Duration>,
     },
-    /// Notifications handed over earlier that are revoked, or were read elsewhere: the app may take them off the screen.
+    /// Notifications that their publisher took back, or that were read elsewhere: the app may take them off the screen. An id
+    /// comes after the callback for it has ended, however long that takes; what the app has not seen by then never reaches it, so there may be
+    /// ids here that it does not know. A verdict that was given stays.
     Withdrawn {
         /// Their ids.
         ids: Vec<Id>,
@@ -109,10 +111,12 @@ pub enum Event {
         /// Its id.
         id: Id,
     },
-    /// All topics that the device is a member of now.
+    /// The server answered what was asked of topics ([`Client::subscribe`](crate::Client::subscribe)).
     Subscribed {
-        /// Their names.
+        /// All topics that the device is a member of now.
         topics: Vec<String>,
+        /// What was asked for and did not come true: the app's rules do not allow it, or the device has 100 topics.
+        refused: Vec<String>,
     },
     /// The state directory or the app made trouble. Nothing is lost; the text says what to do.
     Trouble {

@@ -19,9 +19,11 @@ use crate::clock::Clock;
 use crate::end::Disconnect;
 use crate::handover::{Desk, Events, Taken};
 use crate::keepalive::{Quiet, Silence};
+use crate::membership::Membership;
 use crate::notification::Event;
 use crate::state::{Given, Networks};
 use crate::surroundings::{Change, Surroundings};
+use crate::topics::{Request, Wish};
 
 /// How long the server may take nothing of what is sent.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -56,10 +58,8 @@ pub(crate) enum Command {
     NetworkChanged(Option<String>),
     /// Whether a person uses the app.
     Presence(PresenceState),
-    /// Become a member of topics.
-    Subscribe(Vec<String>),
-    /// Leave topics.
-    Unsubscribe(Vec<String>),
+    /// There is something new to ask of topics.
+    Topics,
 }
 
 /// What a session needs to know.
@@ -72,6 +72,7 @@ pub(crate) struct Setting<'a> {
     pub(crate) networks: &'a mut Networks,
     pub(crate) surroundings: &'a mut Surroundings,
     pub(crate) desk: &'a Arc<Desk>,
+    pub(crate) membership: &'a Arc<Membership>,
     pub(crate) events: &'a Events,
     pub(crate) clock: &'a Clock,
     pub(crate) commands: &'a mut mpsc::Receiver<Command>,
@@ -107,6 +108,7 @@ pub(crate) async fn run<'a>(
         networks,
         surroundings,
         desk,
+        membership,
         events,
         clock,
         commands,
@@ -122,6 +124,8 @@ pub(crate) async fn run<'a>(
         networks,
         surroundings,
         desk,
+        membership,
+        asked_topics: None,
         events,
         clock,
         actions: Vec::new(),
@@ -151,6 +155,9 @@ struct Session<'a, F> {
     networks: &'a mut Networks,
     surroundings: &'a mut Surroundings,
     desk: &'a Desk,
+    membership: &'a Arc<Membership>,
+    /// The request about topics that waits for its answer.
+    asked_topics: Option<Request>,
     events: &'a Events,
     clock: &'a Clock,
     actions: Vec<ClientAction>,
@@ -182,6 +189,9 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
         loop {
             if let Some(reconnect) = self.carry_out().await {
                 return self.finish(reconnect).await;
+            }
+            if self.ask_for_topics() {
+                continue;
             }
             let deadlines = [
                 self.machine.deadline_ms(),
@@ -391,12 +401,56 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
             Some(Command::Presence(state)) => {
                 self.machine.send_presence(state, now_ms, &mut self.actions);
             }
-            Some(Command::Subscribe(topics)) => {
-                self.machine.subscribe(topics, now_ms, &mut self.actions);
-            }
-            Some(Command::Unsubscribe(topics)) => {
-                self.machine.unsubscribe(topics, now_ms, &mut self.actions);
-            }
+            // The loop looks by itself.
+            Some(Command::Topics) => {}
+        }
+    }
+
+    /// Says the next wish about topics, one at a time; answers whether there was one.
+    fn ask_for_topics(&mut self) -> bool {
+        if self.asked_topics.is_some() || !self.machine.is_attached() {
+            return false;
+        }
+        let Some(request) = self.membership.next_request() else {
+            return false;
+        };
+        let now_ms = self.clock.now_ms();
+        let topics = request.topics();
+        let said = match request.wish {
+            Wish::Join => self.machine.subscribe(topics, now_ms, &mut self.actions),
+            Wish::Leave => self.machine.unsubscribe(topics, now_ms, &mut self.actions),
+        };
+        if said {
+            self.asked_topics = Some(request);
+        }
+        said
+    }
+
+    /// The session ended. Was it over what was asked of topics? Then it is not asked for ever.
+    fn blame_topics(&mut self, why: &SessionEnd) {
+        let code = match why {
+            SessionEnd::Error { code, .. } => Code::from_name(code),
+            SessionEnd::Closed(code) => *code,
+            SessionEnd::Left
+            | SessionEnd::Goaway(_)
+            | SessionEnd::Silence
+            | SessionEnd::NoWelcome
+            | SessionEnd::Malformed(_)
+            | SessionEnd::Misbehaved(_) => None,
+        };
+        if !matches!(code, Some(Code::Malformed | Code::FrameTooLarge)) {
+            return;
+        }
+        let Some(request) = self.asked_topics.take() else {
+            return;
+        };
+        let given_up = self.membership.blame(request);
+        if !given_up.is_empty() {
+            let what = format!(
+                "the server ends the session whenever it is asked about these topics, so that is given up: {}",
+                given_up.join(" ")
+            );
+            self.events.tell(Event::Trouble { what });
         }
     }
 
@@ -447,8 +501,16 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
                     self.desk.put(notify, expires_at_ms);
                     delivered = true;
                 }
-                ClientAction::Withdraw(ids) => self.events.tell(Event::Withdrawn { ids }),
-                ClientAction::Subscribed(topics) => self.events.tell(Event::Subscribed { topics }),
+                ClientAction::Withdraw(ids) => {
+                    let ids = self.desk.withdraw(ids);
+                    if !ids.is_empty() {
+                        self.events.tell(Event::Withdrawn { ids });
+                    }
+                }
+                ClientAction::Subscribed(topics) => {
+                    let refused = self.membership.confirm(self.asked_topics.take(), &topics);
+                    self.events.tell(Event::Subscribed { topics, refused });
+                }
                 ClientAction::Close(close) => code = close,
                 ClientAction::Reconnect(reconnect) => over = Some(reconnect),
             }
@@ -502,8 +564,9 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
         false
     }
 
-    async fn finish(self, (reconnect, code): (Reconnect, Code)) -> Ended {
+    async fn finish(mut self, (reconnect, code): (Reconnect, Code)) -> Ended {
         let left = reconnect.why == SessionEnd::Left;
+        self.blame_topics(&reconnect.why);
         if reconnect.why == SessionEnd::Goaway(GoawayReason::Replaced) {
             self.events.tell(Event::Replaced);
         }

@@ -45,5 +45,5 @@ pub use id::{Id, ParseIdError};
 pub use notify::{NotifyFrame, NotifyHead, SharedNotify};
 pub use session::{
     ClientAction, ClientSession, EXPIRED, Reconnect, ReconnectWhen, ServerAction, ServerSession,
-    SessionEnd, backoff_ceiling_ms,
+    SessionEnd, WITHDRAWN, backoff_ceiling_ms,
 };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bellwire_client::{Client, Event, Trust, Verdict};
+use bellwire_client::{Client, Event, TopicsError, Trust, Verdict};
 use tokio::sync::mpsc;
 
 use super::print::Printer;
@@ -112,6 +112,10 @@ async fn listen(arguments: Listen) -> Result<Exit, Setup> {
         .start()
         .await
         .map_err(|error| Setup(error.to_string()))?;
+    if let Err(error) = topics(&client, arguments.subscribe, arguments.unsubscribe).await {
+        client.shutdown().await;
+        return Err(Setup(format!("cannot ask for topics: {error}")));
+    }
 
     let end = tokio::select! {
         biased;
@@ -127,6 +131,23 @@ async fn listen(arguments: Listen) -> Result<Exit, Setup> {
         End::Refused => Exit::Refused,
         End::Lost => Exit::Unreachable,
     })
+}
+
+async fn topics(client: &Client, join: Vec<String>, leave: Vec<String>) -> Result<(), TopicsError> {
+    let asked = async {
+        if !leave.is_empty() {
+            client.unsubscribe(leave).await?;
+        }
+        if !join.is_empty() {
+            client.subscribe(join).await?;
+        }
+        Ok(())
+    };
+    match asked.await {
+        // The server said never to come back, which is told otherwise.
+        Err(TopicsError::Gone(_)) => Ok(()),
+        asked => asked,
+    }
 }
 
 /// Why the run ends.

@@ -72,6 +72,9 @@ Examples:
   From a company's network, by the proxy that the environment names:
     HTTPS_PROXY=http://proxy:3128 bellwire-device listen --server push.example.org --credentials anna.json --proxy env
 
+  Become a member of a topic, as far as the app's rules allow it; the device stays one until it leaves it:
+    bellwire-device listen --server push.example.org --credentials anna.json --subscribe news --unsubscribe weather
+
   Look at the frames in plain JSON, over WebSocket alone:
     bellwire-device listen --server push.example.org --credentials anna.json --carrier websocket --codec json
 
@@ -205,6 +208,15 @@ pub(crate) struct Listen {
     /// Seconds between signs of life, within what the server advises. [default: learned for each network]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
     keep_alive: Option<u32>,
+
+    /// Ask to become a member of this topic; the line `topics:` says what came of it. May be given again for others. The
+    /// server keeps it: asking once is enough.
+    #[arg(long, value_name = "TOPIC")]
+    subscribe: Vec<String>,
+
+    /// Ask to leave this topic. May be given again for others.
+    #[arg(long, value_name = "TOPIC")]
+    unsubscribe: Vec<String>,
 
     /// Leave after this many notifications.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]

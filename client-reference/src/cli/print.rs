@@ -219,7 +219,20 @@ fn event_text(event: &Event, fail_fast: bool) -> Option<String> {
         Event::Replaced => {
             "another installation with this device id took over; staying away for a minute. If it repeats, enrol each one by itself".to_owned()
         }
-        Event::Subscribed { topics } => format!("topics: {}", topics.join(" ")),
+        Event::Subscribed { topics, refused } => {
+            let mut text = match topics.is_empty() {
+                true => "topics: none".to_owned(),
+                false => format!("topics: {}", topics.join(" ")),
+            };
+            if !refused.is_empty() {
+                let _ = write!(
+                    text,
+                    "\n  not changed: {}\n  The app's rules do not allow it, or the device has 100 topics; the backend can do it.",
+                    refused.join(" ")
+                );
+            }
+            text
+        }
         Event::Repeated { id } => format!("{id} came again; it was answered before and got the same verdict"),
         Event::Expired { id } => format!("{id} came too late and was declined"),
         Event::Trouble { what } => what.clone(),
@@ -249,7 +262,9 @@ fn event_json(event: &Event) -> Option<serde_json::Value> {
         Event::Replaced => json!({"event": "replaced"}),
         Event::Repeated { id } => json!({"event": "repeated", "id": id}),
         Event::Expired { id } => json!({"event": "expired", "id": id}),
-        Event::Subscribed { topics } => json!({"event": "subscribed", "topics": topics}),
+        Event::Subscribed { topics, refused } => {
+            json!({"event": "subscribed", "topics": topics, "refused": refused})
+        }
         Event::Trouble { what } => json!({"event": "trouble", "what": what}),
         Event::Woke { slept } => json!({"event": "woke", "slept_ms": slept.as_millis() as u64}),
         Event::Moved { network } => json!({"event": "moved", "network": network}),

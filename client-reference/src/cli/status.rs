@@ -168,6 +168,28 @@ fn for_people(found: &Inspection) -> String {
             }
         }
     }
+    if let Some(subscriptions) = &found.subscriptions {
+        let names = |names: &[String]| plain(&names.join(" "));
+        match &subscriptions.topics {
+            None => text.push_str("\n  topics   the server has not named them yet"),
+            Some(topics) if topics.is_empty() => text.push_str("\n  topics   none"),
+            Some(topics) => {
+                let _ = write!(text, "\n  topics   {}", names(topics));
+            }
+        }
+        for (wish, wanted) in [
+            ("join", &subscriptions.joining),
+            ("leave", &subscriptions.leaving),
+        ] {
+            if !wanted.is_empty() {
+                let _ = write!(
+                    text,
+                    "; asked to {wish} and not answered yet: {}",
+                    names(wanted)
+                );
+            }
+        }
+    }
     match &found.networks {
         None => text.push_str("\n  networks cannot be read; the next client begins anew"),
         Some(networks) => {

@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 #[cfg(unix)]
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -56,4 +56,22 @@ pub(super) fn sync_directory_of(path: &Path) -> io::Result<()> {
         Some(parent) => File::open(parent)?.sync_all(),
         _ => Ok(()),
     }
+}
+
+/// A name beside `path` that nothing has yet, for a file that cannot be read.
+pub(super) fn free_name(path: &Path, why: &str, now_ms: u64) -> PathBuf {
+    let mut name = path.with_extension(format!("{why}-{now_ms}"));
+    let mut turn = 0u32;
+    while name.exists() {
+        turn += 1;
+        name = path.with_extension(format!("{why}-{now_ms}-{turn}"));
+    }
+    name
+}
+
+/// Gives a file that cannot be read another name, so that a new one can take its place and nothing is deleted. `None`: it
+/// could not be moved.
+pub(super) fn set_aside(path: &Path, why: &str, now_ms: u64) -> Option<PathBuf> {
+    let name = free_name(path, why, now_ms);
+    std::fs::rename(path, &name).ok().map(|()| name)
 }

@@ -6,8 +6,10 @@ use bellwire_protocol::Carrier;
 use serde::Serialize;
 
 use super::networks::Network;
+use super::subscriptions::SubscriptionsFile;
 use super::window::Look;
 use super::{LastSession, Lock, Networks, StateError};
+use crate::topics::Subscriptions;
 
 /// What stands in a state directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -23,6 +25,8 @@ pub struct Inspection {
     pub set_aside: Vec<PathBuf>,
     /// What is known of networks, the last one used first; `None`: the file cannot be read, and the next client begins anew.
     pub networks: Option<Vec<KnownNetwork>>,
+    /// What is known of the device's topics; `None`: it never asked, or the file cannot be read.
+    pub subscriptions: Option<Subscriptions>,
     /// The last session, unless there was none.
     pub last_session: Option<LastSession>,
 }
@@ -120,6 +124,7 @@ pub(crate) fn inspect_at(directory: &Path, wall_ms: u64) -> Result<Inspection, S
         },
         set_aside,
         networks,
+        subscriptions: SubscriptionsFile::look(directory),
         last_session: LastSession::look(directory),
     })
 }

@@ -5,6 +5,7 @@
 //! | `lock` | held while a client runs, so that two cannot share a directory | made again |
 //! | `window` | the last ids with their verdicts ([`window`]) | a notification may reach the app twice |
 //! | `networks.json` | which way won on which network, and how long it bears silence ([`networks`]) | one connection takes a moment longer, and the silences are learned anew |
+//! | `topics.json` | what the server said of topics, and what was asked for and not answered ([`subscriptions`]) | wishes that were not answered |
 //! | `session.json` | the last session, for people ([`last`]) | nothing |
 //!
 //! The directory has mode 0700, the files 0600. Content of notifications is never written.
@@ -14,6 +15,7 @@ mod inspect;
 mod last;
 mod lock;
 mod networks;
+mod subscriptions;
 mod window;
 
 pub(crate) use files::make_directory;
@@ -22,6 +24,7 @@ pub use inspect::{Inspection, KnownNetwork, WindowInspection, WindowState, inspe
 pub use last::LastSession;
 pub(crate) use lock::Lock;
 pub(crate) use networks::{Networks, Winner};
+pub(crate) use subscriptions::SubscriptionsFile;
 pub use window::{Given, Memory, Record, WINDOW_IDS};
 pub(crate) use window::{Journal, Opened};
 

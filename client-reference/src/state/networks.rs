@@ -1,7 +1,7 @@
 //! What is known of each network: which way to the server won, and how long it bears silence. Advice, nothing more.
 //!
 //! The file is JSON with a format number. It is replaced whole, without waiting for the disk: a power cut may bring the one
-//! before back. What cannot be read is set aside as `networks.unreadable` and counts as empty.
+//! before back. What cannot be read is set aside as `networks.unreadable-*` and counts as empty.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -141,17 +141,16 @@ fn read(path: &Path) -> Read {
 }
 
 impl Networks {
-    /// Reads what is known. The caller holds the directory's lock.
-    pub(crate) fn open(directory: &Path) -> Self {
+    /// Reads what is known. The caller holds the directory's lock. `wall_ms` names a file that must be set aside.
+    pub(crate) fn open(directory: &Path, wall_ms: u64) -> Self {
         let path = directory.join("networks.json");
         let known = match read(&path) {
             Read::Known(known) => known,
             Read::Nothing => BTreeMap::new(),
             Read::Unreadable => {
-                let aside = directory.join("networks.unreadable");
-                let kept = std::fs::rename(&path, &aside);
+                let aside = files::set_aside(&path, "unreadable", wall_ms);
                 tracing::warn!(
-                    path = %path.display(), aside = %aside.display(), moved = kept.is_ok(),
+                    path = %path.display(), ?aside,
                     "cannot read what is known of networks; starting without"
                 );
                 BTreeMap::new()
@@ -343,11 +342,11 @@ mod tests {
     #[test]
     fn a_winner_is_remembered_for_a_day_and_per_network() {
         let directory = tempfile::tempdir().unwrap();
-        let mut networks = Networks::open(directory.path());
+        let mut networks = Networks::open(directory.path(), 7);
         networks.remember("office", BY_PROXY, Some("proxy:3128".to_owned()), 1_000);
         networks.remember("hotel", WEBSOCKET, Some("proxy:3128".to_owned()), 1_000);
         networks.remember("home", QUIC, None, 2_000);
-        let networks = Networks::open(directory.path());
+        let networks = Networks::open(directory.path(), 7);
         let office = networks.winner("office", 1_000).unwrap();
         assert_eq!(
             (office.carrier(), office.proxy.as_deref()),
@@ -367,7 +366,7 @@ mod tests {
     #[test]
     fn a_failed_winner_is_forgotten_and_what_was_learned_stays() {
         let directory = tempfile::tempdir().unwrap();
-        let mut networks = Networks::open(directory.path());
+        let mut networks = Networks::open(directory.path(), 7);
         networks.remember("office", WEBSOCKET, None, 1_000);
         for _ in 0..3 {
             networks.note(
@@ -379,7 +378,7 @@ mod tests {
             );
         }
         networks.forget("office", 1_000);
-        let networks = Networks::open(directory.path());
+        let networks = Networks::open(directory.path(), 7);
         assert_eq!(networks.winner("office", 1_000), None);
         let known = &networks.known["office"];
         assert!(known.evidence(Carrier::WebSocket).reach_s(1_000) > Some(350));
@@ -395,23 +394,24 @@ mod tests {
             r#"{"office":{"carrier":"websocket","at_ms":1000},"":{"carrier":"quic","at_ms":2000}}"#,
         )
         .unwrap();
-        let networks = Networks::open(directory.path());
+        let networks = Networks::open(directory.path(), 7);
         assert_eq!(
             carrier(&networks, "office", 1_000),
             Some(Carrier::WebSocket)
         );
         assert_eq!(carrier(&networks, "", 2_000), Some(Carrier::Quic));
 
-        for broken in [
+        for (now_ms, broken) in (0..).zip([
             &b"{\"office\":"[..],
             b"\xff",
             br#"{"format":9,"networks":{}}"#,
             br#"{"format":2,"networks":{"a":{"used_ms":1,"quic":{"at_ms":1,"bands":{"9":{"survived":-1.0,"lost":0}}}}}}"#,
-        ] {
+        ]) {
             std::fs::write(&path, broken).unwrap();
-            let networks = Networks::open(directory.path());
+            let networks = Networks::open(directory.path(), now_ms);
             assert!(networks.known.is_empty());
-            let aside = std::fs::read(directory.path().join("networks.unreadable")).unwrap();
+            let aside = path.with_extension(format!("unreadable-{now_ms}"));
+            let aside = std::fs::read(aside).unwrap();
             assert_eq!(aside, broken);
             assert!(!path.exists());
         }
@@ -420,24 +420,28 @@ mod tests {
     #[test]
     fn a_file_cut_at_any_byte_is_no_trouble() {
         let directory = tempfile::tempdir().unwrap();
-        let mut networks = Networks::open(directory.path());
+        let mut networks = Networks::open(directory.path(), 7);
         networks.note("home", Carrier::Quic, 40_000, Silence::Survived, 9_000_000);
         networks.remember("home", QUIC, None, 9_000_000);
         let path = directory.path().join("networks.json");
         let whole = std::fs::read(&path).unwrap();
         for cut in 0..whole.len() {
             std::fs::write(&path, &whole[..cut]).unwrap();
-            let mut networks = Networks::open(directory.path());
+            let mut networks = Networks::open(directory.path(), 7);
             assert!(networks.known.is_empty());
             networks.remember("home", QUIC, None, 1);
-            assert!(Networks::open(directory.path()).winner("home", 1).is_some());
+            assert!(
+                Networks::open(directory.path(), 7)
+                    .winner("home", 1)
+                    .is_some()
+            );
         }
     }
 
     #[test]
     fn the_network_unused_for_the_longest_time_makes_room_and_the_file_stays_small() {
         let directory = tempfile::tempdir().unwrap();
-        let mut networks = Networks::open(directory.path());
+        let mut networks = Networks::open(directory.path(), 7);
         for at in 0..=NETWORKS_MAX as u64 {
             let name = format!("{at:0>128}");
             networks.remember(&name, QUIC, None, at);
@@ -455,6 +459,9 @@ mod tests {
             .unwrap()
             .len();
         assert!(bytes < FILE_MAX_BYTES / 2, "{bytes}");
-        assert_eq!(Networks::open(directory.path()).known.len(), NETWORKS_MAX);
+        assert_eq!(
+            Networks::open(directory.path(), 7).known.len(),
+            NETWORKS_MAX
+        );
     }
 }

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use bellwire_protocol::limits::{REASON_BYTES_MAX, SEEN_MAX};
 use bellwire_protocol::{Id, Seen, Verdict};
 
-use super::files::{private, replace, sync_directory_of};
+use super::files::{free_name, private, replace, sync_directory_of};
 use super::{Lock, StateError, WindowState};
 
 /// How many ids are remembered. The server's mailbox holds 1,000 notifications by default, and 256 more may be in flight:
@@ -377,7 +377,7 @@ impl Journal {
                 Ok((journal, Memory::from_records(parsed.records), opened))
             }
             Some(Damage::Corrupt) => {
-                let aside = set_aside(&path, now_ms)?;
+                let aside = keep_damaged(&path, now_ms)?;
                 let memory = Memory::from_records(parsed.records);
                 journal
                     .rewrite(&memory.all())
@@ -484,13 +484,8 @@ impl Journal {
 
 /// Gives a damaged file a second name that nothing has yet; the caller then replaces the first one, so that there is a
 /// window at every moment. File systems without links get a rename, which a crash may follow.
-fn set_aside(path: &Path, now_ms: u64) -> Result<PathBuf, StateError> {
-    let mut name = path.with_extension(format!("corrupt-{now_ms}"));
-    let mut turn = 0u32;
-    while name.exists() {
-        turn += 1;
-        name = path.with_extension(format!("corrupt-{now_ms}-{turn}"));
-    }
+fn keep_damaged(path: &Path, now_ms: u64) -> Result<PathBuf, StateError> {
+    let name = free_name(path, "corrupt", now_ms);
     let linked = std::fs::hard_link(path, &name).or_else(|_| std::fs::rename(path, &name));
     linked.map_err(StateError::io("set aside", path))?;
     sync_directory_of(path).map_err(StateError::io("set aside", path))?;

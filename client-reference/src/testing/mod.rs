@@ -46,7 +46,7 @@ mod server;
 
 use std::path::Path;
 
-use crate::client::Builder;
+use crate::builder::Builder;
 use crate::state::{Inspection, StateError, inspect_at};
 
 pub use clock::{Clock, START_MS};

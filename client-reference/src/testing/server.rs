@@ -1,19 +1,22 @@
 //! A server for tests: one device, one mailbox, and as much misbehaviour as the test asks for.
 
+mod serving;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bellwire_protocol::{
-    Ack, Carrier, Code, Codec, Content, DeviceFrame, Goaway, GoawayReason, Hello, Id, KeepAlive,
-    Notify, PresenceState, ServerAction, ServerFrame, ServerSession, Topics, Urgency, Verdict,
-    Welcome, Withdraw,
+    Carrier, Code, Codec, Content, DeviceFrame, Goaway, GoawayReason, Hello, Id, KeepAlive, Notify,
+    PresenceState, ServerFrame, ServerSession, Topics, Urgency, Withdraw,
 };
 use tokio::sync::watch;
 
+use self::serving::Serving;
 use super::Clock;
+use crate::builder::Builder;
 use crate::carrier::{Door, MemoryLink, Route};
-use crate::client::{Builder, Client};
+use crate::client::Client;
 
 /// The id of the only device.
 pub const DEVICE: Id = Id::from_bytes([7; 16]);
@@ -59,6 +62,8 @@ pub enum Outcome {
     /// The app, or the client for it, declined; `expired` when it came too late. Empty when the reason was said in an earlier
     /// session that broke.
     Declined(String),
+    /// The test took it back before there was a verdict ([`Server::withdraw`]).
+    Revoked,
 }
 
 /// On which ways the server can be reached.
@@ -111,6 +116,10 @@ struct State {
     attached: Option<Standing>,
     last_hello: Option<Hello>,
     topics: BTreeSet<String>,
+    /// What the device may neither join nor leave by itself.
+    forbidden_topics: BTreeSet<String>,
+    /// Whoever asks about topics is sent away with this.
+    topics_failure: Option<Code>,
     presence: Option<PresenceState>,
     heard: VecDeque<DeviceFrame>,
     closed: bool,
@@ -128,6 +137,8 @@ struct Stored {
     notify: Notify,
     /// The link that it was sent on last.
     sent_on: Option<u64>,
+    /// The device has answered it, or never has to: its place in the window is free.
+    answered: bool,
     outcome: Option<Outcome>,
 }
 
@@ -212,6 +223,7 @@ impl Server {
                     content,
                 },
                 sent_on: None,
+                answered: false,
                 outcome: None,
             });
             id
@@ -223,18 +235,18 @@ impl Server {
         self.shared.change(|state| {
             if let Some(stored) = state.mailbox.iter_mut().find(|one| one.notify.id == id) {
                 stored.outcome = None;
+                stored.answered = false;
                 stored.sent_on = None;
                 stored.notify.redelivered = true;
             }
         });
     }
 
-    /// Takes notifications back: from the mailbox, and by `withdraw` from the screen.
+    /// Takes notifications back: what has no verdict is revoked, and the device is told to take all of them off the screen.
+    /// As with the real server, one that is on its way keeps its place in the window until the device has answered it.
     pub fn withdraw(&self, ids: Vec<Id>) {
         self.shared.change(|state| {
-            state
-                .mailbox
-                .retain(|one| one.outcome.is_some() || !ids.contains(&one.notify.id));
+            ids.iter().for_each(|id| state.end(id, Outcome::Revoked));
             state
                 .orders
                 .push_back(Order::Say(Box::new(ServerFrame::Withdraw(Withdraw {
@@ -405,6 +417,24 @@ impl Server {
         self.shared.state().last_hello.clone()
     }
 
+    /// Makes the device a member of these topics and of no others, as a backend does. The device is not told.
+    pub fn set_topics<T: Into<String>>(&self, topics: impl IntoIterator<Item = T>) {
+        let topics = topics.into_iter().map(Into::into).collect();
+        self.shared.change(|state| state.topics = topics);
+    }
+
+    /// Topics that the device may neither join nor leave by itself. Before this is called it may join and leave any; a real
+    /// server allows what the app's rules say, by default nothing.
+    pub fn forbid_topics<T: Into<String>>(&self, topics: impl IntoIterator<Item = T>) {
+        let topics = topics.into_iter().map(Into::into).collect();
+        self.shared.change(|state| state.forbidden_topics = topics);
+    }
+
+    /// Ends every session in which the device asks about topics with this code; `None`: answers again.
+    pub fn fail_on_topics(&self, code: Option<Code>) {
+        self.shared.change(|state| state.topics_failure = code);
+    }
+
     /// The device's topics, sorted.
     pub fn topics(&self) -> Vec<String> {
         self.shared.state().topics.iter().cloned().collect()
@@ -486,303 +516,17 @@ impl Shared {
     }
 }
 
-/// One link.
-struct Serving {
-    shared: Arc<Shared>,
-    number: u64,
-    link: MemoryLink,
-    session: ServerSession,
-    /// What was sent in this session, by `seq` from 1.
-    sent: Vec<Id>,
-    window: usize,
-    /// When the router last let something through.
-    passed_at_ms: u64,
-    /// The router has forgotten this flow.
-    forgotten: bool,
-    /// What waits for a new flow. Bounded by the window and by what the test orders.
-    held: VecDeque<Vec<u8>>,
-}
-
-impl Serving {
-    async fn run(mut self) {
-        let mut changes = self.shared.changes.subscribe();
-        let code = loop {
-            changes.mark_unchanged();
-            if let Some(end) = self.work().await {
-                break end;
-            }
-            tokio::select! {
-                received = self.link.receive() => match received {
-                    Ok(bytes) => {
-                        if self.shared.state().silent || !self.passes_up().await {
-                            continue;
-                        }
-                        let decoded = bytes.and_then(|bytes| self.link.codec.decode_device(&bytes));
-                        if let Ok(bellwire_protocol::Decoded::Frame(frame)) = &decoded {
-                            let frame = frame.clone();
-                            self.shared.change(|state| {
-                                if state.heard.len() == HEARD_MAX {
-                                    state.heard.pop_front();
-                                }
-                                state.heard.push_back(frame);
-                            });
-                        }
-                        let mut actions = Vec::new();
-                        self.session.handle_decoded(decoded, &mut actions);
-                        if let Some(code) = self.carry_out(actions).await {
-                            break Some(code);
-                        }
-                    }
-                    Err(_) => break None,
-                },
-                _ = changes.changed() => {}
-            }
-        };
-        let number = self.number;
-        self.shared.change(|state| {
-            if state
-                .attached
-                .is_some_and(|attached| attached.link == number)
-            {
-                state.attached = None;
-            }
-        });
-        if let Some(code) = code {
-            self.link.close(code, FAREWELL).await;
-        }
-    }
-
-    /// Orders of the test, then the mailbox. `Some`: the link ends, with this code or broken.
-    async fn work(&mut self) -> Option<Option<Code>> {
-        let orders = {
-            let mut state = self.shared.state();
-            if state.closed {
-                return Some(None);
-            }
-            let mine = state
-                .attached
-                .is_some_and(|attached| attached.link == self.number);
-            match (mine, self.session.is_attached()) {
-                (true, _) => std::mem::take(&mut state.orders),
-                // A newer session took over.
-                (false, true) => VecDeque::from([Order::Goaway(Goaway {
-                    reason: GoawayReason::Replaced,
-                    reconnect_ms: (0, 0).into(),
-                    endpoint: None,
-                })]),
-                (false, false) => VecDeque::new(),
-            }
-        };
-        let mut actions = Vec::new();
-        for order in orders {
-            match order {
-                Order::Say(frame) => actions.push(ServerAction::Send(*frame)),
-                Order::Goaway(goaway) => {
-                    let now_ms = self.shared.clock.now_ms();
-                    self.session.handle_goaway(goaway, now_ms, &mut actions);
-                }
-                Order::Fail(code) => {
-                    self.session
-                        .handle_failure(code, "the test wants it", &mut actions)
-                }
-                Order::Break => return Some(None),
-            }
-        }
-        if let Some(code) = self.carry_out(actions).await {
-            return Some(Some(code));
-        }
-        self.pump().await
-    }
-
-    /// Sends what waits, up to the window.
-    async fn pump(&mut self) -> Option<Option<Code>> {
-        loop {
-            let notify = {
-                let mut state = self.shared.state();
-                if !self.session.is_attached() || state.silent {
-                    return None;
-                }
-                let number = self.number;
-                let mut in_flight = state
-                    .mailbox
-                    .iter()
-                    .filter(|one| one.sent_on == Some(number) && one.outcome.is_none());
-                if in_flight.by_ref().count() >= self.window {
-                    return None;
-                }
-                let now_ms = self.shared.clock.wall_ms();
-                let next = state.mailbox.iter_mut().find(|one| {
-                    one.outcome.is_none()
-                        && one.sent_on != Some(number)
-                        && one.notify.expires_ms > now_ms
-                })?;
-                next.notify.redelivered |= next.sent_on.is_some();
-                next.sent_on = Some(number);
-                self.sent.push(next.notify.id);
-                next.notify.seq = self.sent.len() as u64;
-                next.notify.clone()
-            };
-            self.session.handle_sent(notify.seq);
-            if self.send(&ServerFrame::Notify(notify)).await.is_err() {
-                return Some(None);
-            }
-        }
-    }
-
-    async fn send(&mut self, frame: &ServerFrame) -> Result<(), crate::carrier::LinkEnd> {
-        let frame = self.link.codec.encode_server(frame);
-        self.note_silence();
-        match (self.forgotten, self.link.carrier) {
-            (false, _) => self.link.feed(frame),
-            (true, Carrier::Quic) => self.held.push_back(frame),
-            (true, Carrier::WebSocket) => {}
-        }
-        self.link.flush().await
-    }
-
-    /// Whether the router lets a frame of the device through.
-    async fn passes_up(&mut self) -> bool {
-        self.note_silence();
-        match (self.forgotten, self.link.carrier) {
-            (false, _) => true,
-            (true, Carrier::WebSocket) => false,
-            (true, Carrier::Quic) => {
-                self.forgotten = false;
-                self.passed_at_ms = self.shared.clock.now_ms();
-                self.link.check_address();
-                for frame in std::mem::take(&mut self.held) {
-                    self.link.feed(frame);
-                }
-                // A broken link is seen when the next frame is awaited.
-                let _ = self.link.flush().await;
-                true
-            }
-        }
-    }
-
-    /// Something is to pass: has the router forgotten the flow by now?
-    fn note_silence(&mut self) {
-        let forgets_after_ms = self.shared.state().forgets_after_ms;
-        let now_ms = self.shared.clock.now_ms();
-        let silent_ms = now_ms.saturating_sub(self.passed_at_ms);
-        self.forgotten |= forgets_after_ms.is_some_and(|after_ms| silent_ms >= after_ms);
-        if !self.forgotten {
-            self.passed_at_ms = now_ms;
-        }
-    }
-
-    /// `Some`: close with this code.
-    async fn carry_out(&mut self, actions: Vec<ServerAction>) -> Option<Code> {
-        let mut actions = VecDeque::from(actions);
-        while let Some(action) = actions.pop_front() {
-            match action {
-                ServerAction::Attach(hello) => {
-                    let mut more = Vec::new();
-                    self.attach(*hello, &mut more);
-                    actions.extend(more);
-                }
-                ServerAction::Acknowledge(ack) => {
-                    let ids = match ack {
-                        Ack::UpTo(seq) => {
-                            let count = (seq as usize).min(self.sent.len());
-                            self.sent[..count].to_vec()
-                        }
-                        Ack::Ids(ids) => ids,
-                    };
-                    self.shared.change(|state| {
-                        ids.iter()
-                            .for_each(|id| state.decide(id, Outcome::Acknowledged));
-                    });
-                }
-                ServerAction::Decline { id, reason } => {
-                    self.shared
-                        .change(|state| state.decide(&id, Outcome::Declined(reason)));
-                }
-                ServerAction::Presence(presence) => {
-                    self.shared.change(|state| state.presence = Some(presence));
-                }
-                ServerAction::Subscribe(topics) => {
-                    let topics = self.shared.change(|state| {
-                        state.topics.extend(topics);
-                        state.topics()
-                    });
-                    actions.push_front(ServerAction::Send(ServerFrame::Subscribed(topics)));
-                }
-                ServerAction::Unsubscribe(topics) => {
-                    let topics = self.shared.change(|state| {
-                        state.topics.retain(|topic| !topics.contains(topic));
-                        state.topics()
-                    });
-                    actions.push_front(ServerAction::Send(ServerFrame::Subscribed(topics)));
-                }
-                ServerAction::Send(frame) => {
-                    // A broken link is seen when the next frame is awaited.
-                    if !self.shared.state().silent {
-                        let _ = self.send(&frame).await;
-                    }
-                }
-                ServerAction::Leave => {}
-                ServerAction::Close { code, .. } => return Some(code),
-            }
-        }
-        None
-    }
-
-    fn attach(&mut self, hello: Hello, actions: &mut Vec<ServerAction>) {
-        let right = hello.device == DEVICE
-            && hello.secret.as_ref().map(|secret| secret.expose()) == Some(SECRET);
-        let refusal = match right {
-            true => self.shared.state().refusal,
-            false => Some(Code::Unauthorized),
-        };
-        let window = hello
-            .window
-            .unwrap_or(bellwire_protocol::limits::WINDOW_DEFAULT);
-        let (number, carrier) = (self.number, self.link.carrier);
-        let welcome = self.shared.change(|state| {
-            state.last_hello = Some(hello.clone());
-            if refusal.is_some() {
-                return None;
-            }
-            for seen in &hello.seen {
-                let outcome = match seen.verdict {
-                    Verdict::Acknowledged => Outcome::Acknowledged,
-                    Verdict::Declined => Outcome::Declined(String::new()),
-                };
-                state.decide(&seen.id, outcome);
-            }
-            state.sessions += 1;
-            state.orders.clear();
-            state.attached = Some(Standing {
-                link: number,
-                carrier,
-            });
-            Some(Welcome {
-                session: state.sessions,
-                pending: state.waiting(),
-                window,
-                max_bytes: bellwire_protocol::limits::CONTENT_DEFAULT_MAX_BYTES as u32,
-                keep_alive_s: state.keep_alive.unwrap_or(carrier.keep_alive()),
-                now_ms: self.shared.clock.wall_ms(),
-            })
-        });
-        match (welcome, refusal) {
-            (Some(welcome), _) => {
-                self.window = usize::from(window);
-                self.session.handle_welcome(welcome, actions);
-            }
-            (None, refusal) => {
-                let code = refusal.unwrap_or(Code::Unauthorized);
-                self.session
-                    .handle_refused(code, "the test wants it", actions);
-            }
-        }
-    }
-}
-
 impl State {
-    /// The first verdict stays.
+    /// The device gave its verdict. The first outcome stays.
     fn decide(&mut self, id: &Id, outcome: Outcome) {
+        if let Some(stored) = self.mailbox.iter_mut().find(|one| one.notify.id == *id) {
+            stored.answered = true;
+            stored.outcome.get_or_insert(outcome);
+        }
+    }
+
+    /// It ends without the device, which may still have to answer it.
+    fn end(&mut self, id: &Id, outcome: Outcome) {
         if let Some(stored) = self.mailbox.iter_mut().find(|one| one.notify.id == *id) {
             stored.outcome.get_or_insert(outcome);
         }

@@ -285,6 +285,10 @@ async fn take_websocket(listener: TcpListener, acceptor: TlsAcceptor, found: mps
             #[expect(clippy::result_large_err, reason = "the library's own callback type")]
             let choose = |request: &Request, mut response: Response| {
                 assert_eq!(request.uri().path(), bellwire_protocol::LINK_PATH);
+                // What a proxy wants to know is none of the server's business.
+                for header in ["proxy-authorization", "authorization"] {
+                    assert!(!request.headers().contains_key(header), "{header}");
+                }
                 let offered = request
                     .headers()
                     .get("sec-websocket-protocol")

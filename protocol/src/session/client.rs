@@ -11,6 +11,10 @@ use crate::limits::*;
 /// The reason in the `decline` of a notification that arrived past its expiry.
 pub const EXPIRED: &str = "expired";
 
+/// The reason in the `decline` of a notification that the server took back before the app saw it. The server knows its outcome already;
+/// the answer frees the place in the window.
+pub const WITHDRAWN: &str = "withdrawn";
+
 /// What a client has to do for a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClientAction {

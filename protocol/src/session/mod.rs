@@ -10,6 +10,7 @@ mod server;
 mod together;
 
 pub use client::{
-    ClientAction, ClientSession, EXPIRED, Reconnect, ReconnectWhen, SessionEnd, backoff_ceiling_ms,
+    ClientAction, ClientSession, EXPIRED, Reconnect, ReconnectWhen, SessionEnd, WITHDRAWN,
+    backoff_ceiling_ms,
 };
 pub use server::{ServerAction, ServerSession};
