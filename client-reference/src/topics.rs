@@ -93,9 +93,15 @@ impl Wishes {
                 .map(|topics| topics.into_iter().take(TOPICS_MAX).collect()),
             ..Self::default()
         };
-        // The writer kept the limit; a file that somebody else wrote may not.
-        let _ = wishes.want(Wish::Leave, earlier.leaving);
-        let _ = wishes.want(Wish::Join, earlier.joining);
+        for (wish, names) in [
+            (Wish::Leave, earlier.leaving),
+            (Wish::Join, earlier.joining),
+        ] {
+            // No names would be a question. The writer kept the limit; a file that somebody else wrote may not.
+            if !names.is_empty() {
+                let _ = wishes.want(wish, names);
+            }
+        }
         wishes
     }
 
@@ -378,6 +384,8 @@ mod tests {
 
     #[test]
     fn a_restart_goes_on_with_what_was_not_answered() {
+        let fresh = Wishes::from_earlier(Subscriptions::default());
+        assert_eq!(told(&fresh.next_request()), "");
         let mut wishes = Wishes::default();
         wishes.want(Wish::Join, names("a b")).unwrap();
         let request = wishes.next_request();
