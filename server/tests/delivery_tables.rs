@@ -25,6 +25,7 @@ struct ModelStore {
     summary: Option<Summary>,
     rows: BTreeMap<u64, (RowMeta, Arc<Notification>)>,
     rotten: Vec<u64>,
+    withdrawals: Vec<Withdrawal>,
 }
 
 impl ModelStore {
@@ -128,6 +129,10 @@ impl ModelStore {
             summary: self.summary,
             rows: rows.into_values().collect(),
             complete: request.all,
+            withdrawals: match request.all {
+                true => self.withdrawals.clone(),
+                false => Vec::new(),
+            },
         }
     }
 }
@@ -224,6 +229,9 @@ impl World {
         for effect in effects {
             let line = self.text(&effect);
             writeln!(self.out, "  {line}").unwrap();
+            if let Effect::WithdrawalsHeard { heard, .. } = &effect {
+                self.store.withdrawals.retain(|one| !heard.contains(one));
+            }
             if matches!(effect, Effect::Read(_) | Effect::Fetch { .. }) {
                 let answer = self.answer(effect);
                 if self.hold_reads {
@@ -285,7 +293,15 @@ impl World {
             Effect::Rejected {
                 ticket, ping, why, ..
             } => format!("rejected t{} {} {why:?}", ticket.0, name(*ping)),
-            Effect::RevokeAnswered { ticket, revoked } => format!("revoke t{} {revoked}", ticket.0),
+            Effect::RevokeAnswered {
+                ticket,
+                revoked,
+                sent,
+            } => format!(
+                "revoke t{} {revoked}{}",
+                ticket.0,
+                if *sent { " sent" } else { "" }
+            ),
             Effect::Wiped {
                 ticket, revoked, ..
             } => format!("wiped t{} {revoked}", ticket.0),
@@ -320,6 +336,10 @@ impl World {
                 session,
                 pings: taken,
             } => format!("withdraw s{} {}", session.0, pings(taken)),
+            Effect::WithdrawalsHeard { heard, .. } => {
+                let heard: Vec<PingId> = heard.iter().map(|one| one.ping).collect();
+                format!("heard {}", pings(&heard))
+            }
             Effect::Close { session, why } => format!("close s{} {why:?}", session.0),
             Effect::Read(request) => {
                 let mut line = "read".to_owned();
@@ -476,6 +496,18 @@ impl World {
                     ticket,
                     ping: ping(words[1]),
                 });
+            }
+            // Until so many milliseconds after the start; the store has it already.
+            "withdraw" => {
+                let withdrawal = Withdrawal {
+                    ping: ping(words[1]),
+                    until_ms: START_MS + u64::try_from(span(words[2]).as_millis()).unwrap(),
+                };
+                self.store
+                    .withdrawals
+                    .retain(|one| one.ping != withdrawal.ping);
+                self.store.withdrawals.push(withdrawal);
+                self.event(Event::Withdraw(withdrawal));
             }
             "wipe" => {
                 let ticket = self.ticket();
@@ -668,6 +700,11 @@ fn nothing_outlives_its_ttl() {
 #[test]
 fn what_was_revoked_is_gone_when_the_answer_comes() {
     check("revoke.txt");
+}
+
+#[test]
+fn what_was_delivered_and_is_taken_back_is_told_until_it_is_heard() {
+    check("withdraw.txt");
 }
 
 #[test]

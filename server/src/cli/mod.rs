@@ -20,6 +20,7 @@ mod serve;
 mod status;
 mod store;
 mod user;
+mod withdraw;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -73,6 +74,8 @@ enum Command {
     User(user::UserArgs),
     /// Send a ping and see what became of it
     Ping(Box<ping::PingArgs>),
+    /// Take a ping back, also off the screens where it is shown
+    Withdraw(withdraw::WithdrawArgs),
     /// How notifications ended: by ping, device, user or time
     Outcomes(Box<outcomes::OutcomesArgs>),
     /// How the server is
@@ -129,6 +132,7 @@ impl Command {
             Command::Device(args) => args.json(),
             Command::User(args) => args.json(),
             Command::Ping(args) => args.api.json,
+            Command::Withdraw(args) => args.api.json,
             Command::Outcomes(args) => args.api.json,
             Command::Status(args) => args.api.json,
             Command::Store(args) => args.json(),
@@ -152,6 +156,7 @@ impl Command {
             Command::Device(args) => on_one_thread(device::run(&args)),
             Command::User(args) => on_one_thread(user::run(&args)),
             Command::Ping(args) => on_one_thread(ping::run(&args)),
+            Command::Withdraw(args) => on_one_thread(withdraw::run(&args)),
             Command::Outcomes(args) => on_one_thread(outcomes::run(&args)),
             Command::Status(args) => on_one_thread(status::run(&args)),
             Command::Store(args) => store::run(&args),

@@ -591,6 +591,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             memory_reserve: limits.memory_bytes,
             pings_per_second: limits.pings_per_second,
             ping_burst: limits.ping_burst,
+            withdrawals_keep: limits.withdrawals_keep,
             backup_stall: limits.backup_stall,
             batch_stall: limits.batch_stall,
             secret_overlap: limits.secret_overlap,

@@ -192,6 +192,8 @@ pub struct Limits {
     pub secret_overlap: Duration,
     /// Connections of the API at once.
     pub api_connections: u32,
+    /// How long a device that comes back is told what it is to take off the screen.
+    pub withdrawals_keep: Duration,
     /// How long a backup may wait for whoever takes it.
     pub backup_stall: Duration,
     /// How long whoever sends a batch may take none of its answers.
@@ -494,6 +496,7 @@ fn limits(source: &Source) -> Limits {
         ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),
         secret_overlap: source.get(&keys::LIMITS_SECRET_OVERLAP),
         api_connections: clamp(source.get(&keys::LIMITS_API_CONNECTIONS)),
+        withdrawals_keep: source.get(&keys::LIMITS_WITHDRAWALS_KEEP),
         backup_stall: source.get(&keys::LIMITS_BACKUP_STALL),
         batch_stall: source.get(&keys::LIMITS_BATCH_STALL),
     }

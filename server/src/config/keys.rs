@@ -159,6 +159,8 @@ keys! {
     LIMITS_SECRET_OVERLAP: SpanSetting = "limits.secret_overlap", span(0, 90 * DAY), "24h";
     /// Connections that the API serves at once; more wait. Changing it needs a restart.
     LIMITS_API_CONNECTIONS: CountSetting = "limits.api_connections", count(1, 1_000_000), "4096";
+    /// How long a device that comes back is told what it is to take off the screen; 0: only those attached are told.
+    LIMITS_WITHDRAWALS_KEEP: SpanSetting = "limits.withdrawals_keep", span(0, 90 * DAY), "7d";
     /// How long a caller of `GET /v1/backup` may take nothing, and how much longer than a second for each 256 KiB it may let the backup wait in all. One that is slower is cut: until a backup is taken the log is not let go.
     LIMITS_BACKUP_STALL: SpanSetting = "limits.backup_stall", span(SECOND, HOUR), "60s";
     /// How long a caller of `POST /v1/pings/batch` may take none of its answers; then it is cut, and lines that were not begun are not sent.

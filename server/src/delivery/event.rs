@@ -45,6 +45,9 @@ pub enum Event {
         /// Which one.
         ping: PingId,
     },
+    /// The device is to take something off the screen. The store knows it already, so a mailbox that sleeps is not
+    /// woken: the next session is told.
+    Withdraw(Withdrawal),
     /// The device itself is revoked: cut the session, empty the mailbox, forget it.
     Wipe {
         /// Who waits for the answer.
@@ -268,6 +271,8 @@ pub enum Effect {
         ticket: Ticket,
         /// Whether something was taken back.
         revoked: bool,
+        /// The device may have it: whoever takes it back should [withdraw](Event::Withdraw) it as well.
+        sent: bool,
     },
     /// The answer to [`Event::Wipe`], given once everything is safe.
     Wiped {
@@ -321,6 +326,13 @@ pub enum Effect {
         /// Which ones.
         pings: Vec<PingId>,
     },
+    /// The device has heard that these were taken back, so the store need not keep them.
+    WithdrawalsHeard {
+        /// Which device.
+        device: DeviceId,
+        /// What it heard.
+        heard: Vec<Withdrawal>,
+    },
     /// End the session; the mailbox has let go of it already.
     Close {
         /// The session.
@@ -340,6 +352,15 @@ pub enum Effect {
     },
     /// Count this.
     Noticed(Notice),
+}
+
+/// A notification that the device may show and should not show any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Withdrawal {
+    /// Which ping.
+    pub ping: PingId,
+    /// How long a device that comes back is told so, Unix milliseconds.
+    pub until_ms: u64,
 }
 
 /// A row and its body; `None` when it is gone or cannot be read.
@@ -438,6 +459,8 @@ pub struct MailboxView {
     pub rows: Vec<RowMeta>,
     /// `rows` is every row of the mailbox.
     pub complete: bool,
+    /// What the device is to take off the screen; read with all rows only.
+    pub withdrawals: Vec<Withdrawal>,
 }
 
 /// One thing that must reach the disk. Values are absolute, so that applying one twice changes nothing.

@@ -23,6 +23,11 @@
 //! be on disk without the other; if a verdict takes the newcomer out first, the riders go into a frame alone and the
 //! newcomer's outcome waits for it, because otherwise a collapsed row could come back after its successor.
 //!
+//! # What was delivered and is taken back
+//!
+//! A withdrawal is no row: it has no order, no outcome and no place in the window, and telling it twice does no harm. The
+//! store keeps it until the device has shown that it heard, or its time is over; every session is told what is left.
+//!
 //! # Invariants
 //!
 //! - Every ticket is answered once; every accepted notification ends once ([`Effect::Ended`]).
@@ -34,6 +39,9 @@ mod enqueue;
 mod frames;
 mod in_flight;
 mod time;
+mod withdraw;
+
+pub use withdraw::WITHDRAWALS_MAX;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -41,6 +49,7 @@ use std::time::Duration;
 
 use super::event::{
     Disk, Effect, Enqueue, Event, Lowest, MailboxRead, Outcome, Rejection, RowMeta, Summary,
+    Withdrawal,
 };
 use super::ids::{AppId, DeviceId, PingId, Ticket};
 use super::notification::{CollapseKey, Notification};
@@ -141,6 +150,15 @@ enum Insert {
     Done,
 }
 
+/// A withdrawal, and whether the session that is attached was told.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    what: Withdrawal,
+    /// The last number of the session when it was told. A verdict on a later one shows that it was heard, because frames
+    /// arrive in order.
+    after: Option<u64>,
+}
+
 /// A row that is gone from the mailbox and whose outcome is not announced yet.
 #[derive(Debug)]
 struct Departure {
@@ -150,6 +168,8 @@ struct Departure {
     at_ms: u64,
     tickets: Vec<Ticket>,
     revokers: Vec<Ticket>,
+    /// It may have been sent.
+    sent: bool,
     /// The order of the row whose acceptance pushed this one out, once both are sealed.
     because: Option<u64>,
 }
@@ -220,6 +240,8 @@ pub(super) struct Mailbox {
     departures: Vec<Departure>,
     sealed: Vec<Departure>,
     backlog: VecDeque<Event>,
+    /// What the device is to take off the screen, as far as it is known here: all of it while a session is attached.
+    withdrawals: Vec<Told>,
     /// Orders that went while a read was under way: the read may still show them.
     gone: Vec<u64>,
     /// When a failed read is tried again.
@@ -259,6 +281,7 @@ impl Mailbox {
             departures: Vec::new(),
             sealed: Vec::new(),
             backlog: VecDeque::new(),
+            withdrawals: Vec::new(),
             gone: Vec::new(),
             read_again_at: None,
             fetch_again_at: None,
@@ -323,6 +346,7 @@ impl Mailbox {
             | Event::Decline { .. }
             | Event::Presence { .. }
             | Event::Revoke { .. }
+            | Event::Withdraw(_)
             | Event::Wipe { .. }
             | Event::Clear { .. }
             | Event::Expire { .. }) => {
@@ -382,6 +406,7 @@ impl Mailbox {
                 }
             }
             Event::Revoke { ticket, ping } => self.revoke(ticket, ping, cx),
+            Event::Withdraw(withdrawal) => self.withdraw(withdrawal, cx),
             Event::Wipe { ticket } => self.wipe(ticket, cx),
             Event::Clear { ticket } => self.clear(ticket, cx),
             Event::Expire { rows } => self.expire(&rows, cx),
@@ -432,6 +457,7 @@ impl Mailbox {
             | Event::Acknowledge { .. }
             | Event::Decline { .. }
             | Event::Presence { .. }
+            | Event::Withdraw(_)
             | Event::Read(_)
             | Event::Bodies(_) => None,
         }

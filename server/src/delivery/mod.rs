@@ -16,9 +16,10 @@ mod time;
 pub use event::{
     Acknowledged, Attach, Body, Change, Closing, CommitFailure, Disk, Effect, Enqueue, Event,
     Lowest, MailboxRead, MailboxView, Notice, Outcome, Refusal, Rejection, RowKey, RowMeta,
-    Summary, Verdict,
+    Summary, Verdict, Withdrawal,
 };
 pub use ids::{AppId, DeviceId, IdError, PingId, SessionId, Ticket};
+pub use mailbox::WITHDRAWALS_MAX;
 pub use notification::{CollapseKey, Hold, Notification, Urgency, WireSlot};
 pub use policy::{OverflowRule, Policy};
 pub use shard::Shard;

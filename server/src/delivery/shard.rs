@@ -78,6 +78,7 @@ impl Shard {
             | Event::Acknowledge { .. }
             | Event::Decline { .. }
             | Event::Presence { .. }
+            | Event::Withdraw(_)
             | Event::Read(_)
             | Event::Bodies(_) => false,
         };

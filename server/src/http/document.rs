@@ -118,6 +118,7 @@ pub(super) fn api_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(pings::create))
         .routes(routes!(batch::create))
         .routes(routes!(pings::look, pings::revoke))
+        .routes(routes!(pings::withdraw))
         .routes(routes!(devices::create, devices::list))
         .routes(routes!(outcomes::list))
         .routes(routes!(devices::look, devices::change, devices::revoke))

@@ -7,11 +7,13 @@ use axum::response::Response;
 use bellwire_protocol::Code;
 use http::{HeaderMap, StatusCode};
 use serde::Serialize;
+use serde::de::MapAccess;
 use utoipa::ToSchema;
 
 use super::auth::{Ping, Read, Scoped};
 use super::document::refusals;
 use super::error::{Place, Problem, rejection_code};
+use super::json::{self, Members, Trail};
 use super::ping_body::{self, PingBody, PingSchema};
 use super::query::{self, PathId, Query};
 use super::{Backend, answer, body, text};
@@ -105,6 +107,49 @@ pub(super) struct PingReport {
     next: Option<String>,
 }
 
+/// What a withdrawal did.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Withdrawn {
+    /// Notifications taken back before their device had said that it has them.
+    revoked: u32,
+    /// Devices that have it and are told to take it off the screen: at once, or when they come back.
+    withdrawn: u32,
+    /// Notifications that had ended otherwise before.
+    ended: u32,
+    /// Devices left alone, as asked.
+    kept: u32,
+}
+
+/// Which devices a withdrawal leaves alone.
+#[derive(Default, ToSchema)]
+#[schema(as = Withdrawal)]
+pub(super) struct Withdrawal {
+    /// Devices that keep it, such as the one on which it was read.
+    #[schema(value_type = Option<Vec<String>>, nullable = false, max_items = 1000)]
+    pub(super) except: Option<Vec<DeviceId>>,
+}
+
+impl Members for Withdrawal {
+    const NAMES: &'static [&'static str] = &["except"];
+
+    fn read<'de, A: MapAccess<'de>>(
+        &mut self,
+        name: &'static str,
+        map: &mut A,
+        trail: &mut Trail,
+    ) -> Result<(), A::Error> {
+        match name {
+            "except" => {
+                let what = ("an array of device ids", ping_body::DEVICE);
+                self.except =
+                    trail.texts(map, what, ping_body::NAMED_MAX, |text| text.parse().ok())?;
+            }
+            other => return Err(ping_body::forgotten(other, trail)),
+        }
+        Ok(())
+    }
+}
+
 /// What a revocation did.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Revocation {
@@ -119,6 +164,8 @@ refusals! {
         BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, NotAvailable, MailboxFull, RateLimited,
         Internal,
         StoreUnavailable, StoreBusy, Draining, MemoryReserve, NoRoom;
+    WithdrawRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, BodyTimeout, BodyTooLarge,
+        UnsupportedMediaType, Unprocessable, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
     LookRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, Internal, StoreUnavailable, StoreBusy, Draining;
 }
 
@@ -357,6 +404,58 @@ pub(super) async fn revoke(
         &Revocation {
             revoked: counts.revoked,
             ended: counts.ended,
+        },
+    ))
+}
+
+/// Take a ping off the screens.
+///
+/// Where it waits it is revoked, as `DELETE` does. A device that has it is told to take it off the screen: at once if it is
+/// connected, and otherwise when it comes back, within `limits.withdrawals_keep` (7 days unless the operator set another
+/// time). `except` names devices that keep it, such as the one on which it was read. Withdrawing twice is no error.
+#[utoipa::path(
+    post,
+    path = "/v1/pings/{id}/withdraw",
+    tag = "pings",
+    operation_id = "withdraw_ping",
+    params(("id" = String, Path, description = "The ping.")),
+    request_body(content = Option<Withdrawal>, content_type = "application/json", description = "May be absent.", examples(
+        ("read on one device" = (value = json!({"except": ["mfzwizjanfxgk4tfon2ca43fmy"]}))),
+    )),
+    responses(
+        (status = 200, description = "What was taken back.", body = Withdrawn,
+            example = json!({"revoked": 1, "withdrawn": 2, "ended": 0, "kept": 1})),
+        WithdrawRefusals,
+    ),
+)]
+pub(super) async fn withdraw(
+    who: Scoped<Ping>,
+    State(backend): State<Backend>,
+    PathId(id): PathId,
+    request: Request,
+) -> Result<Response, Problem> {
+    let (parts, body) = request.into_parts();
+    Query::read(parts.uri.query(), &[])?;
+    let bytes = body::read(body).await?;
+    let asked: Withdrawal = if bytes.is_empty() {
+        Withdrawal::default()
+    } else {
+        body::expect_json(&parts.headers)?;
+        json::read(&bytes)?
+    };
+    let except = asked.except.unwrap_or_default().into_iter().collect();
+    let counts = backend
+        .handle
+        .withdraw_ping(who.app(), ping_id(&id)?, except)
+        .await?
+        .ok_or_else(not_retained)?;
+    Ok(answer(
+        StatusCode::OK,
+        &Withdrawn {
+            revoked: counts.revoked,
+            withdrawn: counts.withdrawn,
+            ended: counts.ended,
+            kept: counts.kept,
         },
     ))
 }

@@ -4,7 +4,8 @@ use super::backup::{BackupError, BackupStats, BackupSummary, BackupWatch};
 use super::outcomes::{OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats};
 use super::records::{AppRecord, DeviceRecord, Erasure, IdempotencyRecord, KeyRecord, Seen};
 use crate::delivery::{
-    AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId, RowKey,
+    AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId,
+    RowKey, Withdrawal,
 };
 
 /// One thing to write. Values are absolute: applying an operation twice changes nothing.
@@ -37,6 +38,22 @@ pub enum Op {
     /// That something is erased, for restores of older backups. Belongs into the batch that erases it. That of a
     /// notification comes by itself, with its removal as revoked.
     Erase(Erasure),
+    /// A device is to take something off the screen, until it has heard so or the time is over.
+    PutWithdrawal {
+        /// Whose app.
+        app: AppId,
+        /// Which device.
+        device: DeviceId,
+        /// What, and how long it is told.
+        withdrawal: Withdrawal,
+    },
+    /// The device has heard of it, or is gone.
+    DropWithdrawal {
+        /// Which device.
+        device: DeviceId,
+        /// What it was told.
+        withdrawal: Withdrawal,
+    },
     /// The outcome of a notification that was never stored, so that it is known as surely as that of a stored one.
     PutOutcome(OutcomeRecord),
 }
@@ -215,6 +232,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Reads bodies. A row that is gone or rotten yields `None`; rotten ones are set aside and reported.
     fn read_bodies(&self, device: DeviceId, rows: &[RowKey]) -> Result<Vec<Body>, ReadError>;
+
+    /// What a device is to take off the screen, the one that is told the shortest first, those of an earlier time
+    /// included.
+    fn withdrawals(&self, device: DeviceId) -> Result<Vec<Withdrawal>, ReadError>;
 
     /// What is known of a ping, device by device.
     fn pairs(

@@ -292,6 +292,19 @@ pub struct PingView {
     pub next: Option<DeviceId>,
 }
 
+/// What a withdrawal did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WithdrawCounts {
+    /// Taken back before the device had said that it has it.
+    pub revoked: u32,
+    /// The device has it, and is told to take it off the screen: now, or when it comes back.
+    pub withdrawn: u32,
+    /// Ended otherwise before: there is nothing to take off a screen. Devices that are gone are among them.
+    pub ended: u32,
+    /// Left alone, as asked.
+    pub kept: u32,
+}
+
 /// What a revocation did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RevokeCounts {

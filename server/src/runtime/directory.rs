@@ -522,10 +522,17 @@ impl Inner {
             (Some(record), _) => record,
         };
         let user = record.user.clone();
-        let ops = vec![
+        let reading = &self.shared.reading;
+        let withdrawals = reading.read(move |store| store.withdrawals(device)).await?;
+        let mut ops = vec![
             Op::DropDevice(record),
             self.erased(app, Erased::Device(device)),
         ];
+        ops.extend(
+            withdrawals
+                .into_iter()
+                .map(|withdrawal| Op::DropWithdrawal { device, withdrawal }),
+        );
         let emptied = self.empty(device, true, ops.clone()).await?;
         if !emptied.written {
             // A record without a mailbox: an earlier version crashed between the two.

@@ -1,6 +1,6 @@
 //! The one door to the runtime.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::api::{
     AttachRequest, Authenticated, DeviceChange, DeviceChanged, DeviceQuery, DeviceView, Identity,
     KeyView, LinkSettings, Outlet, PingAnswer, PingError, PingRequest, PingView, Principal,
-    Requested, RevokeCounts, Rotated, RuntimeError, UserView, WhoError,
+    Requested, RevokeCounts, Rotated, RuntimeError, UserView, WhoError, WithdrawCounts,
 };
 use super::backup::{BackupStream, NoBackup};
 use super::directory::{Keys, Users};
@@ -381,6 +381,17 @@ impl Handle {
         ping: PingId,
     ) -> Result<Option<RevokeCounts>, RuntimeError> {
         self.inner.revoke_ping(app, ping).await
+    }
+
+    /// Takes a ping back everywhere but on `except`: where it waits, and off the screens where it is shown. Answers when that
+    /// is safe; devices that are away are told when they come back. `None`: not known, or no longer.
+    pub async fn withdraw_ping(
+        &self,
+        app: AppId,
+        ping: PingId,
+        except: HashSet<DeviceId>,
+    ) -> Result<Option<WithdrawCounts>, RuntimeError> {
+        self.inner.withdraw_ping(app, ping, except).await
     }
 
     // ---- The directory -------------------------------------------------------------------------------------------

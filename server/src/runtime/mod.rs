@@ -25,12 +25,13 @@ mod start;
 mod status;
 mod traces;
 mod turn;
+mod withdraw;
 
 pub use api::{
     AttachRequest, Authenticated, Content, DeviceChange, DeviceChanged, DeviceQuery, DeviceView,
     Identity, KeyView, LinkSettings, Out, Outlet, PairView, PingAnswer, PingError, PingRequest,
     PingView, Principal, Requested, RevokeCounts, Rotated, RuntimeError, Target, UserView, Waiting,
-    WhoError,
+    WhoError, WithdrawCounts,
 };
 pub use backup::{BackupStream, NoBackup};
 pub use clock::SystemClock;

@@ -26,7 +26,7 @@ use crate::ports::{
 use crate::telemetry::metrics as names;
 
 /// Pairs read of the store at a time when a ping is revoked.
-const REVOKE_PAGE: usize = 256;
+pub(super) const REVOKE_PAGE: usize = 256;
 
 /// A publish request without its key: everything is checked, and its id is known.
 struct Publication<'a> {
@@ -578,8 +578,19 @@ impl Inner {
         app: AppId,
         ping: PingId,
     ) -> Result<Option<RevokeCounts>, RuntimeError> {
+        self.revoke_except(app, ping, &HashSet::new()).await
+    }
+
+    /// Takes a ping back where it waits, but not from `except`. Devices that may have it all the same are told so.
+    pub(super) async fn revoke_except(
+        self: &Arc<Inner>,
+        app: AppId,
+        ping: PingId,
+        except: &HashSet<DeviceId>,
+    ) -> Result<Option<RevokeCounts>, RuntimeError> {
         let mut counts = RevokeCounts::default();
         let mut answers = Vec::new();
+        let mut shown = Vec::new();
         let mut after = None;
         loop {
             let page = self.ping_view(app, ping, after, REVOKE_PAGE, Depth::History);
@@ -588,6 +599,7 @@ impl Inner {
             };
             for pair in page.devices {
                 match pair.state {
+                    _ if except.contains(&pair.device) => {}
                     PairState::Ended { .. } => counts.ended += 1,
                     PairState::Waiting { .. } => {
                         let (answer, answered) = oneshot::channel();
@@ -596,7 +608,7 @@ impl Inner {
                             ping,
                             answer,
                         });
-                        answers.push(answered);
+                        answers.push((pair.device, answered));
                     }
                 }
             }
@@ -606,16 +618,23 @@ impl Inner {
             after = page.next;
         }
         let settled = async {
-            for answered in answers {
-                if answered.await.map_err(|_| RuntimeError::Draining)? {
+            for (device, answered) in answers {
+                let taken = answered.await.map_err(|_| RuntimeError::Draining)?;
+                if taken.revoked {
                     counts.revoked += 1;
                 } else {
                     counts.ended += 1;
+                }
+                if taken.sent {
+                    shown.push(device);
                 }
             }
             Ok(())
         };
         self.in_time(settled).await?;
+        for page in shown.chunks(REVOKE_PAGE) {
+            self.withdraw_from(app, ping, page.to_vec()).await?;
+        }
         self.shared
             .meters
             .revocations

@@ -100,6 +100,9 @@ pub struct Limits {
     /// Longest wait for the store before a ping is answered with `StoreBusy`. Default 10 s. What was queued may
     /// still be stored then: that is no promise.
     pub accept_wait: Duration,
+    /// How long a device that comes back is told what it is to take off the screen. Default 7 days, as the TTL of a ping that
+    /// names none; 0: only those attached are told.
+    pub withdrawals_keep: Duration,
     /// How long whoever takes a backup may let it wait: at once, and in all on top of a second for each 256 KiB. Default 60 s.
     /// Until it is taken the log is not let go.
     pub backup_stall: Duration,
@@ -121,6 +124,7 @@ impl Default for Limits {
             pings_per_second: 50_000,
             ping_burst: 100_000,
             accept_wait: Duration::from_secs(10),
+            withdrawals_keep: Duration::from_secs(7 * 86_400),
             backup_stall: Duration::from_secs(60),
             batch_stall: Duration::from_secs(60),
             secret_overlap: Duration::from_secs(24 * 3_600),

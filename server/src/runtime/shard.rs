@@ -79,7 +79,7 @@ pub(super) enum Input {
     Revoke {
         device: DeviceId,
         ping: PingId,
-        answer: oneshot::Sender<bool>,
+        answer: oneshot::Sender<TakenBack>,
     },
     /// Revoke everything that waits in a mailbox, and write `ops` in the same frame. One at a time for a device.
     Empty {
@@ -134,11 +134,20 @@ pub(super) struct Emptied {
     pub(super) written: bool,
 }
 
+/// What a revocation did to one device's notification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TakenBack {
+    /// It waited, and is revoked.
+    pub(super) revoked: bool,
+    /// The device may have it all the same.
+    pub(super) sent: bool,
+}
+
 /// Somebody who waits for an answer of the core.
 pub(super) enum Waiter {
     One(oneshot::Sender<Settled>),
     Part(Arc<Gather>),
-    Revoke(oneshot::Sender<bool>),
+    Revoke(oneshot::Sender<TakenBack>),
     Empty(DeviceId, oneshot::Sender<Emptied>),
     /// Was answered without the core; the core's answer is heard by nobody.
     Gone,
@@ -331,7 +340,7 @@ enum Held {
     Ended(Ended),
     Revoked {
         ticket: Ticket,
-        revoked: bool,
+        done: TakenBack,
     },
     Emptied {
         ticket: Ticket,
@@ -812,7 +821,7 @@ impl ShardTask {
         for held in sealed.drain(..) {
             match held {
                 Held::Ended(ended) => self.announce(ended, result),
-                Held::Revoked { ticket, revoked } => self.revoked(ticket, revoked),
+                Held::Revoked { ticket, done } => self.revoked(ticket, done),
                 Held::Emptied {
                     ticket,
                     revoked,
@@ -909,11 +918,17 @@ impl ShardTask {
                 }
             }
             // The outcomes that it caused come right before it.
-            Effect::RevokeAnswered { ticket, revoked } if self.held.is_empty() => {
-                self.revoked(ticket, revoked);
-            }
-            Effect::RevokeAnswered { ticket, revoked } => {
-                self.held.push_back(Held::Revoked { ticket, revoked });
+            Effect::RevokeAnswered {
+                ticket,
+                revoked,
+                sent,
+            } => {
+                let done = TakenBack { revoked, sent };
+                if self.held.is_empty() {
+                    self.revoked(ticket, done);
+                } else {
+                    self.held.push_back(Held::Revoked { ticket, done });
+                }
             }
             Effect::Wiped {
                 ticket,
@@ -964,6 +979,13 @@ impl ShardTask {
                 self.shared.meters.withdrawals.increment(pings.len() as u64);
                 self.tell(session, Out::Withdraw(pings));
             }
+            Effect::WithdrawalsHeard { device, heard } => {
+                for withdrawal in heard {
+                    // Nobody waits for it: if it is lost, the device is told once more.
+                    let op = Op::DropWithdrawal { device, withdrawal };
+                    self.shared.store.ride_along(op);
+                }
+            }
             Effect::Close { session, why } => {
                 self.shared.meters.closed(why);
                 self.tell(session, Out::Close(why));
@@ -975,13 +997,13 @@ impl ShardTask {
         }
     }
 
-    fn revoked(&mut self, ticket: Ticket, revoked: bool) {
+    fn revoked(&mut self, ticket: Ticket, done: TakenBack) {
         if let Some(Slot {
             waiter: Waiter::Revoke(answer),
             ..
         }) = self.waiters.take(ticket)
         {
-            reply(answer, revoked);
+            reply(answer, done);
         }
     }
 

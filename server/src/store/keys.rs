@@ -219,6 +219,44 @@ pub(super) fn parse_ended(key: &[u8]) -> Option<(u64, PingId, DeviceId)> {
         .then_some((u64::from_be_bytes(at), PingId(ping), DeviceId(device)))
 }
 
+/// What a device is to take off the screen.
+pub(super) fn withdrawal(device: DeviceId, ping: PingId) -> Key {
+    withdrawals(device).with(&ping.0)
+}
+
+/// Everything that a device is to take off the screen.
+pub(super) fn withdrawals(device: DeviceId) -> Key {
+    Key::new(b'w').with(&device.0)
+}
+
+/// What a key of [`withdrawals`] says.
+pub(super) fn parse_withdrawal(key: &[u8]) -> Option<(DeviceId, PingId)> {
+    let rest = key.strip_prefix(b"w")?;
+    let (device, rest) = take::<16>(rest)?;
+    let (ping, rest) = take::<16>(rest)?;
+    rest.is_empty().then_some((DeviceId(device), PingId(ping)))
+}
+
+/// A withdrawal by the time until which it is told.
+pub(super) fn withdrawal_end(until_ms: u64, device: DeviceId, ping: PingId) -> Key {
+    withdrawal_ends(until_ms).with(&device.0).with(&ping.0)
+}
+
+/// Where the withdrawals begin that are told until this time or longer.
+pub(super) fn withdrawal_ends(until_ms: u64) -> Key {
+    Key::new(b'y').with(&until_ms.to_be_bytes())
+}
+
+/// What a key of [`withdrawal_ends`] says.
+pub(super) fn parse_withdrawal_end(key: &[u8]) -> Option<(u64, DeviceId, PingId)> {
+    let rest = key.strip_prefix(b"y")?;
+    let (until, rest) = take::<8>(rest)?;
+    let (device, rest) = take::<16>(rest)?;
+    let (ping, rest) = take::<16>(rest)?;
+    rest.is_empty()
+        .then_some((u64::from_be_bytes(until), DeviceId(device), PingId(ping)))
+}
+
 /// The id that a key of a summary, a shared body or a device consists of.
 pub(super) fn parse_id(key: &[u8]) -> Option<[u8; 16]> {
     let (id, rest) = take::<16>(key.get(1..)?)?;
@@ -457,6 +495,9 @@ mod tests {
         assert_eq!(parse_expiry(&expiry(5, d, row_key)), Some((5, d, row_key)));
         assert_eq!(parse_pair(&pair(p, d)), Some((p, d)));
         assert_eq!(parse_ended(&ended(6, p, d)), Some((6, p, d)));
+        assert_eq!(parse_withdrawal(&withdrawal(d, p)), Some((d, p)));
+        let end = withdrawal_end(8, d, p);
+        assert_eq!(parse_withdrawal_end(&end), Some((8, d, p)));
         let text = CollapseKey::new("score").unwrap();
         assert_eq!(parse_collapse(&collapse(d, &text, 12)), Some(12));
         assert_eq!(parse_device(&user_device(AppId(1), "ada", d)), Some(d));
@@ -522,6 +563,8 @@ mod tests {
             assert_eq!(parse_pair(bytes), None);
             assert_eq!(parse_ended(bytes), None);
             assert_eq!(parse_erasure(bytes), None);
+            assert_eq!(parse_withdrawal(bytes), None);
+            assert_eq!(parse_withdrawal_end(bytes), None);
             assert_eq!(parse_idempotency_age(bytes), None);
         }
     }

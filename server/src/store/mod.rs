@@ -76,6 +76,7 @@ use self::set_aside::SetAside;
 use self::write::Chore;
 use crate::delivery::{
     AppId, CommitFailure, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey,
+    Withdrawal,
 };
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, Committed, DeviceFilter,
@@ -737,6 +738,10 @@ impl Store for House {
         rows: &[RowKey],
     ) -> Result<Vec<(RowKey, Option<Arc<Notification>>)>, ReadError> {
         self.reading(|reader, chores| reader.bodies(device, rows, chores))
+    }
+
+    fn withdrawals(&self, device: DeviceId) -> Result<Vec<Withdrawal>, ReadError> {
+        self.reader.withdrawals(device)
     }
 
     fn pairs(

@@ -17,7 +17,7 @@ use super::record::{self, Fault, Pair, PairStored};
 use super::set_aside::SetAside;
 use super::write::Chore;
 use crate::delivery::{
-    AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta,
+    AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta, Withdrawal,
 };
 use crate::ports::{
     AppRecord, DeviceFilter, DeviceRecord, Erasure, ExpiredRow, ExpiryCursor, IdempotencyRecord,
@@ -81,6 +81,10 @@ impl Reader {
         self.look().bodies(device, rows, chores)
     }
 
+    pub(super) fn withdrawals(&self, device: DeviceId) -> Result<Vec<Withdrawal>, ReadError> {
+        self.look().withdrawals(device)
+    }
+
     pub(super) fn pairs(
         &self,
         ping: PingId,
@@ -111,7 +115,7 @@ impl Reader {
     }
 
     /// What can be forgotten: outcomes and idempotency keys older than `before_ms`, at most `limit`.
-    /// Erasures that need not be kept any longer by `now_ms` are among them.
+    /// Withdrawals and erasures that need not be kept any longer by `now_ms` are among them.
     pub(super) fn receipts(
         &self,
         before_ms: u64,
@@ -367,6 +371,10 @@ impl Look<'_> {
             summary,
             rows: rows.into_values().collect(),
             complete,
+            withdrawals: match (request.all, summary) {
+                (true, Some(_)) => self.withdrawals(device)?,
+                (true, None) | (false, _) => Vec::new(),
+            },
         })
     }
 
@@ -444,6 +452,22 @@ impl Look<'_> {
         };
         let content = self.sound(&key, &body, record::body(&key, &body))?;
         Ok(content.map(|content| stored.notification(Some(content))))
+    }
+
+    fn withdrawals(&self, device: DeviceId) -> Result<Vec<Withdrawal>, ReadError> {
+        let range = keys::withdrawals(device);
+        let mut found = Vec::new();
+        self.each(&range, &range.end(), Direction::Up, &mut |key, value| {
+            if let (Some((_, ping)), Some((_, until_ms))) = (
+                keys::parse_withdrawal(key),
+                self.sound(key, value, record::withdrawal(key, value))?,
+            ) {
+                found.push(Withdrawal { ping, until_ms });
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        found.sort_by_key(|withdrawal| withdrawal.until_ms);
+        Ok(found)
     }
 
     fn pairs(
@@ -637,6 +661,26 @@ impl Look<'_> {
                         app,
                         key_hash,
                         record: current.is_none_or(|current| current.at_ms == at_ms),
+                    });
+                }
+                Ok(ControlFlow::Continue(()))
+            },
+        )?;
+        self.each(
+            &keys::withdrawal_ends(0),
+            &keys::withdrawal_ends(now_ms),
+            Direction::Up,
+            &mut |key, _| {
+                if step(&chores).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                if let Some((until_ms, device, ping)) = keys::parse_withdrawal_end(key) {
+                    let place = keys::withdrawal(device, ping);
+                    let told = self.get(&place, |value| record::withdrawal(&place, value))?;
+                    chores.push(Chore::DropWithdrawal {
+                        device,
+                        withdrawal: Withdrawal { ping, until_ms },
+                        record: told.is_none_or(|(_, until)| until == until_ms),
                     });
                 }
                 Ok(ControlFlow::Continue(()))

@@ -185,6 +185,12 @@ struct ErasureV1 {
 }
 
 #[derive(Encode, BorrowDecode)]
+struct WithdrawalV1 {
+    app: u32,
+    until_ms: u64,
+}
+
+#[derive(Encode, BorrowDecode)]
 struct NumberV1 {
     number: u64,
 }
@@ -684,6 +690,18 @@ pub(super) fn erasure(
         at_ms: disk.at_ms,
         until_ms,
     })
+}
+
+/// Writes what a device is to take off the screen. Device and ping are those of its key.
+pub(super) fn put_withdrawal(key: &[u8], out: &mut Vec<u8>, app: AppId, until_ms: u64) {
+    let app = app.0;
+    write(key, out, &WithdrawalV1 { app, until_ms });
+}
+
+/// Reads what a device is to take off the screen: whose app, and until when it is told.
+pub(super) fn withdrawal(key: &[u8], value: &[u8]) -> Result<(AppId, u64), Fault> {
+    let disk: WithdrawalV1 = read(key, value)?;
+    Ok((AppId(disk.app), disk.until_ms))
 }
 
 /// Writes a number that the store keeps of itself.

@@ -21,7 +21,7 @@ use super::write::Chore;
 use super::{Parts, assemble, health, stats};
 use crate::delivery::{
     AppId, CommitFailure, DeviceId, MailboxRead, MailboxView, Mono, Notification, Now, PingId,
-    RowKey,
+    RowKey, Withdrawal,
 };
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, ClockState, Committed,
@@ -951,6 +951,10 @@ impl Store for SyncStore {
         rows: &[RowKey],
     ) -> Result<Vec<(RowKey, Option<Arc<Notification>>)>, ReadError> {
         self.reading(|reader, chores| reader.bodies(device, rows, chores))
+    }
+
+    fn withdrawals(&self, device: DeviceId) -> Result<Vec<Withdrawal>, ReadError> {
+        self.reading(|reader, _| reader.withdrawals(device))
     }
 
     fn pairs(

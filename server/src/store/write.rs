@@ -24,6 +24,7 @@ use super::log::frame;
 use super::record::{self, Pair, PairStored, RECORD_MAX};
 use crate::delivery::{
     AppId, Change, DeviceId, Notification, Outcome, PingId, RowKey, RowMeta, Summary, Urgency,
+    Withdrawal,
 };
 use crate::ports::{DeviceRecord, Erased, Erasure, Op};
 
@@ -79,6 +80,12 @@ pub(super) enum Chore {
     },
     /// An erasure need not be kept any longer.
     DropErasure { until_ms: u64, what: Erased },
+    /// The time of a withdrawal is over; `record`: with the record, not only its place in the index.
+    DropWithdrawal {
+        device: DeviceId,
+        withdrawal: Withdrawal,
+        record: bool,
+    },
     /// A row was rotten and has been set aside: its key goes.
     DropRow { device: DeviceId, row: RowKey },
     /// The expiry of a row that is gone: its key goes, and if its notification still counts as waiting, it ends here.
@@ -296,6 +303,19 @@ impl FrameBuilder {
             }
             Op::DropKey(_, id) => self.delete(&keys::api_key(*id)),
             Op::Erase(erasure) => self.erase(erasure)?,
+            Op::PutWithdrawal {
+                app,
+                device,
+                withdrawal: Withdrawal { ping, until_ms },
+            } => {
+                self.put(&keys::withdrawal(*device, *ping), |key, out| {
+                    record::put_withdrawal(key, out, *app, *until_ms);
+                })?;
+                self.put_empty(&keys::withdrawal_end(*until_ms, *device, *ping))?;
+            }
+            Op::DropWithdrawal { device, withdrawal } => {
+                self.drop_withdrawal(*device, *withdrawal, true);
+            }
             Op::PutOutcome(outcome) => {
                 let pair = Pair {
                     app: outcome.app,
@@ -401,6 +421,14 @@ impl FrameBuilder {
         Ok(())
     }
 
+    fn drop_withdrawal(&mut self, device: DeviceId, withdrawal: Withdrawal, record: bool) {
+        let Withdrawal { ping, until_ms } = withdrawal;
+        self.delete(&keys::withdrawal_end(until_ms, device, ping));
+        if record {
+            self.delete(&keys::withdrawal(device, ping));
+        }
+    }
+
     fn erase(&mut self, erasure: &Erasure) -> Result<(), Unwritable> {
         self.put(
             &keys::erasure(erasure.until_ms, erasure.what),
@@ -465,6 +493,11 @@ impl FrameBuilder {
             Chore::DropErasure { until_ms, what } => {
                 self.delete(&keys::erasure(until_ms, what));
             }
+            Chore::DropWithdrawal {
+                device,
+                withdrawal,
+                record,
+            } => self.drop_withdrawal(device, withdrawal, record),
             Chore::DropRow { device, row } => self.delete(&keys::row(device, row)),
             Chore::DropExpiry {
                 expires_ms,

@@ -463,6 +463,32 @@ async fn a_ping_waits_is_acknowledged_and_can_be_asked_about() {
         (revoked.status, revoked.json()),
         (200, json!({"revoked": 0, "ended": 1}))
     );
+    let off = format!("{path}/withdraw");
+    let withdrawn = server.ask("POST", &off, "").await;
+    assert_eq!(
+        (withdrawn.status, withdrawn.json()),
+        (
+            200,
+            json!({"revoked": 0, "withdrawn": 1, "ended": 0, "kept": 0})
+        )
+    );
+    let except = format!(r#"{{"except": ["{device}"]}}"#);
+    let kept = server.ask("POST", &off, &except).await.json();
+    assert_eq!(
+        kept,
+        json!({"revoked": 0, "withdrawn": 0, "ended": 0, "kept": 1})
+    );
+    for (body, problem) in [
+        ("[]", "400 malformed "),
+        (r#"{"except": "me"}"#, "400 malformed /except"),
+        (r#"{"except": ["me"]}"#, "400 malformed /except/0"),
+        (r#"{"but": []}"#, "400 malformed /but"),
+    ] {
+        let reply = server.ask("POST", &off, body).await;
+        assert_eq!(reply.problem(), problem, "{body}");
+    }
+    let nobody = server.ask("POST", "/v1/pings/nothing/withdraw", "").await;
+    assert_eq!(nobody.status, 404);
 
     // Another app sees nothing of it.
     let other = server.key_with(OTHER_APP, Scopes::ALL).await;

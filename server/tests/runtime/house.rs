@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bellwire_server::delivery::{Acknowledged, AppId, DeviceId, Now, PingId, SessionId, Urgency};
+use bellwire_server::delivery::{
+    Acknowledged, AppId, DeviceId, Now, PingId, SessionId, Urgency, Verdict,
+};
 use bellwire_server::ports::{Clock, ClockState, Store};
 use bellwire_server::runtime::{
     AttachRequest, Authenticated, Content, Handle, HashKey, Identity, Out, Outlet, PingRequest,
@@ -186,7 +188,12 @@ impl Device {
 
     /// Says hello.
     pub(crate) async fn connect(&self, instance: u128) -> Link {
-        self.knock().await.enter(instance)
+        self.connect_having(instance, &[]).await
+    }
+
+    /// Says hello, and that it has these already.
+    pub(crate) async fn connect_having(&self, instance: u128, have: &[PingId]) -> Link {
+        self.knock().await.enter_having(instance, have)
     }
 
     /// Shows its secret and goes no further.
@@ -211,6 +218,10 @@ pub(crate) struct Knock {
 
 impl Knock {
     pub(crate) fn enter(self, instance: u128) -> Link {
+        self.enter_having(instance, &[])
+    }
+
+    fn enter_having(self, instance: u128, have: &[PingId]) -> Link {
         let session = self.handle.next_session();
         let (words, heard) = mpsc::unbounded_channel();
         let request = AttachRequest {
@@ -219,7 +230,10 @@ impl Knock {
             attempt: session.0,
             window: 32,
             min_urgency: Urgency::VeryLow,
-            seen: Vec::new(),
+            seen: have
+                .iter()
+                .map(|&ping| (ping, Verdict::Acknowledged))
+                .collect(),
             carrier: "websocket",
             agent: Some("tester/1".into()),
         };

@@ -12,3 +12,4 @@ mod outcomes;
 mod pings;
 mod real_store;
 mod store;
+mod withdraw;

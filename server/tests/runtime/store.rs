@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use bellwire_server::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, Hold, MailboxRead, MailboxView, Notification,
-    Outcome, PingId, RowKey, RowMeta, Summary, WireSlot,
+    Outcome, PingId, RowKey, RowMeta, Summary, WireSlot, Withdrawal,
 };
 use bellwire_server::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Committed, DeviceFilter,
@@ -39,6 +39,7 @@ pub(crate) struct Disk {
     pub(crate) summaries: HashMap<DeviceId, Summary>,
     pub(crate) rows: BTreeMap<(DeviceId, u64), (RowMeta, Arc<Notification>)>,
     pub(crate) outcomes: BTreeMap<(PingId, DeviceId), (AppId, Outcome, u64)>,
+    pub(crate) withdrawals: BTreeMap<(DeviceId, PingId), u64>,
     run: u32,
 }
 
@@ -63,6 +64,15 @@ impl Disk {
                 Op::DropKey(_, id) => drop(self.keys.remove(&id)),
                 // Only restores look at them.
                 Op::Erase(_) => {}
+                Op::PutWithdrawal {
+                    device, withdrawal, ..
+                } => {
+                    self.withdrawals
+                        .insert((device, withdrawal.ping), withdrawal.until_ms);
+                }
+                Op::DropWithdrawal { device, withdrawal } => {
+                    self.withdrawals.remove(&(device, withdrawal.ping));
+                }
                 Op::PutOutcome(record) => {
                     self.outcomes.insert(
                         (record.ping, record.device),
@@ -75,6 +85,17 @@ impl Disk {
                 }
             }
         }
+    }
+
+    fn withdrawals(&self, device: DeviceId) -> Vec<Withdrawal> {
+        let all = (device, PingId([0; 16]))..=(device, PingId([u8::MAX; 16]));
+        let mut found: Vec<Withdrawal> = self
+            .withdrawals
+            .range(all)
+            .map(|(&(_, ping), &until_ms)| Withdrawal { ping, until_ms })
+            .collect();
+        found.sort_by_key(|one| one.until_ms);
+        found
     }
 
     fn change(&mut self, change: Change) {
@@ -277,6 +298,7 @@ impl Store for FakeStore {
             summary: state.disk.summaries.get(&request.device).copied(),
             rows,
             complete: true,
+            withdrawals: state.disk.withdrawals(request.device),
         })
     }
 
@@ -289,6 +311,10 @@ impl Store for FakeStore {
                 (key, found.map(|(_, body)| Arc::clone(body)))
             })
             .collect())
+    }
+
+    fn withdrawals(&self, device: DeviceId) -> Result<Vec<Withdrawal>, ReadError> {
+        Ok(self.0.lock().unwrap().disk.withdrawals(device))
     }
 
     fn pairs(

@@ -90,6 +90,11 @@ fn text(effect: &Effect) -> Option<String> {
         let names: Vec<String> = pings.iter().map(|&ping| name(ping).to_string()).collect();
         names.join(",")
     };
+    let sorted = |pings: &[PingId]| {
+        let mut pings = pings.to_vec();
+        pings.sort_unstable();
+        named(&pings)
+    };
     Some(match effect {
         Effect::Accepted { ticket, ping, .. } => format!("accepted t{} {}", ticket.0, name(*ping)),
         Effect::Ended {
@@ -113,7 +118,9 @@ fn text(effect: &Effect) -> Option<String> {
         Effect::Rejected {
             ticket, ping, why, ..
         } => format!("rejected t{} {} {why:?}", ticket.0, name(*ping)),
-        Effect::RevokeAnswered { ticket, revoked } => format!("revoke t{} {revoked}", ticket.0),
+        Effect::RevokeAnswered {
+            ticket, revoked, ..
+        } => format!("revoke t{} {revoked}", ticket.0),
         Effect::Wiped {
             ticket, revoked, ..
         } => format!("wiped t{} {revoked}", ticket.0),
@@ -137,8 +144,13 @@ fn text(effect: &Effect) -> Option<String> {
             name(notification.ping),
             if *redelivered { " redelivered" } else { "" }
         ),
-        Effect::Withdraw { session, pings } => format!("withdraw s{} {}", session.0, named(pings)),
+        Effect::Withdraw { session, pings } => {
+            format!("withdraw s{} {}", session.0, sorted(pings))
+        }
         Effect::Close { session, why } => format!("close s{} {why:?}", session.0),
-        Effect::Read(_) | Effect::Fetch { .. } | Effect::Noticed(_) => return None,
+        Effect::Read(_)
+        | Effect::Fetch { .. }
+        | Effect::WithdrawalsHeard { .. }
+        | Effect::Noticed(_) => return None,
     })
 }

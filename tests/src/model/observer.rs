@@ -65,6 +65,10 @@ struct Open {
     unanswered: Vec<(u64, PingId)>,
     sent: BTreeSet<usize>,
     last_serial: Option<usize>,
+    /// What it was told to take off the screen, and its last number then.
+    withdrawn: BTreeMap<PingId, u64>,
+    /// The highest number that the device has answered.
+    answered: u64,
     /// A newcomer was turned away meanwhile, and what it had pushed out came back.
     came_back: bool,
 }
@@ -89,6 +93,8 @@ pub struct Observer {
     no_room: bool,
     reads_failed: bool,
     wiped: bool,
+    /// What was ever withdrawn.
+    withdrawn: BTreeSet<PingId>,
 }
 
 impl Observer {
@@ -151,16 +157,23 @@ impl Observer {
             return;
         };
         let mut named = Vec::new();
+        let answered = &mut open.answered;
         match what {
             Acknowledged::UpTo(up_to) => open.unanswered.retain(|&(seq, ping)| {
                 if seq <= *up_to {
+                    *answered = seq.max(*answered);
                     named.push(ping);
                 }
                 seq > *up_to
             }),
             Acknowledged::Ids(ids) => {
                 named.clone_from(ids);
-                open.unanswered.retain(|(_, ping)| !ids.contains(ping));
+                open.unanswered.retain(|&(seq, ping)| {
+                    if ids.contains(&ping) {
+                        *answered = seq.max(*answered);
+                    }
+                    !ids.contains(&ping)
+                });
             }
         }
         for ping in named {
@@ -173,7 +186,13 @@ impl Observer {
         let Some(open) = self.open.as_mut().filter(|open| open.id == session) else {
             return;
         };
-        open.unanswered.retain(|&(_, one)| one != ping);
+        let answered = &mut open.answered;
+        open.unanswered.retain(|&(seq, one)| {
+            if one == ping {
+                *answered = seq.max(*answered);
+            }
+            one != ping
+        });
         self.verdict(ping, Verdict::Declined);
     }
 
@@ -183,6 +202,11 @@ impl Observer {
         if let Some(account) = self.accounts.get_mut(&ping) {
             account.revoked = true;
         }
+    }
+
+    /// The device is to take one off the screen.
+    pub fn withdraws(&mut self, ping: PingId) {
+        self.withdrawn.insert(ping);
     }
 
     /// The device is revoked.
@@ -260,7 +284,9 @@ impl Observer {
             Effect::Rejected {
                 ticket, ping, why, ..
             } => self.rejected(*ticket, *ping, *why),
-            Effect::RevokeAnswered { ticket, revoked } => match self.waiting.remove(ticket) {
+            Effect::RevokeAnswered {
+                ticket, revoked, ..
+            } => match self.waiting.remove(ticket) {
                 Some(Waiting::Revoke(ping)) => {
                     if *revoked && store.has(ping) {
                         self.complain(format!("{} is revoked and still on disk", name(ping)));
@@ -291,9 +317,19 @@ impl Observer {
                 redelivered,
                 notification,
             } => self.sent(*session, *seq, *redelivered, notification),
-            Effect::Withdraw { session, .. } => {
-                if self.open.as_ref().is_none_or(|open| open.id != *session) {
-                    self.complain("a withdrawal for nobody");
+            Effect::Withdraw { session, pings } => self.withdrawal_told(*session, pings),
+            Effect::WithdrawalsHeard { heard, .. } => {
+                for one in heard {
+                    let heard = self.open.as_ref().is_some_and(|open| {
+                        let told = open.withdrawn.get(&one.ping);
+                        told.is_some_and(|&seq| seq < open.answered)
+                    });
+                    if !heard {
+                        self.complain(format!(
+                            "the withdrawal of {} counts as heard, and was not",
+                            name(one.ping)
+                        ));
+                    }
                 }
             }
             Effect::Close { session, why } => {
@@ -316,6 +352,23 @@ impl Observer {
                 self.open = None;
             }
             Effect::Read(_) | Effect::Fetch { .. } | Effect::Noticed(_) => {}
+        }
+    }
+
+    fn withdrawal_told(&mut self, session: SessionId, pings: &[PingId]) {
+        let Some(open) = self.open.as_mut().filter(|open| open.id == session) else {
+            return self.complain("a withdrawal for nobody");
+        };
+        let mut without_reason = None;
+        for &ping in pings {
+            open.withdrawn.insert(ping, open.seq);
+            let revoked = self.accounts.get(&ping).is_some_and(|one| one.revoked);
+            if !revoked && !self.withdrawn.contains(&ping) {
+                without_reason = Some(ping);
+            }
+        }
+        if let Some(ping) = without_reason {
+            self.complain(format!("{} is withdrawn without reason", name(ping)));
         }
     }
 
@@ -464,6 +517,8 @@ impl Observer {
             unanswered: Vec::new(),
             sent: BTreeSet::new(),
             last_serial: None,
+            withdrawn: BTreeMap::new(),
+            answered: 0,
             came_back: false,
         });
     }
@@ -572,6 +627,16 @@ impl Observer {
             if account.over && on_disk {
                 self.complaints
                     .push(format!("{} came back after its end", name(ping)));
+            }
+        }
+        if let Some(open) = &self.open {
+            for one in &store.withdrawals {
+                if one.until_ms > self.now_ms && !open.withdrawn.contains_key(&one.ping) {
+                    let name = name(one.ping);
+                    self.complaints.push(format!(
+                        "the device is not told to take {name} off the screen"
+                    ));
+                }
             }
         }
         for (meta, notification) in store.rows.values() {

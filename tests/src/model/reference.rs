@@ -3,7 +3,7 @@
 
 use bellwire_server::delivery::{Urgency, Verdict};
 
-use super::step::{Name, Step, TRANSIENT};
+use super::step::{Name, Step, TRANSIENT, WITHDRAWN_MS};
 
 /// Something that must come out: its text, and how strictly.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +66,18 @@ struct Session {
     refuse_until_ms: Option<u64>,
 }
 
+/// What the device is to take off the screen.
+#[derive(Debug)]
+struct Withdrawn {
+    name: Name,
+    /// `None`: told at once to whoever was there, and kept nowhere.
+    until_ms: Option<u64>,
+    /// The session's last number when it was told.
+    after: Option<u64>,
+    /// Whether it was told at all is not known.
+    perhaps: bool,
+}
+
 /// See the head of this file.
 #[derive(Debug, Default)]
 pub struct Reference {
@@ -82,6 +94,7 @@ pub struct Reference {
     sessions: Vec<u64>,
     rows: Vec<Row>,
     session: Option<Session>,
+    withdrawn: Vec<Withdrawn>,
     lines: Vec<Line>,
 }
 
@@ -201,6 +214,7 @@ impl Reference {
                 }
             }
             Step::Revoke(name) => self.revoke(*name),
+            Step::Withdraw(name) => self.withdraw(*name),
             Step::Wipe => self.wipe(),
             Step::Sweep => {
                 let now_ms = self.now_ms;
@@ -217,6 +231,7 @@ impl Reference {
             Step::Crash(_) => {
                 self.run += 1;
                 self.session = None;
+                self.untell();
                 self.newest_sent = 0;
                 self.rows.retain(|row| !row.transient);
                 for row in &mut self.rows {
@@ -399,13 +414,77 @@ impl Reference {
         let (pending, window) = (waiting.count(), fresh.window);
         self.line(format!("welcome s{id} pending={pending} window={window}"));
         self.session = Some(fresh);
+        self.tell_all(id);
         self.pump();
+    }
+
+    /// A new session hears everything that is withdrawn and not heard yet.
+    fn tell_all(&mut self, session: u64) {
+        let now_ms = self.now_ms;
+        self.withdrawn
+            .retain(|one| one.until_ms.is_some_and(|until| until > now_ms));
+        let mut names: Vec<Name> = Vec::new();
+        for one in &mut self.withdrawn {
+            one.after = Some(0);
+            names.push(one.name);
+        }
+        names.sort_by_key(|&name| u8::try_from(name).ok());
+        if !names.is_empty() {
+            let names: Vec<String> = names.iter().map(char::to_string).collect();
+            self.line(format!("withdraw s{session} {}", names.join(",")));
+        }
+    }
+
+    fn untell(&mut self) {
+        self.withdrawn.retain(|one| one.until_ms.is_some());
+        for one in &mut self.withdrawn {
+            (one.after, one.perhaps) = (None, false);
+        }
+    }
+
+    fn withdraw(&mut self, name: Name) {
+        if !self.device {
+            return;
+        }
+        let until_ms = Some(self.now_ms + WITHDRAWN_MS);
+        let at = match self.withdrawn.iter().position(|one| one.name == name) {
+            Some(at) => at,
+            None => {
+                self.withdrawn.push(Withdrawn {
+                    name,
+                    until_ms,
+                    after: None,
+                    perhaps: false,
+                });
+                self.withdrawn.len() - 1
+            }
+        };
+        let one = &mut self.withdrawn[at];
+        one.until_ms = until_ms;
+        if let Some(session) = &self.session
+            && (one.after.is_none() || one.perhaps)
+        {
+            let optional = one.perhaps;
+            (one.after, one.perhaps) = (Some(session.seq), false);
+            self.lines.push(Line {
+                text: format!("withdraw s{} {name}", session.id),
+                redelivered: Redelivered::No,
+                optional,
+            });
+        }
+    }
+
+    /// The device has answered this number: it has heard all that came before.
+    fn heard_before(&mut self, seq: u64) {
+        self.withdrawn
+            .retain(|one| one.after.is_none_or(|after| after >= seq));
     }
 
     fn detach(&mut self) {
         let Some(session) = self.session.take() else {
             return;
         };
+        self.untell();
         for flight in session.flights {
             let Some(index) = self
                 .rows
@@ -474,12 +553,15 @@ impl Reference {
             return;
         }
         let mut orders = Vec::new();
+        let mut last = 0;
         session.flights.retain(|flight| {
             if flight.seq <= seq {
                 orders.extend(flight.order);
+                last = flight.seq;
             }
             flight.seq > seq
         });
+        self.heard_before(last);
         for order in orders {
             if let Some(index) = self.rows.iter().position(|row| row.order == order) {
                 self.end(index, "acknowledged", self.now_ms);
@@ -498,6 +580,14 @@ impl Reference {
             session.flights.remove(at);
         }
         if let Some(index) = self.rows.iter().position(|row| row.name == name) {
+            let order = self.rows[index].order;
+            let flights = self.session.iter().flat_map(|session| &session.flights);
+            let flight = flights
+                .into_iter()
+                .find(|flight| flight.order == Some(order));
+            if let Some(seq) = flight.map(|flight| flight.seq) {
+                self.heard_before(seq);
+            }
             self.end(index, outcome, self.now_ms);
         }
     }
@@ -517,7 +607,23 @@ impl Reference {
                 redelivered: Redelivered::No,
                 optional: past == Redelivered::Either,
             };
+            let (after, perhaps) = (Some(session.seq), past == Redelivered::Either);
             self.lines.push(line);
+            match self.withdrawn.iter_mut().find(|one| one.name == name) {
+                // Told before or told now.
+                Some(one) if one.after.is_some() && !one.perhaps => {
+                    if !perhaps {
+                        one.after = after;
+                    }
+                }
+                Some(one) => (one.after, one.perhaps) = (after, perhaps),
+                None => self.withdrawn.push(Withdrawn {
+                    name,
+                    until_ms: None,
+                    after,
+                    perhaps,
+                }),
+            }
         }
         self.end(index, "revoked", self.now_ms);
         self.line(format!("revoke t{ticket} true"));
@@ -537,6 +643,7 @@ impl Reference {
             self.end(0, "revoked", self.now_ms);
         }
         self.device = false;
+        self.withdrawn.clear();
         self.line(format!("wiped t{ticket} {revoked}"));
     }
 

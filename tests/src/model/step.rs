@@ -66,6 +66,8 @@ pub enum Step {
     Decline(u64, Name),
     /// The publisher takes it back.
     Revoke(Name),
+    /// The device is to take this one off the screen, and is told so for a minute.
+    Withdraw(Name),
     /// The device is revoked.
     Wipe,
     /// The sweep looks for rows past their expiry.
@@ -180,6 +182,7 @@ impl fmt::Display for Step {
             Step::AckIds(session, pings) => write!(f, "ack s{session} {}", names(pings)),
             Step::Decline(session, name) => write!(f, "decline s{session} {name}"),
             Step::Revoke(name) => write!(f, "revoke {name}"),
+            Step::Withdraw(name) => write!(f, "withdraw {name}"),
             Step::Wipe => f.write_str("wipe"),
             Step::Sweep => f.write_str("sweep"),
             Step::At(ms) => write!(f, "at {ms}ms"),
@@ -199,6 +202,9 @@ impl fmt::Display for Step {
         }
     }
 }
+
+/// How long a device that comes back is told of a withdrawal, milliseconds.
+pub const WITHDRAWN_MS: u64 = 60_000;
 
 /// The life of a TTL 0 notification: it expires 30 s after acceptance.
 pub const TRANSIENT: Duration = Duration::from_secs(30);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bellwire_server::delivery::{
     Change, MailboxRead, MailboxView, Notification, Outcome, PingId, RowKey, RowMeta, Summary,
+    Withdrawal,
 };
 
 /// What is on disk.
@@ -18,6 +19,8 @@ pub struct ModelStore {
     pub outcomes: BTreeMap<PingId, Outcome>,
     /// Orders of rows whose bodies cannot be read.
     pub rotten: Vec<u64>,
+    /// What the device is to take off the screen.
+    pub withdrawals: Vec<Withdrawal>,
 }
 
 impl ModelStore {
@@ -67,7 +70,10 @@ impl ModelStore {
                     self.outcomes.insert(row.ping, outcome);
                 }
                 Change::Summary { summary, .. } => self.summary = Some(summary),
-                Change::Forget { .. } => self.summary = None,
+                Change::Forget { .. } => {
+                    self.summary = None;
+                    self.withdrawals.clear();
+                }
                 Change::Cleared { .. } => {}
             }
         }
@@ -100,6 +106,12 @@ impl ModelStore {
     #[must_use]
     pub fn has(&self, ping: PingId) -> bool {
         self.rows.values().any(|(meta, _)| meta.ping == ping)
+    }
+
+    /// Keeps a withdrawal, once for each ping.
+    pub fn withdraw(&mut self, withdrawal: Withdrawal) {
+        self.withdrawals.retain(|one| one.ping != withdrawal.ping);
+        self.withdrawals.push(withdrawal);
     }
 
     /// Answers a read of the core.
@@ -146,6 +158,10 @@ impl ModelStore {
             summary: self.summary,
             rows: rows.into_values().collect(),
             complete: request.all,
+            withdrawals: match request.all && self.summary.is_some() {
+                true => self.withdrawals.clone(),
+                false => Vec::new(),
+            },
         }
     }
 

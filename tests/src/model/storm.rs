@@ -218,7 +218,10 @@ impl Maker {
                     _ => Step::AckIds(last, self.names(world, random)),
                 }
             }
-            4 => Step::Revoke(self.known(random)),
+            4 => match random.random_range(0..3) {
+                0 => Step::Withdraw(self.known(random)),
+                _ => Step::Revoke(self.known(random)),
+            },
             5 => Step::Wipe,
             6 => {
                 let spans = [1, 3, 10, 20, 60, 1_000, 5_000, 31_000, 301_000];

@@ -7,12 +7,12 @@ use std::time::Duration;
 use bellwire_server::delivery::{
     Acknowledged, AppId, Attach, Change, CollapseKey, CommitFailure, DeviceId, Disk, Effect,
     Enqueue, Event, Hold, Mono, Notification, Now, OverflowRule, PingId, Policy, RowKey, SessionId,
-    Shard, Summary, Ticket, WireSlot,
+    Shard, Summary, Ticket, WireSlot, Withdrawal,
 };
 use bytes::Bytes;
 
 use super::observer::Observer;
-use super::step::{Name, Step, TRANSIENT};
+use super::step::{Name, Step, TRANSIENT, WITHDRAWN_MS};
 use super::store::ModelStore;
 
 /// The one device.
@@ -252,6 +252,18 @@ impl World {
                 self.observer.revokes(ticket, ping);
                 self.event(Event::Revoke { ticket, ping });
             }
+            Step::Withdraw(name) => {
+                // The runtime asks for none from a device that is gone.
+                if self.store.summary.is_some() {
+                    let withdrawal = Withdrawal {
+                        ping: ping(*name),
+                        until_ms: self.now().unix_ms + WITHDRAWN_MS,
+                    };
+                    self.store.withdraw(withdrawal);
+                    self.observer.withdraws(withdrawal.ping);
+                    self.event(Event::Withdraw(withdrawal));
+                }
+            }
             Step::Wipe => {
                 let ticket = self.ticket();
                 self.observer.wipes(ticket);
@@ -363,7 +375,7 @@ impl World {
     /// Takes effects in, then answers the reads among them, as of the time of the question.
     #[expect(
         clippy::wildcard_enum_match_arm,
-        reason = "only two effects ask for an answer"
+        reason = "two effects ask for an answer, one tells the store something"
     )]
     fn take(&mut self, effects: Vec<Effect>) {
         let mut answers = Vec::new();
@@ -375,6 +387,9 @@ impl World {
                 }
                 Effect::Fetch { rows, .. } => {
                     answers.push(Event::Bodies(Ok(self.store.bodies(rows))));
+                }
+                Effect::WithdrawalsHeard { heard, .. } => {
+                    self.store.withdrawals.retain(|one| !heard.contains(one));
                 }
                 _ => {}
             }

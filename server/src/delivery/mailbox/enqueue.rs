@@ -306,6 +306,7 @@ impl Mailbox {
             at_ms: cx.now.unix_ms,
             tickets: row.tickets,
             revokers: Vec::new(),
+            sent: row.sent,
             because: None,
         });
     }

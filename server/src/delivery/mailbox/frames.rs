@@ -27,6 +27,7 @@ impl Mailbox {
             self.known = Known::Absent;
             return;
         };
+        self.learn(&view.withdrawals);
         if self.known == Known::Nothing {
             self.summary = summary;
             self.known = Known::Some;
@@ -100,8 +101,8 @@ impl Mailbox {
                     self.backlog.push_back(event);
                     self.read_again_at = Some(cx.now.mono + READ_RETRY);
                 }
-                // The sweep comes back to them.
-                Event::Expire { .. } => {}
+                // The sweep comes back to them; the store keeps what is withdrawn.
+                Event::Expire { .. } | Event::Withdraw(_) => {}
                 // These speak of sessions, and there is none before every row is known.
                 Event::Detach { .. }
                 | Event::Acknowledge { .. }

@@ -74,6 +74,7 @@ impl Mailbox {
             window: session.window,
         });
         self.session = Some(Box::new(session));
+        self.tell_withdrawals(cx);
         self.pump(cx);
     }
 
@@ -83,6 +84,7 @@ impl Mailbox {
         let Some(session) = self.session.take() else {
             return;
         };
+        self.untell();
         for flight in &session.in_flight {
             let Some(index) = self.index_of(flight.order) else {
                 continue;
@@ -231,6 +233,10 @@ impl Mailbox {
                     .range(..count)
                     .map(|flight| flight.order)
                     .collect();
+                let last = session.in_flight.range(..count).next_back();
+                if let Some(seq) = last.map(|flight| flight.seq) {
+                    self.heard_before(seq, cx);
+                }
                 for order in orders {
                     match self.index_of(order) {
                         Some(index) => self.verdict(index, Outcome::Acknowledged, cx),
@@ -266,8 +272,9 @@ impl Mailbox {
                 .iter()
                 .find(|flight| flight.order == order)
         {
-            let took = cx.now.mono - flight.sent_at;
+            let (took, seq) = (cx.now.mono - flight.sent_at, flight.seq);
             late = !session.observe(took, cx.policy);
+            self.heard_before(seq, cx);
         }
         if self.rows[index].stage == Stage::Held {
             cx.emit(Effect::Noticed(Notice::DeferralWon));
@@ -315,6 +322,7 @@ impl Mailbox {
             at_ms,
             tickets: row.tickets,
             revokers: revoker.into_iter().collect(),
+            sent: row.sent,
             because: None,
         };
         match row.stage {
@@ -396,6 +404,7 @@ impl Mailbox {
             cx.emit(Effect::RevokeAnswered {
                 ticket,
                 revoked: true,
+                sent: departure.sent,
             });
         }
     }
@@ -405,15 +414,11 @@ impl Mailbox {
             return cx.emit(Effect::RevokeAnswered {
                 ticket,
                 revoked: false,
+                sent: false,
             });
         };
-        if self.rows[index].sent
-            && let Some(session) = self.session.as_ref().map(|session| session.id)
-        {
-            cx.emit(Effect::Withdraw {
-                session,
-                pings: vec![ping],
-            });
+        if self.rows[index].sent {
+            self.withdraw_now(ping, cx);
         }
         self.end(index, Outcome::Revoked, cx.now.unix_ms, Some(ticket), cx);
         self.pump(cx);

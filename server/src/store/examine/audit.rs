@@ -133,12 +133,16 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(), Fault> {
         Some(b'i') => keys::parse_idempotency(key)
             .ok_or(NO_KEY)
             .and_then(|(app, hash)| record::idempotency(key, app, hash, value).map(|_| ())),
+        Some(b'w') => keys::parse_withdrawal(key)
+            .ok_or(NO_KEY)
+            .and_then(|_| record::withdrawal(key, value).map(|_| ())),
+        Some(b'y') if keys::parse_withdrawal_end(key).is_none() => Err(NO_KEY),
         Some(b't') if keys::parse_ended(key).is_none() => Err(NO_KEY),
         Some(b'e') if keys::parse_app_device(key).is_none() => Err(NO_KEY),
         Some(b'u') if keys::parse_user_device(key).is_none() => Err(NO_KEY),
         Some(b'j') if keys::parse_idempotency_age(key).is_none() => Err(NO_KEY),
-        Some(b't' | b'e' | b'u' | b'j') if !value.is_empty() => Err(NOT_EMPTY),
-        Some(b't' | b'e' | b'u' | b'j') => Ok(()),
+        Some(b't' | b'e' | b'u' | b'j' | b'y') if !value.is_empty() => Err(NOT_EMPTY),
+        Some(b't' | b'e' | b'u' | b'j' | b'y') => Ok(()),
         Some(_) => record::verify(key, value),
         None => Err(NO_KEY),
     }
@@ -179,6 +183,10 @@ impl Display for Named<'_> {
                 Some((ping, device)) => write!(f, "ping {ping} for device {device}"),
                 None => f.write_str("what is known of a ping"),
             },
+            Some(b'w') => match keys::parse_withdrawal(key) {
+                Some((device, ping)) => write!(f, "withdrawal of ping {ping} from device {device}"),
+                None => f.write_str("a withdrawal"),
+            },
             Some(b'k') => f.write_str("an API key"),
             Some(b'a') => f.write_str("an app"),
             Some(b'i' | b'j') => f.write_str("an idempotency key"),
@@ -214,6 +222,7 @@ pub(super) fn cross_check(
     work.collapses()?;
     work.lists()?;
     work.idempotency()?;
+    work.withdrawals()?;
     work.ages()?;
     work.flush()
 }
@@ -732,6 +741,30 @@ impl Work<'_> {
         })
     }
 
+    fn withdrawals(&mut self) -> Result<(), EngineError> {
+        self.each(b'w', |work, key, value| {
+            let (Some((device, ping)), Ok((_, until_ms))) =
+                (keys::parse_withdrawal(key), record::withdrawal(key, value))
+            else {
+                return Ok(());
+            };
+            if work.device_app(device)?.is_none() {
+                work.audit.leftovers += 1;
+                work.delete(key);
+                return Ok(());
+            }
+            let place = keys::withdrawal_end(until_ms, device, ping);
+            if !work.has(&place)? {
+                work.audit.tell(
+                    "a withdrawal that is not in the index of ages",
+                    format!("of ping {ping} from device {device}"),
+                );
+                work.put(&place, |_, _| {});
+            }
+            Ok(())
+        })
+    }
+
     /// Places by age whose records ended anew or were used anew: harmless, and gone with the sweep.
     fn ages(&mut self) -> Result<(), EngineError> {
         self.each(b't', |work, key, _| {
@@ -753,6 +786,19 @@ impl Work<'_> {
             let value = work.engine.get(&place)?;
             let used = value.and_then(|value| record::idempotency(&place, app, hash, &value).ok());
             if used.is_none_or(|used| used.at_ms != at) {
+                work.audit.leftovers += 1;
+                work.delete(key);
+            }
+            Ok(())
+        })?;
+        self.each(b'y', |work, key, _| {
+            let Some((until, device, ping)) = keys::parse_withdrawal_end(key) else {
+                return Ok(());
+            };
+            let place = keys::withdrawal(device, ping);
+            let value = work.engine.get(&place)?;
+            let told = value.and_then(|value| record::withdrawal(&place, &value).ok());
+            if told.is_none_or(|(_, until_ms)| until_ms != until) {
                 work.audit.leftovers += 1;
                 work.delete(key);
             }

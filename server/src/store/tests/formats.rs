@@ -161,6 +161,13 @@ fn small_records_read_as_they_were_written_by_version_1() {
         assert_eq!(record::pair(&key, &bytes), Ok(pair));
     }
 
+    let key = keys::withdrawal(device_id(1), note.ping);
+    let bytes = check(
+        "withdrawal-v1",
+        &written(|out| record::put_withdrawal(&key, out, AppId(3), 90_000)),
+    );
+    assert_eq!(record::withdrawal(&key, &bytes), Ok((AppId(3), 90_000)));
+
     let erasure = Erasure {
         app: AppId(3),
         what: Erased::Notification(note.ping, device_id(1)),

@@ -7,7 +7,8 @@ use bytes::Bytes;
 
 use super::support::*;
 use crate::delivery::{
-    Change, DeviceId, MailboxRead, Notification, Outcome, PingId, RowKey, Summary, Urgency,
+    AppId, Change, DeviceId, MailboxRead, Notification, Outcome, PingId, RowKey, Summary, Urgency,
+    Withdrawal,
 };
 use crate::ports::{AppRecord, Carrier, DeviceFilter, ExpiryCursor, Op, PairState, Seen, Store};
 
@@ -30,6 +31,7 @@ pub(super) struct Model {
     pub(super) summaries: BTreeMap<DeviceId, Summary>,
     pub(super) rows: BTreeMap<(DeviceId, u64), Arc<Notification>>,
     pub(super) pairs: BTreeMap<(PingId, DeviceId), PairState>,
+    pub(super) withdrawals: BTreeMap<(DeviceId, PingId), u64>,
     users: BTreeMap<DeviceId, String>,
     seen: BTreeMap<DeviceId, Seen>,
     apps: BTreeMap<u32, String>,
@@ -95,6 +97,15 @@ impl Model {
             | Op::PutIdempotency(_)
             | Op::PutOutcome(_)
             | Op::Erase(_) => {}
+            Op::PutWithdrawal {
+                device, withdrawal, ..
+            } => {
+                self.withdrawals
+                    .insert((*device, withdrawal.ping), withdrawal.until_ms);
+            }
+            Op::DropWithdrawal { device, withdrawal } => {
+                self.withdrawals.remove(&(*device, withdrawal.ping));
+            }
         }
     }
 
@@ -137,6 +148,10 @@ impl Model {
             }
             lines.push(format!("{device} user {:?}", self.users.get(&device)));
             lines.push(format!("{device} seen {:?}", self.seen.get(&device)));
+            let all = (device, PingId([0; 16]))..=(device, PingId([0xff; 16]));
+            for ((_, ping), until_ms) in self.withdrawals.range(all) {
+                lines.push(format!("{device} withdraws {ping} {until_ms}"));
+            }
         }
         for ping in (1..=pings).map(ping_id) {
             let all = (ping, DeviceId([0; 16]))..=(ping, DeviceId([0xff; 16]));
@@ -195,6 +210,14 @@ impl Model {
             ));
             let seen = store.seen(&[device]).unwrap().remove(0);
             lines.push(format!("{device} seen {seen:?}"));
+            let mut withdrawals = match view.summary {
+                Some(_) => view.withdrawals,
+                None => store.withdrawals(device).unwrap(),
+            };
+            withdrawals.sort_by_key(|one| one.ping);
+            for Withdrawal { ping, until_ms } in withdrawals {
+                lines.push(format!("{device} withdraws {ping} {until_ms}"));
+            }
         }
         for ping in (1..=pings).map(ping_id) {
             let mut after = None;
@@ -245,12 +268,7 @@ impl Model {
         let mut after = None;
         loop {
             let page = store
-                .devices(
-                    crate::delivery::AppId::DEFAULT,
-                    &DeviceFilter::default(),
-                    after,
-                    2,
-                )
+                .devices(AppId::DEFAULT, &DeviceFilter::default(), after, 2)
                 .unwrap();
             seen.extend(page.items.iter().map(|record| record.id));
             after = page.next;
@@ -266,9 +284,7 @@ impl Model {
                 .filter(|(_, of)| *of == user)
                 .map(|(id, _)| *id)
                 .collect();
-            let listed = store
-                .user_devices(crate::delivery::AppId::DEFAULT, user, 99)
-                .unwrap();
+            let listed = store.user_devices(AppId::DEFAULT, user, 99).unwrap();
             assert_eq!(listed, expected);
         }
     }
@@ -352,7 +368,7 @@ impl Script {
 
     fn step(&mut self, model: &Model, batch: &mut Vec<Op>) {
         let living: Vec<DeviceId> = model.summaries.keys().copied().collect();
-        match self.dice.roll(12) {
+        match self.dice.roll(14) {
             0 if self.devices < 5 => {
                 self.devices += 1;
                 let user = if self.dice.roll(2) == 0 { "ada" } else { "bob" };
@@ -397,6 +413,11 @@ impl Script {
                     batch.push(remove(device, *order, note, Outcome::Revoked, self.now_ms));
                 }
                 batch.push(Op::Mailbox(Change::Forget { device }));
+                let of_device = (device, PingId([0; 16]))..=(device, PingId([0xff; 16]));
+                for (&(_, ping), &until_ms) in model.withdrawals.range(of_device) {
+                    let withdrawal = Withdrawal { ping, until_ms };
+                    batch.push(Op::DropWithdrawal { device, withdrawal });
+                }
                 let user = &model.users[&device];
                 batch.push(Op::DropDevice(device_record(device, user)));
             }
@@ -418,8 +439,30 @@ impl Script {
                     },
                 ));
             }
+            11 if self.pings > 0 && !living.is_empty() => {
+                let device = living[self.dice.roll(living.len() as u64) as usize];
+                let of_device = (device, PingId([0; 16]))..=(device, PingId([0xff; 16]));
+                let known = model.withdrawals.range(of_device).next();
+                let (ping, old) = match known {
+                    Some((&(_, ping), &until_ms)) => (ping, Some(until_ms)),
+                    None => (ping_id(1 + self.dice.roll(self.pings)), None),
+                };
+                if let Some(until_ms) = old {
+                    let withdrawal = Withdrawal { ping, until_ms };
+                    batch.push(Op::DropWithdrawal { device, withdrawal });
+                }
+                if old.is_none() || self.dice.roll(2) == 0 {
+                    // No sweep of a history comes that far.
+                    let until_ms = u64::MAX - self.dice.roll(1_000);
+                    batch.push(Op::PutWithdrawal {
+                        app: AppId::DEFAULT,
+                        device,
+                        withdrawal: Withdrawal { ping, until_ms },
+                    });
+                }
+            }
             _ => batch.push(Op::PutApp(AppRecord {
-                id: crate::delivery::AppId(1 + self.dice.roll(3) as u32),
+                id: AppId(1 + self.dice.roll(3) as u32),
                 name: format!("app {}", self.dice.roll(100)),
                 secret: [1; 32],
                 created_ms: 1,

@@ -451,6 +451,12 @@ impl World {
                     self.tell_device(conn, &ServerFrame::Withdraw(Withdraw { ids }));
                 }
             }
+            Effect::WithdrawalsHeard { device, heard } => {
+                for withdrawal in heard {
+                    self.store
+                        .ride_along(Op::DropWithdrawal { device, withdrawal });
+                }
+            }
             Effect::Close { session, why } => {
                 let Some(&conn) = house.sessions.get(&session) else {
                     return;
