@@ -250,6 +250,9 @@ codes! {
     RateLimited = "rate_limited", Publisher, 429, -, Later;
         "The key sends faster than it may.";
         "Wait for the time in `Retry-After`.";
+    TooManyStreams = "too_many_streams", Operator, 429, -, Later;
+        "As many follow the events as may at once.";
+        "Share one stream between the parts of a backend, close those that nobody reads, or raise `limits.event_streams`.";
     StoreBusy = "store_busy", Operator, 503, -, Later;
         "The engine is too far behind the log to take more for the moment.";
         "Wait for the time in `Retry-After`; if it repeats, the disk is too slow for this load.";

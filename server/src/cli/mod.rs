@@ -8,6 +8,7 @@ mod check;
 mod console;
 mod device;
 mod doctor;
+mod events;
 mod failure;
 mod files;
 mod key;
@@ -78,6 +79,8 @@ enum Command {
     Withdraw(withdraw::WithdrawArgs),
     /// How notifications ended: by ping, device, user or time
     Outcomes(Box<outcomes::OutcomesArgs>),
+    /// Follow outcomes as they happen
+    Events(Box<events::EventsArgs>),
     /// How the server is
     Status(status::StatusArgs),
     /// Take a backup while the server serves, look into one
@@ -134,6 +137,7 @@ impl Command {
             Command::Ping(args) => args.api.json,
             Command::Withdraw(args) => args.api.json,
             Command::Outcomes(args) => args.api.json,
+            Command::Events(args) => args.api.json,
             Command::Status(args) => args.api.json,
             Command::Store(args) => args.json(),
             Command::Backup(args) => args.json(),
@@ -158,6 +162,7 @@ impl Command {
             Command::Ping(args) => on_one_thread(ping::run(&args)),
             Command::Withdraw(args) => on_one_thread(withdraw::run(&args)),
             Command::Outcomes(args) => on_one_thread(outcomes::run(&args)),
+            Command::Events(args) => on_one_thread(events::run(&args)),
             Command::Status(args) => on_one_thread(status::run(&args)),
             Command::Store(args) => store::run(&args),
             Command::Backup(args) => backup::run(&args),

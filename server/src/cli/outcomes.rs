@@ -102,10 +102,7 @@ pub(crate) async fn run(args: &OutcomesArgs) -> Outcome {
             &found.iter().map(state).collect::<Vec<_>>(),
         );
     } else {
-        out.table(
-            &["ENDED", "OUTCOME", "AFTER", "PING", "DEVICE"],
-            &found.iter().map(row).collect::<Vec<_>>(),
-        );
+        out.table(&heading(), &found.iter().map(row).collect::<Vec<_>>());
     }
     if let Some(next) = next {
         out.line(&out.paint(
@@ -138,7 +135,13 @@ fn listing(args: &OutcomesArgs) -> String {
     path
 }
 
-fn row(entry: &Value) -> Vec<String> {
+/// The columns of a list of outcomes.
+pub(crate) fn heading() -> [&'static str; 5] {
+    ["ENDED", "OUTCOME", "AFTER", "PING", "DEVICE"]
+}
+
+/// One outcome in these columns.
+pub(crate) fn row(entry: &Value) -> Vec<String> {
     let number = |name: &str| entry.get(name).and_then(Value::as_u64);
     let took = match (number("accepted_ms"), number("at_ms")) {
         (Some(accepted), Some(at)) => took(at.saturating_sub(accepted)),

@@ -600,6 +600,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
         receipts_keep: checked.receipts_keep,
         erasures_keep: store.erasures_keep,
         receipts_durable: checked.receipts_durable,
+        event_streams: usize::try_from(limits.event_streams).unwrap_or(usize::MAX),
         ..RuntimeSettings::default()
     }
 }

@@ -198,6 +198,8 @@ pub struct Limits {
     pub backup_stall: Duration,
     /// How long whoever sends a batch may take none of its answers.
     pub batch_stall: Duration,
+    /// Streams of events that one app may have at once.
+    pub event_streams: u32,
 }
 
 /// The log on standard error.
@@ -499,6 +501,7 @@ fn limits(source: &Source) -> Limits {
         withdrawals_keep: source.get(&keys::LIMITS_WITHDRAWALS_KEEP),
         backup_stall: source.get(&keys::LIMITS_BACKUP_STALL),
         batch_stall: source.get(&keys::LIMITS_BATCH_STALL),
+        event_streams: clamp(source.get(&keys::LIMITS_EVENT_STREAMS)),
     }
 }
 

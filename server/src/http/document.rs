@@ -17,7 +17,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ProblemBody, retry_after_s};
-use super::{Backend, backup, batch, devices, docs_page, keys, operations, outcomes, pings, users};
+use super::events::GapEntry;
+use super::outcomes::OutcomeEntry;
+use super::{
+    Backend, backup, batch, devices, docs_page, events, keys, operations, outcomes, pings, users,
+};
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
 macro_rules! refusals {
@@ -99,7 +103,7 @@ fn example(code: Code, status: u16) -> serde_json::Value {
             other systems answer in their own ways.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
-    components(schemas(ProblemBody<'static>)),
+    components(schemas(ProblemBody<'static>, OutcomeEntry, GapEntry)),
     security(("api_key" = [])),
     tags(
         (name = "pings", description = "Ring devices and see what became of it."),
@@ -122,6 +126,7 @@ pub(super) fn api_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(devices::create, devices::list))
         .routes(routes!(outcomes::list))
         .routes(routes!(devices::look, devices::change, devices::revoke))
+        .routes(routes!(events::follow))
         .routes(routes!(outcomes::of_device))
         .routes(routes!(devices::rotate))
         .routes(routes!(users::look, users::erase))

@@ -231,6 +231,7 @@ fn runtime_code(error: RuntimeError) -> Code {
         RuntimeError::Draining => Code::Draining,
         RuntimeError::MemoryReserve => Code::MemoryReserve,
         RuntimeError::NoRoom => Code::NoRoom,
+        RuntimeError::TooManyStreams => Code::TooManyStreams,
         RuntimeError::Invalid(_) => Code::Unprocessable,
     }
 }
@@ -243,7 +244,8 @@ impl From<RuntimeError> for Problem {
             | RuntimeError::StoreBusy
             | RuntimeError::Draining
             | RuntimeError::MemoryReserve
-            | RuntimeError::NoRoom => Problem::plain(runtime_code(error)),
+            | RuntimeError::NoRoom
+            | RuntimeError::TooManyStreams => Problem::plain(runtime_code(error)),
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::runtime::{
 
 /// How one notification for one device ended.
 #[derive(Serialize, ToSchema)]
-struct OutcomeEntry {
+pub(super) struct OutcomeEntry {
     /// Which ping.
     #[serde(serialize_with = "text::display")]
     #[schema(value_type = String)]
@@ -75,11 +75,11 @@ impl OutcomeList {
 }
 
 /// A place in the history and the direction of the walk, as callers carry it.
-fn cursor(position: OutcomePosition, order: OutcomeOrder) -> String {
+pub(super) fn cursor(position: OutcomePosition, order: OutcomeOrder) -> String {
     format!("{}{:016x}", direction(order), position.0)
 }
 
-fn parse_cursor(text: &str, order: OutcomeOrder) -> Option<OutcomePosition> {
+pub(super) fn parse_cursor(text: &str, order: OutcomeOrder) -> Option<OutcomePosition> {
     let digits = text.strip_prefix(direction(order))?;
     let plain = digits.len() == 16
         && digits

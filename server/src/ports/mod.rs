@@ -11,7 +11,8 @@ pub use backup::{BackupError, BackupProgress, BackupStats, BackupSummary, Backup
 pub use clock::{Clock, ClockState};
 pub use entropy::Entropy;
 pub use outcomes::{
-    OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, OutcomeStats,
+    OutcomeEvent, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomeGap, OutcomeOrder,
+    OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, OutcomeStats,
 };
 pub use records::{
     AppRecord, Carrier, DeviceRecord, Erased, Erasure, IdempotencyRecord, KeyRecord,

@@ -21,7 +21,7 @@ pub struct OutcomeRecord {
 
 /// Where a record stands in the history. Later records have greater positions, none is ever used twice, and dropping
 /// old records changes none. The numbers mean nothing outside the store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct OutcomePosition(pub u64);
 
 /// In which order records are listed: that in which they were recorded, which is the order of their times to within a
@@ -96,3 +96,80 @@ pub struct OutcomeStats {
     /// When the oldest record ended that can be asked for, Unix milliseconds; 0: there is none.
     pub oldest_ms: u64,
 }
+
+/// What somebody who follows an app's history meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutcomeEvent {
+    /// A notification ended.
+    Ended(OutcomeRecord),
+    /// Records are missing here, perhaps of this app.
+    Gap(OutcomeGap),
+}
+
+/// Why records are missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutcomeGap {
+    /// They were dropped by age or size before they were asked for.
+    Dropped,
+    /// They were never written: a crash, a full queue, a failing disk.
+    Lost,
+    /// They cannot be read any more.
+    Unreadable,
+    /// The position is not of this store.
+    Elsewhere,
+}
+
+/// Which outcomes somebody follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutcomeFollow {
+    /// Whose; never another's.
+    pub app: AppId,
+    /// Only those of this ping.
+    pub ping: Option<PingId>,
+    /// Only those of this device.
+    pub device: Option<DeviceId>,
+    /// Only those that ended so; none: all.
+    pub outcomes: Vec<Outcome>,
+    /// The first position that was not seen yet; 0: all that is there.
+    pub from: OutcomePosition,
+    /// Most events to answer.
+    pub limit: usize,
+}
+
+impl OutcomeFollow {
+    /// All of an app, from here on.
+    #[must_use]
+    pub fn all(app: AppId, from: OutcomePosition, limit: usize) -> OutcomeFollow {
+        OutcomeFollow {
+            app,
+            ping: None,
+            device: None,
+            outcomes: Vec::new(),
+            from,
+            limit,
+        }
+    }
+
+    /// Whether this one is wanted.
+    #[must_use]
+    pub fn wants(&self, record: &OutcomeRecord) -> bool {
+        record.app == self.app
+            && self.ping.is_none_or(|ping| ping == record.ping)
+            && self.device.is_none_or(|device| device == record.device)
+            && (self.outcomes.is_empty() || self.outcomes.contains(&record.outcome))
+    }
+}
+
+/// Events in the order in which they were recorded, each with the position behind it.
+#[derive(Debug, Clone)]
+pub struct OutcomeEvents {
+    /// The events.
+    pub items: Vec<(OutcomePosition, OutcomeEvent)>,
+    /// Where to go on.
+    pub next: OutcomePosition,
+    /// Whether there is more already.
+    pub more: bool,
+}
+
+/// Called when outcomes were added to the history.
+pub type OutcomeFollower = std::sync::Arc<dyn Fn() + Send + Sync>;

@@ -1,7 +1,10 @@
 //! The store: what is promised lives here.
 
 use super::backup::{BackupError, BackupStats, BackupSummary, BackupWatch};
-use super::outcomes::{OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats};
+use super::outcomes::{
+    OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition, OutcomeQuery,
+    OutcomeRecord, OutcomeStats,
+};
 use super::records::{AppRecord, DeviceRecord, Erasure, IdempotencyRecord, KeyRecord, Seen};
 use crate::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId,
@@ -260,6 +263,16 @@ pub trait Store: Send + Sync + 'static {
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Vec<OutcomeRecord>, ReadError>;
+
+    /// Behind the last outcome of the history.
+    fn outcomes_end(&self) -> OutcomePosition;
+
+    /// What was added to an app's history from a position on, and where records are missing. One call looks at a limited number.
+    fn outcome_events(&self, follow: &OutcomeFollow) -> Result<OutcomeEvents, ReadError>;
+
+    /// Calls `follower` whenever outcomes were added to the history, which happens within some ten milliseconds while
+    /// there is one. `None`: nobody follows any more.
+    fn follow_outcomes(&self, follower: Option<OutcomeFollower>);
 
     /// Rows that expired up to `until_ms`, oldest first, from where the last call stopped.
     fn expired(

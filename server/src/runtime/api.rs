@@ -276,6 +276,9 @@ pub enum RuntimeError {
     /// No room on disk (507).
     #[error("no room on disk")]
     NoRoom,
+    /// As many follow the app's outcomes as may at once (429).
+    #[error("too many streams of events")]
+    TooManyStreams,
     /// A registration that cannot be: the text names the member and the rule (422).
     #[error("{0}")]
     Invalid(&'static str),

@@ -336,6 +336,8 @@ impl Inner {
         let begun = self.shared.clock.now().mono;
         self.draining.store(true, Ordering::Relaxed);
         gauge!(names::DRAINING).set(1.0);
+        // Streams of events end first: they would keep the listeners open.
+        self.followers.wake();
         let sessions = self.sessions_left();
         tracing::info!(sessions, "draining");
 

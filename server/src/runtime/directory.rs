@@ -778,6 +778,12 @@ impl Inner {
             .ok_or(WhoError::Unauthorized)
     }
 
+    /// Whether the key of a caller is still good.
+    pub(super) fn key_lives(&self, who: &Principal) -> bool {
+        let id = parse_key_id(who.key());
+        id.is_some_and(|id| self.keys.load().contains_key(&id))
+    }
+
     pub(super) async fn create_key(
         self: &Arc<Inner>,
         app: AppId,
@@ -861,6 +867,8 @@ impl Inner {
                 keys.remove(&id);
                 keys
             });
+            // Streams that were opened with it end.
+            inner.followers.wake();
         })
         .await?;
         Ok(true)

@@ -19,6 +19,7 @@ use super::api::{
 };
 use super::backup::{BackupStream, NoBackup};
 use super::directory::{Keys, Users};
+use super::events::{EventStream, EventsFrom, EventsOf, Followers};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
 use super::pings::Depth;
@@ -64,6 +65,8 @@ pub(super) struct Inner {
     pub(super) receipts_keep_ms: u64,
     /// Who lists outcomes takes one: half of the reading threads at most, so that mailboxes never wait for them all.
     pub(super) listings: Arc<Semaphore>,
+    /// Who follows outcomes as they happen.
+    pub(super) followers: Followers,
     pub(super) started: Now,
     pub(super) sessions: AtomicU64,
     /// Going down: not ready, no new sessions.
@@ -372,6 +375,19 @@ impl Handle {
         query: OutcomeQuery,
     ) -> Result<OutcomePage, RuntimeError> {
         self.inner.outcomes_page(user, query).await
+    }
+
+    /// Follows the outcomes of the caller's app.
+    ///
+    /// # Errors
+    /// `TooManyStreams`: as many follow this app as may; `Draining`.
+    pub fn follow(
+        &self,
+        who: &Principal,
+        from: EventsFrom,
+        wanted: EventsOf,
+    ) -> Result<EventStream, RuntimeError> {
+        self.inner.follow(who, from, wanted)
     }
 
     /// Takes a ping back where it has not ended; `None`: not known, or no longer.

@@ -9,6 +9,7 @@ mod cache;
 mod clock;
 mod directory;
 mod entropy;
+mod events;
 mod handle;
 mod hashing;
 mod idempotency;
@@ -36,6 +37,7 @@ pub use api::{
 pub use backup::{BackupStream, NoBackup};
 pub use clock::SystemClock;
 pub use entropy::SystemEntropy;
+pub use events::{EventStream, EventsFrom, EventsOf, Step};
 pub use handle::Handle;
 pub use hashing::{HashKey, HashKeyError, load_or_create_hash_key, sha256};
 pub use reserve::BodyShare;
@@ -51,8 +53,8 @@ pub use turn::{Placed, Turn};
 // What the answers are made of, for those who know the runtime and not its ports.
 pub use crate::delivery::Outcome;
 pub use crate::ports::{
-    ClockState, OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord,
-    OutcomeStats, Page, PairState, Scopes, Seen, StoreHealth, StoreStats,
+    ClockState, OutcomeEvent, OutcomeGap, OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery,
+    OutcomeRecord, OutcomeStats, Page, PairState, Scopes, Seen, StoreHealth, StoreStats,
 };
 
 /// The value behind a lock. A panic elsewhere while it was held does not spread: each holder leaves the value whole

@@ -721,6 +721,7 @@ fn code(error: &PingError) -> &'static str {
             RuntimeError::Draining => "draining",
             RuntimeError::MemoryReserve => "memory_reserve",
             RuntimeError::NoRoom => "no_room",
+            RuntimeError::TooManyStreams => "too_many_streams",
             RuntimeError::Invalid(_) => "invalid",
         },
     }

@@ -49,6 +49,8 @@ pub struct RuntimeSettings {
     /// Whether the outcome of a notification that was never stored is safe before anybody is told of it
     /// (`receipts.durable`). Costs a write and a share of a sync for each. Default no.
     pub receipts_durable: bool,
+    /// Streams of events that one app may have at once. Default 64.
+    pub event_streams: usize,
     /// How long an idempotency key is remembered. Default 24 h.
     pub idempotency_keep: Duration,
     /// Idempotency keys remembered for each app; the oldest give way. Default 1,000,000.
@@ -71,6 +73,7 @@ impl Default for RuntimeSettings {
             receipts_keep: Duration::from_secs(24 * 3_600),
             erasures_keep: Duration::from_secs(400 * 24 * 3_600),
             receipts_durable: false,
+            event_streams: 64,
             idempotency_keep: Duration::from_secs(24 * 3_600),
             idempotency_entries: 1_000_000,
             ledger_entries: 500_000,

@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use super::background;
 use super::directory::{Users, by_id};
+use super::events::Followers;
 use super::handle::{App, Handle, Inner, millis};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
@@ -123,6 +124,7 @@ impl Runtime {
             run,
             receipts_keep_ms: millis(settings.receipts_keep),
             listings: Arc::new(Semaphore::new((threads / 2).max(1))),
+            followers: Followers::new(settings.event_streams),
             started,
             sessions: AtomicU64::new(0),
             draining: AtomicBool::new(false),

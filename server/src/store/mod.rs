@@ -81,8 +81,9 @@ use crate::delivery::{
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, Committed, DeviceFilter,
     DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op,
-    OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats, Page, PairState, ReadError, Seen,
-    SourceId, Store, StoreHealth, StoreStats,
+    OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition, OutcomeQuery,
+    OutcomeRecord, OutcomeStats, Page, PairState, ReadError, Seen, SourceId, Store, StoreHealth,
+    StoreStats,
 };
 
 pub use self::convert::{
@@ -591,11 +592,12 @@ impl House {
             None => None,
             Some(rules) => {
                 let room = Arc::clone(&keeper);
+                let begins_ms = clock.now().unix_ms;
                 let history = History::open(
                     Arc::clone(&keeper.disk),
                     keeper.store,
                     Arc::clone(&clock),
-                    rules,
+                    rules.beginning_at(begins_ms),
                     Box::new(move || room.room.full.load(Ordering::Relaxed)),
                 )
                 .map_err(|error| OpenError::Io {
@@ -603,6 +605,7 @@ impl House {
                     path: Path::new(outcomes::DIR).to_owned(),
                     error,
                 })?;
+                history.begin_run();
                 Some(Arc::new(history))
             }
         };
@@ -779,6 +782,28 @@ impl Store for House {
                 .of_ping(app, ping, after, limit)
                 .map_err(unreadable_history),
             None => Ok(Vec::new()),
+        }
+    }
+
+    fn outcomes_end(&self) -> OutcomePosition {
+        let history = self.history.as_ref();
+        history.map_or(OutcomePosition(0), |history| history.end())
+    }
+
+    fn outcome_events(&self, follow: &OutcomeFollow) -> Result<OutcomeEvents, ReadError> {
+        match &self.history {
+            Some(history) => history.events(follow).map_err(unreadable_history),
+            None => Ok(OutcomeEvents {
+                items: Vec::new(),
+                next: follow.from,
+                more: false,
+            }),
+        }
+    }
+
+    fn follow_outcomes(&self, follower: Option<OutcomeFollower>) {
+        if let Some(history) = &self.history {
+            history.follow(follower);
         }
     }
 

@@ -26,8 +26,9 @@ use crate::delivery::{
 use crate::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, ClockState, Committed,
     DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord,
-    KeyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen,
-    SourceId, Store, StoreHealth, StoreStats,
+    KeyRecord, Op, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition,
+    OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen, SourceId, Store, StoreHealth,
+    StoreStats,
 };
 
 /// A clock that stands still until it is moved.
@@ -984,6 +985,20 @@ impl Store for SyncStore {
     ) -> Result<Vec<OutcomeRecord>, ReadError> {
         Ok(Vec::new())
     }
+
+    fn outcomes_end(&self) -> OutcomePosition {
+        OutcomePosition(0)
+    }
+
+    fn outcome_events(&self, follow: &OutcomeFollow) -> Result<OutcomeEvents, ReadError> {
+        Ok(OutcomeEvents {
+            items: Vec::new(),
+            next: follow.from,
+            more: false,
+        })
+    }
+
+    fn follow_outcomes(&self, _follower: Option<OutcomeFollower>) {}
 
     fn expired(
         &self,

@@ -158,6 +158,8 @@ metrics! {
     HTTP_SECONDS: Histogram "bellwire_http_seconds" ["route"] "Duration of HTTP requests by route template.";
     HTTP_CONNECTIONS: Gauge "bellwire_http_connections" ["listener"] "HTTP connections open now, by listener (`api`, `operations`).";
     HTTP_CONNECTION_ERRORS_TOTAL: Counter "bellwire_http_connection_errors_total" ["listener", "reason"] "HTTP connections that failed: `accept` (out of descriptors or memory), `full` (had to wait for a place), `tls`, `http` (broken off, no HTTP, head too slow).";
+    EVENT_STREAMS: Gauge "bellwire_event_streams" [] "Streams of events that are open.";
+    EVENTS_SENT_TOTAL: Counter "bellwire_events_sent_total" [] "Events handed to streams.";
     HTTP_RATE_LIMITED_TOTAL: Counter "bellwire_http_rate_limited_total" [] "Requests turned away by the rate limit of their key.";
     HTTP_BATCH_LINES_TOTAL: Counter "bellwire_http_batch_lines_total" ["status"] "Lines of batches that were answered, by the class of their status (`2xx`, `4xx`, `5xx`).";
     HTTP_BATCHES_STALLED_TOTAL: Counter "bellwire_http_batches_stalled_total" [] "Batches that were cut because their caller took none of the answers for `limits.batch_stall`.";

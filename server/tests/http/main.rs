@@ -4,6 +4,7 @@
 
 mod batch;
 mod devices;
+mod events;
 mod native;
 mod openapi;
 mod outcomes;

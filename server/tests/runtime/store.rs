@@ -9,9 +9,10 @@ use bellwire_server::delivery::{
 };
 use bellwire_server::ports::{
     AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Committed, DeviceFilter,
-    DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, OutcomeOrder,
-    OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen,
-    SourceId, Store, StoreHealth, StoreStats,
+    DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, OutcomeEvent,
+    OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomeOrder, OutcomePage, OutcomePosition,
+    OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen, SourceId, Store, StoreHealth,
+    StoreStats,
 };
 
 /// What the store does with a batch.
@@ -170,12 +171,19 @@ struct State {
     device_reads: u64,
     user_reads: u64,
     history: Vec<OutcomeRecord>,
+    follower: Option<OutcomeFollower>,
 }
 
 #[derive(Default)]
 pub(crate) struct FakeStore(Mutex<State>);
 
 impl FakeStore {
+    /// Whether somebody wants to be told of outcomes.
+    #[allow(dead_code, reason = "not every test binary that shares this file asks")]
+    pub(crate) fn is_followed(&self) -> bool {
+        self.0.lock().unwrap().follower.is_some()
+    }
+
     /// What a process that starts after a kill finds.
     pub(crate) fn restarted(&self) -> Arc<FakeStore> {
         let mut state = self.0.lock().unwrap();
@@ -348,7 +356,40 @@ impl Store for FakeStore {
     }
 
     fn record_outcomes(&self, records: &mut Vec<OutcomeRecord>) {
-        self.0.lock().unwrap().history.append(records);
+        let mut state = self.0.lock().unwrap();
+        state.history.append(records);
+        let follower = state.follower.clone();
+        drop(state);
+        if let Some(follower) = follower {
+            follower();
+        }
+    }
+
+    fn outcomes_end(&self) -> OutcomePosition {
+        OutcomePosition(self.0.lock().unwrap().history.len() as u64)
+    }
+
+    fn outcome_events(&self, follow: &OutcomeFollow) -> Result<OutcomeEvents, ReadError> {
+        let state = self.0.lock().unwrap();
+        let all = (1..).zip(&state.history).skip(follow.from.0 as usize);
+        let events = all.filter(|(_, record)| follow.wants(record));
+        let items: Vec<(OutcomePosition, OutcomeEvent)> = events
+            .map(|(next, record)| (OutcomePosition(next), OutcomeEvent::Ended(*record)))
+            .take(follow.limit)
+            .collect();
+        let more = items.len() == follow.limit;
+        Ok(OutcomeEvents {
+            next: match items.last() {
+                Some(last) if more => last.0,
+                _ => OutcomePosition(state.history.len() as u64),
+            },
+            items,
+            more,
+        })
+    }
+
+    fn follow_outcomes(&self, follower: Option<OutcomeFollower>) {
+        self.0.lock().unwrap().follower = follower;
     }
 
     fn outcomes(&self, query: &OutcomeQuery) -> Result<OutcomePage, ReadError> {

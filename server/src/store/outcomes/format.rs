@@ -6,12 +6,15 @@
 //!                 16 bytes store  16 bytes zero
 //!   slot          u64 ended at (Unix ms)  u64 accepted at (0: not known)  16 bytes ping  16 bytes device  u32 app
 //!                 u8 outcome  7 bytes zero  u32 CRC-32C
+//!                 outcome 255: records are missing before this place; "accepted at" is how many, 0: nobody knows
 //! NNNNNNNNNN.idx  header (64 bytes), then pages of 4,096 bytes by ping, pages by device, and the two lists of fences
 //!   header        "BWOUTIDX"  u32 version  u32 CRC-32C of the rest  u32 number  u32 slots  u32 entries  u32 rotten
 //!                 u64 earliest ended at  u64 latest  16 bytes store
 //!   page          u32 CRC-32C  u16 entries  u16 zero  up to 340 entries of 12 bytes: the first 8 bytes of the id
 //!                 (big endian), u32 slot
 //!   fences        the first entry of every page, then their u32 CRC-32C
+//! mark            "BWOUTMRK"  u32 version  u32 CRC-32C of the rest  u32 1: a run is under way  u32 zero
+//!                 u64 behind the last record that was dropped (u32 segment, u32 place)  16 bytes store  16 bytes zero
 //! ```
 //!
 //! Numbers are little endian unless it says otherwise. The sum of a slot covers the store, the number of the segment and
@@ -19,7 +22,7 @@
 //! divide a sector: what a torn sector takes away is whole records. A slot of nothing but zeros was never written.
 
 use crate::delivery::{AppId, DeviceId, PingId};
-use crate::ports::OutcomeRecord;
+use crate::ports::{OutcomePosition, OutcomeRecord};
 use crate::store::record;
 
 /// Where the files are.
@@ -27,7 +30,12 @@ pub(in crate::store) const DIR: &str = "outcomes";
 
 const MAGIC: [u8; 8] = *b"BWOUTCOM";
 const INDEX_MAGIC: [u8; 8] = *b"BWOUTIDX";
+const MARK_MAGIC: [u8; 8] = *b"BWOUTMRK";
 const VERSION: u32 = 1;
+/// The name of the mark.
+pub(super) const MARK: &str = "outcomes/mark";
+/// The name of a mark that is being written.
+pub(super) const MARK_TEMPORARY: &str = "outcomes/mark.tmp";
 
 /// Bytes of either header.
 pub(super) const HEADER: usize = 64;
@@ -152,11 +160,54 @@ pub(super) fn check_header(
     Ok(())
 }
 
+/// What the next start has to know, beyond what the segments say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Mark {
+    /// A run is under way: if a start finds this, the run before did not end in order.
+    pub(super) running: bool,
+    /// Behind the last record that was ever dropped.
+    pub(super) dropped_to: OutcomePosition,
+}
+
+/// The bytes of a mark.
+pub(super) fn mark(store: [u8; 16], mark: Mark) -> [u8; HEADER] {
+    let mut bytes = [0; HEADER];
+    bytes[..8].copy_from_slice(&MARK_MAGIC);
+    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[16..20].copy_from_slice(&u32::from(mark.running).to_le_bytes());
+    bytes[24..32].copy_from_slice(&mark.dropped_to.0.to_le_bytes());
+    bytes[32..48].copy_from_slice(&store);
+    close(&mut bytes);
+    bytes
+}
+
+/// What a mark says.
+pub(super) fn parse_mark(bytes: &[u8; HEADER], store: [u8; 16]) -> Result<Mark, Unusable> {
+    open(bytes, MARK_MAGIC)?;
+    if id_at(bytes, 32) != store {
+        return Err(Unusable::Foreign);
+    }
+    Ok(Mark {
+        running: u32_at(bytes, 16) != 0,
+        dropped_to: OutcomePosition(u64_at(bytes, 24)),
+    })
+}
+
+/// The outcome of a slot that tells of missing records.
+const MISSING: u8 = u8::MAX;
+
 /// What a slot holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Slot {
     /// A record.
     Record(OutcomeRecord),
+    /// Records that belong before this place were never written.
+    Missing {
+        /// When that was written, Unix milliseconds.
+        at_ms: u64,
+        /// How many; `None`: nobody knows.
+        count: Option<u64>,
+    },
     /// Nothing was written here: a crash of the machine took it.
     Empty,
     /// Not what was written.
@@ -190,6 +241,19 @@ impl Slots {
         slot[32..48].copy_from_slice(&record.device.0);
         slot[48..52].copy_from_slice(&record.app.0.to_le_bytes());
         slot[52] = record::outcome_number(record.outcome);
+        self.close(out, place, slot);
+    }
+
+    /// Appends the slot that tells of missing records.
+    pub(super) fn put_missing(self, out: &mut Vec<u8>, place: u32, at_ms: u64, count: Option<u64>) {
+        let mut slot = [0; SLOT];
+        slot[..8].copy_from_slice(&at_ms.to_le_bytes());
+        slot[8..16].copy_from_slice(&count.unwrap_or(0).to_le_bytes());
+        slot[52] = MISSING;
+        self.close(out, place, slot);
+    }
+
+    fn close(self, out: &mut Vec<u8>, place: u32, mut slot: [u8; SLOT]) {
         let sum = self.sum(place, &slot[..SLOT - 4]);
         slot[SLOT - 4..].copy_from_slice(&sum.to_le_bytes());
         out.extend_from_slice(&slot);
@@ -205,6 +269,13 @@ impl Slots {
                 Slot::Empty
             } else {
                 Slot::Rotten
+            };
+        }
+        if slot[52] == MISSING {
+            let count = Some(u64_at(slot, 8)).filter(|count| *count > 0);
+            return Slot::Missing {
+                at_ms: u64_at(slot, 0),
+                count,
             };
         }
         let Ok(outcome) = record::outcome(slot[52]) else {

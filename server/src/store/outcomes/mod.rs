@@ -19,6 +19,10 @@
 //! [written again](History::backfill) at the next start. What is here is true: each record has a sum over what it says and
 //! where it stands, and one that does not check is left out, counted and told.
 //!
+//! That records are missing is a record itself: after an end that was not in order, and after records were left out, a slot
+//! says so, and whoever [follows](History::events) is told where (`follow.rs`). A small file beside the segments, the mark, says
+//! whether a run is under way and up to where records were dropped.
+//!
 //! # What keeps it from doing harm
 //!
 //! - Recording takes a short lock and never waits for a disk. Beyond [`QUEUE_MAX`] records are counted and left out.
@@ -26,7 +30,7 @@
 //! - A write that fails costs the records in it. The store goes on: nothing here is needed for delivery.
 //! - Memory: the queue (4 MiB, twice while it is written), 16 bytes a record of the open segment (4 MiB), the fences of indexes
 //!   that were asked (about 0.7 MiB for each GiB of segments).
-//! - What a call looks at is limited (`query.rs`).
+//! - What a call looks at is limited (`query.rs`, `follow.rs`).
 //!
 //! # Files
 //!
@@ -34,8 +38,12 @@
 //! dropped an empty one stays, so no position is ever used twice. Records are never written over; an index is written under another name and renamed. A file that nobody
 //! can read is kept until the segment after it is dropped by age, and then set aside; one of another store is never touched.
 
+mod follow;
+#[cfg(test)]
+mod follow_tests;
 mod format;
 mod look;
+mod mark;
 mod query;
 mod segment;
 #[cfg(test)]
@@ -43,19 +51,21 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 pub(super) use self::format::DIR;
-use self::format::{SLOT, Slots, Summary, Unusable, index_name, segment_name};
+use self::format::{Mark, SLOT, Slots, Summary, Unusable, index_name, segment_name};
 pub(super) use self::look::{IndexLook, check, look};
 use self::segment::{Bare, Kind, Segment};
 use super::log::SET_ASIDE;
 use super::log::disk::Disk;
 use super::set_aside::free_name;
 use crate::delivery::{AppId, DeviceId, Mono, PingId};
-use crate::ports::{Clock, ClockState, OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats};
+use crate::ports::{
+    Clock, ClockState, OutcomeFollower, OutcomePage, OutcomeQuery, OutcomeRecord, OutcomeStats,
+};
 
 /// Records that wait to be written: more than a server ends in a second.
 pub(super) const QUEUE_MAX: usize = 65_536;
@@ -65,6 +75,8 @@ const QUEUE_WAKES: usize = QUEUE_MAX / 2;
 const QUEUE_KEEPS: usize = 4_096;
 /// How often the writer writes.
 const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// How long the writer gathers while somebody follows.
+const WRITE_SOON: Duration = Duration::from_millis(20);
 /// Largest segment, bytes of records. Smaller ones if less is kept in all, so that it is always dropped in small parts.
 const SEGMENT_BYTES: u64 = 16 << 20;
 const SEGMENT_BYTES_MIN: u64 = 64 << 10;
@@ -93,6 +105,8 @@ pub(super) struct Rules {
     max_bytes: u64,
     /// Records of a segment.
     segment_places: u32,
+    /// The number of the first segment, where there is none.
+    first: u32,
 }
 
 impl Rules {
@@ -104,7 +118,15 @@ impl Rules {
             max_bytes,
             // At most 262,144.
             segment_places: (bytes / SLOT as u64) as u32,
+            first: 1,
         }
+    }
+
+    /// A history that begins anew begins with the time as its number: a position that somebody still holds of another one
+    /// (before a restore, say) is then behind its beginning, and not by accident in the middle of it.
+    pub(super) fn beginning_at(self, unix_ms: u64) -> Rules {
+        let first = u32::try_from(unix_ms / 1_000).unwrap_or(1).max(1);
+        Rules { first, ..self }
     }
 }
 
@@ -133,12 +155,27 @@ pub(super) struct History {
     failed: AtomicU64,
     dropped: AtomicU64,
     overflow_told: AtomicBool,
+    /// The lowest number that a segment which is begun now, by this run or a later one, can have.
+    next_number: AtomicU32,
+    /// Called when records were written; while there is one they are written at once.
+    follower: Mutex<Option<OutcomeFollower>>,
+    /// Behind the last record that was ever dropped.
+    dropped_to: AtomicU64,
 }
 
 #[derive(Default)]
 struct Queue {
     records: Vec<OutcomeRecord>,
+    /// Somebody follows.
+    followed: bool,
     closing: bool,
+}
+
+impl Queue {
+    /// How many wake the writer before its second is over.
+    fn wakes(&self) -> usize {
+        if self.followed { 1 } else { QUEUE_WAKES }
+    }
 }
 
 /// What only the writer uses.
@@ -147,6 +184,14 @@ struct Writing {
     /// The number of the next segment; `None`: there are no more numbers.
     next: Option<u32>,
     buffer: Vec<u8>,
+    /// Records of this run that were left out, as far as a slot tells of them.
+    missing_told: u64,
+    /// The run before did not end in order; a slot has to say that.
+    owes_crash: bool,
+    /// A write failed since that was told last.
+    owes_failed: bool,
+    /// What the next start is to know.
+    mark: Mark,
     /// Trouble is told, and tried again, once a minute.
     write_told: Option<Mono>,
     write_not_before: Mono,
@@ -195,6 +240,17 @@ impl History {
             }
         }
         let now = clock.now();
+        let mark = mark::read(&*disk, store);
+        let next = if last == 0 && mark.is_none() {
+            Some(rules.first)
+        } else {
+            last.checked_add(1)
+        };
+        let mark = mark.unwrap_or_else(|| Mark {
+            running: !segments.is_empty(),
+            // What is not there may have been, here or in a history before this one.
+            dropped_to: follow::position(segments.keys().next().copied().or(next).unwrap_or(0), 0),
+        });
         Ok(History {
             disk,
             store,
@@ -206,8 +262,12 @@ impl History {
             segments: RwLock::new(segments),
             writing: Mutex::new(Writing {
                 open: None,
-                next: last.checked_add(1),
+                next,
                 buffer: Vec::new(),
+                missing_told: 0,
+                owes_crash: mark.running,
+                owes_failed: false,
+                mark,
                 write_told: None,
                 write_not_before: now.mono,
                 index_not_before: now.mono,
@@ -219,6 +279,9 @@ impl History {
             failed: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             overflow_told: AtomicBool::new(false),
+            next_number: AtomicU32::new(next.unwrap_or(u32::MAX)),
+            follower: Mutex::default(),
+            dropped_to: AtomicU64::new(mark.dropped_to.0),
         })
     }
 
@@ -237,7 +300,7 @@ impl History {
         };
         let before = queue.records.len();
         queue.records.extend(records.drain(..fit));
-        let wakes = before < QUEUE_WAKES && queue.records.len() >= QUEUE_WAKES;
+        let wakes = before < queue.wakes() && queue.records.len() >= queue.wakes();
         drop(queue);
         if wakes {
             self.wake.notify_all();
@@ -261,11 +324,15 @@ impl History {
             let (queue, _) = self
                 .wake
                 .wait_timeout_while(queue, WRITE_EVERY, |queue| {
-                    !queue.closing && queue.records.len() < QUEUE_WAKES
+                    !queue.closing && queue.records.len() < queue.wakes()
                 })
                 .unwrap_or_else(PoisonError::into_inner);
             let closing = queue.closing;
+            let gathers = queue.followed && !closing;
             drop(queue);
+            if gathers {
+                std::thread::sleep(WRITE_SOON);
+            }
             self.turn();
             if closing {
                 self.seal();
@@ -282,7 +349,7 @@ impl History {
 
     /// One turn of the writer: writes what waits, makes an index, drops what is too old or too much.
     pub(super) fn turn(&self) {
-        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writing = self.writing();
         if !(self.no_room)() && self.clock.now().mono >= writing.write_not_before {
             let records = {
                 let mut queue = self.queue();
@@ -292,7 +359,14 @@ impl History {
             if records.len() < QUEUE_WAKES {
                 self.overflow_told.store(false, Ordering::Relaxed);
             }
+            // What a crash or a failure took belongs before these, what the queue did not take behind them.
+            let owes = writing.owes_crash || writing.owes_failed;
+            let told = owes && self.tell_missing(&mut writing);
             self.write(&mut writing, &records);
+            let told = self.tell_missing(&mut writing) || told;
+            if told || !records.is_empty() {
+                self.tell_follower();
+            }
         }
         if self.is_long_open(&writing) {
             self.seal_open(&mut writing);
@@ -303,9 +377,13 @@ impl History {
 
     /// Seals the open segment, so that the next start finds everything in order.
     fn seal(&self) {
-        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writing = self.writing();
         self.seal_open(&mut writing);
         self.mend(&mut writing);
+        let told = writing.missing_told == self.missing() && !writing.owes_crash;
+        if told && self.queue().records.is_empty() {
+            self.end_run(&mut writing);
+        }
     }
 
     // ---- Writing -------------------------------------------------------------------------------------------------
@@ -323,6 +401,7 @@ impl History {
                         .fetch_add(records.len() as u64, Ordering::Relaxed);
                     let now = self.clock.now().mono;
                     writing.write_not_before = now + WRITE_RETRY;
+                    writing.owes_failed = true;
                     // Nothing is written over what this may have left behind.
                     self.seal_open(writing);
                     if writing
@@ -339,6 +418,60 @@ impl History {
                 }
             }
         }
+    }
+
+    /// Records of this run that were left out.
+    fn missing(&self) -> u64 {
+        self.overflowed.load(Ordering::Relaxed) + self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Writes that records are missing, if that is so and was not written yet; whether it did.
+    fn tell_missing(&self, writing: &mut Writing) -> bool {
+        let missing = self.missing();
+        let crash = writing.owes_crash;
+        if (!crash && missing == writing.missing_told)
+            || self.clock.now().mono < writing.write_not_before
+        {
+            return false;
+        }
+        let count = (!crash).then(|| missing - writing.missing_told);
+        match self.write_missing(writing, count) {
+            Ok(()) => {
+                writing.missing_told = missing;
+                writing.owes_crash = false;
+                writing.owes_failed = false;
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%error, "that outcomes are missing is written with the next ones");
+                writing.write_not_before = self.clock.now().mono + WRITE_RETRY;
+                false
+            }
+        }
+    }
+
+    fn write_missing(&self, writing: &mut Writing, count: Option<u64>) -> io::Result<()> {
+        let segment = match &writing.open {
+            Some(segment) => Arc::clone(segment),
+            None => self.begin(writing)?,
+        };
+        let Kind::Open(open) = &segment.kind else {
+            writing.open = None;
+            return Err(io::Error::other("the segment is not open"));
+        };
+        let place = open.length();
+        let mut slot = Vec::with_capacity(SLOT);
+        let now_ms = self.clock.now().unix_ms;
+        segment.slots.put_missing(&mut slot, place, now_ms, count);
+        let written = open.file.write_at(&slot, format::slot_offset(place));
+        if written.is_ok() {
+            open.show_missing(now_ms);
+        }
+        if written.is_err() || open.length() >= self.rules.segment_places {
+            // Nothing is written over what a failure may have left behind.
+            self.seal_open(writing);
+        }
+        written
     }
 
     /// Writes as many as fit into the open segment.
@@ -393,10 +526,14 @@ impl History {
         if let Err(error) = begun {
             // Nothing is in it; if it cannot be removed, the next start finds it empty.
             drop(self.disk.remove(&name));
+            // This run does not use the number again, but one that starts may: the end stays before it.
             return Err(error);
         }
         let segment = Arc::new(Segment::open(self.store, number, file, made_ms));
         self.insert(Arc::clone(&segment));
+        // Only now: who follows must not be sent past it.
+        self.next_number
+            .store(number.saturating_add(1), Ordering::Release);
         writing.open = Some(Arc::clone(&segment));
         Ok(segment)
     }
@@ -436,7 +573,8 @@ impl History {
         let slots = open.length();
         let summary = Summary {
             slots,
-            entries: slots,
+            // At most as many.
+            entries: keys.len() as u32,
             rotten: 0,
             earliest_ms,
             latest_ms,
@@ -561,6 +699,7 @@ impl History {
                 }
             }
             let last = segments.last().map(|segment| segment.number);
+            self.note_dropped(writing, &old);
             for segment in old.iter().rev() {
                 if Some(segment.number) == last && !self.keep_number(writing) {
                     break;
@@ -572,6 +711,7 @@ impl History {
         let segments = self.list();
         let mut bytes: u64 = segments.iter().map(|segment| segment.bytes()).sum();
         let mut count = segments.len();
+        let mut surplus = Vec::new();
         // All but the last one, which keeps the numbers rising.
         for segment in segments.iter().rev().skip(1).rev() {
             if bytes <= self.rules.max_bytes && count <= SEGMENTS_MAX {
@@ -579,14 +719,18 @@ impl History {
             }
             match &segment.kind {
                 Kind::Sealed(_) | Kind::Bare(_) => {
-                    self.remove(writing, segment, "size");
-                    removed = true;
                     bytes -= segment.bytes();
                     count -= 1;
+                    surplus.push(Arc::clone(segment));
                 }
                 // Nothing unreadable is dropped before its age says so.
                 Kind::Open(_) | Kind::Unusable(_) => {}
             }
+        }
+        self.note_dropped(writing, &surplus);
+        for segment in &surplus {
+            self.remove(writing, segment, "size");
+            removed = true;
         }
         if removed && let Err(error) = self.disk.sync_dir(DIR) {
             tracing::warn!(%error, "that old outcomes were dropped may be forgotten by a crash of the machine");

@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::sync::Arc;
 
+use super::follow::{parts, position};
 use super::format::{Slot, prefix};
 use super::segment::{CHUNK, Found, Kind, PAGE_COST, Segment};
 use crate::delivery::{AppId, DeviceId, PingId};
-use crate::ports::{OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord};
+use crate::ports::{OutcomeOrder, OutcomePage, OutcomeQuery, OutcomeRecord};
 use crate::store::log::disk::Disk;
 
 /// Most records that one call looks at: 4 MiB of them, some ten milliseconds.
@@ -23,15 +24,6 @@ pub(super) const UNINDEXED_MAX: u64 = if cfg!(test) { 4_096 } else { 1_048_576 }
 const OPEN_WALKS_MAX: usize = 16;
 /// Places that an index is asked for at once, over all devices.
 const PLACES_AT_ONCE: usize = 4_096;
-
-fn position(number: u32, place: u32) -> OutcomePosition {
-    OutcomePosition(u64::from(number) << 32 | u64::from(place))
-}
-
-fn parts(position: OutcomePosition) -> (u32, u32) {
-    // The two halves.
-    ((position.0 >> 32) as u32, position.0 as u32)
-}
 
 /// A listing under way.
 struct Listing<'a> {
@@ -183,7 +175,7 @@ impl Listing<'_> {
                             return Ok(false);
                         }
                     }
-                    Slot::Empty => {}
+                    Slot::Empty | Slot::Missing { .. } => {}
                     Slot::Rotten => records.rotten(place),
                 }
             }

@@ -54,9 +54,19 @@ pub(super) struct Open {
 
 #[derive(Default)]
 struct Growing {
-    /// The beginnings of ping and device of every record, by place.
+    /// The beginnings of ping and device of every slot, by place.
     keys: Vec<(u64, u64)>,
+    /// The slots that are no records.
+    missing: BTreeSet<u32>,
+    /// When they ended.
     span: Option<(u64, u64)>,
+}
+
+impl Growing {
+    fn reach(&mut self, at_ms: u64) {
+        let (earliest, latest) = self.span.unwrap_or((at_ms, at_ms));
+        self.span = Some((earliest.min(at_ms), latest.max(at_ms)));
+    }
 }
 
 /// A segment that is complete and has an index.
@@ -158,7 +168,8 @@ impl Segment {
     pub(super) fn records(&self) -> u64 {
         match &self.kind {
             Kind::Sealed(sealed) => u64::from(sealed.summary.entries),
-            Kind::Open(_) | Kind::Bare(_) => u64::from(self.length()),
+            Kind::Open(open) => u64::from(open.length()) - open.missing(),
+            Kind::Bare(_) => u64::from(self.length()),
             Kind::Unusable(_) => 0,
         }
     }
@@ -184,7 +195,7 @@ impl Segment {
                     .span
             }
             Kind::Sealed(Sealed { summary, .. }) => {
-                (summary.entries > 0).then_some((summary.earliest_ms, summary.latest_ms))
+                (summary.latest_ms > 0).then_some((summary.earliest_ms, summary.latest_ms))
             }
             Kind::Bare(bare) => bare.span,
             Kind::Unusable(_) => None,
@@ -453,16 +464,31 @@ impl Open {
         state.keys.len() as u32
     }
 
+    fn missing(&self) -> u64 {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        state.missing.len() as u64
+    }
+
     /// Shows records that have been written.
     pub(super) fn show(&self, records: &[OutcomeRecord]) {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         for record in records {
-            let (earliest, latest) = state.span.unwrap_or((record.at_ms, record.at_ms));
-            state.span = Some((earliest.min(record.at_ms), latest.max(record.at_ms)));
+            state.reach(record.at_ms);
             state
                 .keys
                 .push((prefix(record.ping.0), prefix(record.device.0)));
         }
+    }
+
+    /// Shows a slot that tells of missing records.
+    pub(super) fn show_missing(&self, at_ms: u64) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        // A segment has fewer places than a u32 counts.
+        let place = state.keys.len() as u32;
+        state.reach(at_ms);
+        state.missing.insert(place);
+        // No id is asked for by accident that begins so; if one is, the slot says what it is.
+        state.keys.push((0, 0));
     }
 
     /// What its index is made of: the beginnings of ping and device, and the place of each record.
@@ -470,6 +496,7 @@ impl Open {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         (0u32..)
             .zip(&state.keys)
+            .filter(|(place, _)| !state.missing.contains(place))
             .map(|(place, keys)| Keys {
                 ping: keys.0,
                 device: keys.1,
@@ -554,6 +581,7 @@ impl Records<'_> {
         };
         match slot {
             Slot::Record(record) => Ok(Some(record)),
+            Slot::Missing { .. } => Ok(None),
             Slot::Empty | Slot::Rotten => {
                 // An index leads to records only.
                 self.segment.rotten(place);
@@ -677,6 +705,8 @@ pub(super) fn read_all(
     let length = segment.length();
     let mut keys = Vec::new();
     let mut faults = Vec::new();
+    // Behind the last slot that can be read.
+    let mut end = 0;
     let mut summary = Summary {
         earliest_ms: u64::MAX,
         ..Summary::default()
@@ -685,27 +715,29 @@ pub(super) fn read_all(
     while first < length {
         let count = CHUNK.min(length - first);
         for (place, slot) in (first..).zip(records.some(first, count)?) {
-            match slot {
+            let at_ms = match slot {
                 Slot::Record(record) => {
                     keys.push(Keys {
                         ping: prefix(record.ping.0),
                         device: prefix(record.device.0),
                         place,
                     });
-                    summary.earliest_ms = summary.earliest_ms.min(record.at_ms);
-                    summary.latest_ms = summary.latest_ms.max(record.at_ms);
+                    record.at_ms
                 }
-                Slot::Empty => {}
-                Slot::Rotten => faults.push(place),
-            }
+                Slot::Missing { at_ms, .. } => at_ms,
+                Slot::Empty => continue,
+                Slot::Rotten => {
+                    faults.push(place);
+                    continue;
+                }
+            };
+            summary.earliest_ms = summary.earliest_ms.min(at_ms);
+            summary.latest_ms = summary.latest_ms.max(at_ms);
+            end = place + 1;
         }
         first += count;
     }
-    summary.slots = if torn {
-        keys.last().map_or(0, |last| last.place + 1)
-    } else {
-        length
-    };
+    summary.slots = if torn { end } else { length };
     faults.retain(|place| *place < summary.slots);
     for place in &faults {
         segment.rotten(*place);
@@ -713,7 +745,7 @@ pub(super) fn read_all(
     // Both are at most the number of slots.
     summary.rotten = faults.len() as u32;
     summary.entries = keys.len() as u32;
-    if keys.is_empty() {
+    if end == 0 {
         summary.earliest_ms = 0;
     }
     Ok(Some((keys, summary)))

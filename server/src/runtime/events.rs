@@ -1,0 +1,234 @@
+//! Outcomes as they happen, for whoever follows an app.
+//!
+//! A stream is a place in the history (`ports::OutcomePosition`) and nothing else: what it has not taken yet waits on disk, so a
+//! slow one costs nobody memory, and one that comes back goes on where it was. While there is a stream the history writes
+//! within some ten milliseconds instead of once a second, and wakes all of them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::api::{Principal, RuntimeError};
+use super::handle::Inner;
+use super::locked;
+use crate::delivery::{AppId, DeviceId, Outcome, PingId};
+use crate::ports::{
+    OutcomeEvent, OutcomeEvents, OutcomeFollow, OutcomeGap, OutcomePosition, Store,
+};
+use crate::telemetry::metrics as names;
+
+/// Most events handed over at once.
+const PAGE: usize = 256;
+/// A stream without events says where it stands so often: proxies and NATs forget what is silent for a minute.
+const QUIET: Duration = Duration::from_secs(15);
+
+/// Who follows.
+pub(super) struct Followers {
+    woken: Arc<Notify>,
+    /// Streams that an app may have at once.
+    most: usize,
+    /// How many streams each app has; none that has none.
+    counts: Mutex<HashMap<AppId, usize>>,
+}
+
+impl Followers {
+    pub(super) fn new(most: usize) -> Followers {
+        Followers {
+            woken: Arc::default(),
+            most,
+            counts: Mutex::default(),
+        }
+    }
+
+    /// Something changed that every stream should look at.
+    pub(super) fn wake(&self) {
+        self.woken.notify_waiters();
+    }
+
+    fn join(&self, app: AppId, store: &dyn Store) -> Result<(), RuntimeError> {
+        // Held over the call, so that the last one's goodbye cannot come after the next one's arrival.
+        let mut counts = locked(&self.counts);
+        let first = counts.is_empty();
+        let count = counts.entry(app).or_default();
+        if *count >= self.most {
+            return Err(RuntimeError::TooManyStreams);
+        }
+        *count += 1;
+        if first {
+            let woken = Arc::clone(&self.woken);
+            store.follow_outcomes(Some(Arc::new(move || woken.notify_waiters())));
+        }
+        measure(&counts);
+        Ok(())
+    }
+
+    fn leave(&self, app: AppId, store: &dyn Store) {
+        let mut counts = locked(&self.counts);
+        if let Some(count) = counts.get_mut(&app) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&app);
+            }
+        }
+        if counts.is_empty() {
+            store.follow_outcomes(None);
+        }
+        measure(&counts);
+    }
+}
+
+fn measure(counts: &HashMap<AppId, usize>) {
+    #[expect(clippy::cast_precision_loss, reason = "a measurement")]
+    metrics::gauge!(names::EVENT_STREAMS).set(counts.values().sum::<usize>() as f64);
+}
+
+/// Where a stream begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventsFrom {
+    /// With what ends from now on.
+    Now,
+    /// With the oldest outcome that is kept.
+    Oldest,
+    /// Behind the event with this position.
+    After(OutcomePosition),
+}
+
+/// Which outcomes a stream tells.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EventsOf {
+    /// Only those of this ping.
+    pub ping: Option<PingId>,
+    /// Only those of this device.
+    pub device: Option<DeviceId>,
+    /// Only those that ended so; none: all.
+    pub outcomes: Vec<Outcome>,
+}
+
+/// What a stream says next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Events, each with the position to go on from.
+    Events(Vec<(OutcomePosition, OutcomeEvent)>),
+    /// Nothing happened for a while; everything before this position was told.
+    Quiet(OutcomePosition),
+    /// The server goes down, or the caller's key was revoked. What comes later is told to whoever comes back.
+    End,
+}
+
+/// The outcomes of an app, from a position on and without an end.
+pub struct EventStream {
+    inner: Arc<Inner>,
+    who: Principal,
+    wanted: EventsOf,
+    at: OutcomePosition,
+    /// Nothing was said yet.
+    fresh: bool,
+    /// It begins with the oldest that is kept, and what is not kept any more is no gap.
+    oldest: bool,
+}
+
+impl EventStream {
+    /// Waits for what comes next. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// The history cannot be read now; the stream can be asked again.
+    pub async fn next(&mut self) -> Result<Step, RuntimeError> {
+        // Where it begins is said at once: who is cut off before the first event can go on from there.
+        if std::mem::take(&mut self.fresh) {
+            return Ok(Step::Quiet(self.at));
+        }
+        let quiet = tokio::time::sleep(QUIET);
+        tokio::pin!(quiet);
+        loop {
+            let inner = Arc::clone(&self.inner);
+            let woken = inner.followers.woken.notified();
+            tokio::pin!(woken);
+            // Before looking: what is written meanwhile wakes.
+            woken.as_mut().enable();
+            let follow = OutcomeFollow {
+                app: self.who.app(),
+                ping: self.wanted.ping,
+                device: self.wanted.device,
+                outcomes: self.wanted.outcomes.clone(),
+                from: self.at,
+                limit: PAGE,
+            };
+            let found = inner.read_events(follow).await;
+            // After the read, so that nothing is told of what ended after the key did.
+            if inner.draining() || !inner.key_lives(&self.who) {
+                return Ok(Step::End);
+            }
+            let mut found = found?;
+            self.at = found.next;
+            if self.oldest {
+                let dropped = OutcomeEvent::Gap(OutcomeGap::Dropped);
+                let kept = found.items.iter().position(|(_, event)| *event != dropped);
+                found.items.drain(..kept.unwrap_or(found.items.len()));
+                self.oldest = found.items.is_empty();
+            }
+            if !found.items.is_empty() {
+                metrics::counter!(names::EVENTS_SENT_TOTAL).increment(found.items.len() as u64);
+                return Ok(Step::Events(found.items));
+            }
+            if found.more {
+                continue;
+            }
+            tokio::select! {
+                () = woken => {}
+                () = &mut quiet => return Ok(Step::Quiet(self.at)),
+            }
+        }
+    }
+}
+
+impl Drop for EventStream {
+    fn drop(&mut self) {
+        self.inner
+            .followers
+            .leave(self.who.app(), &*self.inner.shared.store);
+    }
+}
+
+impl Inner {
+    pub(super) fn follow(
+        self: &Arc<Inner>,
+        who: &Principal,
+        from: EventsFrom,
+        wanted: EventsOf,
+    ) -> Result<EventStream, RuntimeError> {
+        if self.draining() {
+            return Err(RuntimeError::Draining);
+        }
+        let store = &*self.shared.store;
+        self.followers.join(who.app(), store)?;
+        Ok(EventStream {
+            at: match from {
+                EventsFrom::Now => store.outcomes_end(),
+                EventsFrom::Oldest => OutcomePosition::default(),
+                EventsFrom::After(position) => position,
+            },
+            inner: Arc::clone(self),
+            who: who.clone(),
+            wanted,
+            fresh: true,
+            oldest: from == EventsFrom::Oldest,
+        })
+    }
+
+    /// Reads on in the history.
+    pub(super) async fn read_events(
+        &self,
+        follow: OutcomeFollow,
+    ) -> Result<OutcomeEvents, RuntimeError> {
+        // It is never closed. The place is free again when the read is over, even if nobody waits for it any more.
+        let place = Arc::clone(&self.listings).acquire_owned().await;
+        let read = move |store: &dyn Store| {
+            let events = store.outcome_events(&follow);
+            drop(place);
+            events
+        };
+        self.shared.reading.read(read).await
+    }
+}
