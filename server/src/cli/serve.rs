@@ -594,13 +594,13 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             withdrawals_keep: limits.withdrawals_keep,
             backup_stall: limits.backup_stall,
             batch_stall: limits.batch_stall,
+            event_streams: usize::try_from(limits.event_streams).unwrap_or(usize::MAX),
             secret_overlap: limits.secret_overlap,
             ..Limits::default()
         },
         receipts_keep: checked.receipts_keep,
         erasures_keep: store.erasures_keep,
         receipts_durable: checked.receipts_durable,
-        event_streams: usize::try_from(limits.event_streams).unwrap_or(usize::MAX),
         ..RuntimeSettings::default()
     }
 }

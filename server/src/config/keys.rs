@@ -166,7 +166,7 @@ keys! {
     /// How long a caller of `POST /v1/pings/batch` may take none of its answers; then it is cut, and lines that were not begun are not sent.
     LIMITS_BATCH_STALL: SpanSetting = "limits.batch_stall", span(SECOND, HOUR), "60s";
 
-    /// Streams of events (`GET /v1/events`) that one app may have at once; more are answered 429. Changing it needs a restart.
+    /// Streams of events (`GET /v1/events`) that one app may have at once; more are answered 429.
     LIMITS_EVENT_STREAMS: CountSetting = "limits.event_streams", count(1, 100_000), "64";
 
     /// How long the outcome of a ping can be asked for; then it answers 404 `ping_not_retained`.

@@ -25,34 +25,25 @@ const PAGE: usize = 256;
 const QUIET: Duration = Duration::from_secs(15);
 
 /// Who follows.
+#[derive(Default)]
 pub(super) struct Followers {
     woken: Arc<Notify>,
-    /// Streams that an app may have at once.
-    most: usize,
     /// How many streams each app has; none that has none.
     counts: Mutex<HashMap<AppId, usize>>,
 }
 
 impl Followers {
-    pub(super) fn new(most: usize) -> Followers {
-        Followers {
-            woken: Arc::default(),
-            most,
-            counts: Mutex::default(),
-        }
-    }
-
     /// Something changed that every stream should look at.
     pub(super) fn wake(&self) {
         self.woken.notify_waiters();
     }
 
-    fn join(&self, app: AppId, store: &dyn Store) -> Result<(), RuntimeError> {
+    fn join(&self, app: AppId, most: usize, store: &dyn Store) -> Result<(), RuntimeError> {
         // Held over the call, so that the last one's goodbye cannot come after the next one's arrival.
         let mut counts = locked(&self.counts);
         let first = counts.is_empty();
         let count = counts.entry(app).or_default();
-        if *count >= self.most {
+        if *count >= most {
             return Err(RuntimeError::TooManyStreams);
         }
         *count += 1;
@@ -202,7 +193,8 @@ impl Inner {
             return Err(RuntimeError::Draining);
         }
         let store = &*self.shared.store;
-        self.followers.join(who.app(), store)?;
+        let most = self.limits.load().event_streams;
+        self.followers.join(who.app(), most, store)?;
         Ok(EventStream {
             at: match from {
                 EventsFrom::Now => store.outcomes_end(),

@@ -49,8 +49,6 @@ pub struct RuntimeSettings {
     /// Whether the outcome of a notification that was never stored is safe before anybody is told of it
     /// (`receipts.durable`). Costs a write and a share of a sync for each. Default no.
     pub receipts_durable: bool,
-    /// Streams of events that one app may have at once. Default 64.
-    pub event_streams: usize,
     /// How long an idempotency key is remembered. Default 24 h.
     pub idempotency_keep: Duration,
     /// Idempotency keys remembered for each app; the oldest give way. Default 1,000,000.
@@ -73,7 +71,6 @@ impl Default for RuntimeSettings {
             receipts_keep: Duration::from_secs(24 * 3_600),
             erasures_keep: Duration::from_secs(400 * 24 * 3_600),
             receipts_durable: false,
-            event_streams: 64,
             idempotency_keep: Duration::from_secs(24 * 3_600),
             idempotency_entries: 1_000_000,
             ledger_entries: 500_000,
@@ -111,6 +108,8 @@ pub struct Limits {
     pub backup_stall: Duration,
     /// How long whoever sends a batch may take none of its answers before it is cut. Default 60 s.
     pub batch_stall: Duration,
+    /// Streams of events that one app may have at once. Default 64.
+    pub event_streams: usize,
     /// How long a device's old secret stays good after a rotation that names no time. Default 24 h; at most
     /// [`SECRET_OVERLAP_MAX`].
     pub secret_overlap: Duration,
@@ -130,6 +129,7 @@ impl Default for Limits {
             withdrawals_keep: Duration::from_secs(7 * 86_400),
             backup_stall: Duration::from_secs(60),
             batch_stall: Duration::from_secs(60),
+            event_streams: 64,
             secret_overlap: Duration::from_secs(24 * 3_600),
         }
     }

@@ -124,7 +124,7 @@ impl Runtime {
             run,
             receipts_keep_ms: millis(settings.receipts_keep),
             listings: Arc::new(Semaphore::new((threads / 2).max(1))),
-            followers: Followers::new(settings.event_streams),
+            followers: Followers::default(),
             started,
             sessions: AtomicU64::new(0),
             draining: AtomicBool::new(false),

@@ -2,7 +2,7 @@
 
 use bellwire_server::delivery::{AppId, Outcome, PingId};
 use bellwire_server::ports::{OutcomeRecord, Scopes, Store as _};
-use bellwire_server::runtime::RuntimeSettings;
+use bellwire_server::runtime::{Limits, RuntimeSettings};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -201,7 +201,10 @@ async fn bad_places_are_refused_precisely() {
 #[tokio::test]
 async fn only_so_many_follow_and_a_place_is_free_when_one_leaves() {
     let settings = RuntimeSettings {
-        event_streams: 2,
+        limits: Limits {
+            event_streams: 2,
+            ..Limits::default()
+        },
         ..RuntimeSettings::default()
     };
     let server = start_with(Setup {
