@@ -205,7 +205,9 @@ fn every_recipe_of_the_cookbook_does_what_it_shows() {
     let mut command = Command::new(interpreter);
     command.args(["-c", PYTHON]);
     let mut python = Interpreter::start(command, site.dir(), "python");
-    shell.run(&format!("set -euo pipefail; echo '{END}'\n")).unwrap();
+    shell
+        .run(&format!("set -euo pipefail; echo '{END}'\n"))
+        .unwrap();
 
     for recipe in &recipes {
         let mut code = recipe.code.clone();
@@ -227,7 +229,10 @@ fn every_recipe_of_the_cookbook_does_what_it_shows() {
         });
         let (said, shown) = (said.trim_end(), recipe.shown.trim_end());
         let same = said.lines().count() == shown.lines().count()
-            && shown.lines().zip(said.lines()).all(|(shown, said)| fits(shown, said));
+            && shown
+                .lines()
+                .zip(said.lines())
+                .all(|(shown, said)| fits(shown, said));
         assert!(
             same,
             "docs/cookbook.md:{}: the page shows\n{shown}\nand it prints\n{said}",
@@ -242,11 +247,21 @@ fn blocks_are_found_with_what_they_show() {
     let found = recipes(page);
     assert_eq!(found.len(), 2);
     assert_eq!(
-        (found[0].language, &*found[0].code, &*found[0].shown, found[0].line),
+        (
+            found[0].language,
+            &*found[0].code,
+            &*found[0].shown,
+            found[0].line
+        ),
         (Language::Shell, "one\n", "1\n", 2)
     );
     assert_eq!(
-        (found[1].language, &*found[1].code, &*found[1].shown, found[1].line),
+        (
+            found[1].language,
+            &*found[1].code,
+            &*found[1].shown,
+            found[1].line
+        ),
         (Language::Python, "two\nthree\n", "", 10)
     );
 }

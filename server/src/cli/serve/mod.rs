@@ -1,19 +1,19 @@
 //! `bellwire serve`: puts the house together, says when it is ready, and takes it down in order.
 
+mod certificates;
+mod process;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use bellwire_certs::{CertError, check_server_files};
 use bellwire_server::compat;
 use bellwire_server::config::{
-    self, ApiAccess, Checked, Engine, Environment, Listen, LogFormat, MailboxFull, PemPair, keys,
+    self, ApiAccess, Checked, Engine, Environment, Listen, LogFormat, MailboxFull, keys,
 };
 use bellwire_server::delivery::{AppId, OverflowRule, Policy};
 use bellwire_server::http::{
-    ALPN, ApiState, Listening, LoadedSettings, ServeReport, Sites, TlsSource, routers,
-    serve as serve_http,
+    ApiState, Listening, LoadedSettings, ServeReport, Sites, routers, serve as serve_http,
 };
 use bellwire_server::ports::Scopes;
 use bellwire_server::runtime::{
@@ -24,23 +24,19 @@ use bellwire_server::store::{self, BackupPlan, EngineKind, StoreSettings};
 use bellwire_server::telemetry::logging::Levels;
 use bellwire_server::telemetry::{logging, metrics};
 use bellwire_server::transport::{
-    PemSource, Prepared, TlsSettings, Transport, TransportError, TransportSettings,
+    Prepared, TlsSettings, Transport, TransportError, TransportSettings,
 };
 use clap::Args;
-use rustix::process::{Resource, getrlimit, setrlimit};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use self::certificates::{ApiTls, FreshApi, devices_tls};
+use self::process::{Signals, Word, raise_file_limit};
 use super::check::cannot_listen;
-use super::files::{DataDir, HASH_KEY, cert};
+use super::files::{DataDir, HASH_KEY};
 use super::notify::Notify;
-use super::{
-    ConfigArg, Console, EXIT_TROUBLE, Failure, Outcome, keep_to_ourselves, no_threads, now,
-};
+use super::{ConfigArg, Console, EXIT_TROUBLE, Failure, Outcome, keep_to_ourselves, no_threads};
 
 /// How often histogram samples are folded together.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
@@ -378,7 +374,7 @@ impl House {
         // After the runtime, whose keep-alive bounds go into what QUIC tells new devices.
         self.transport.take(devices);
         if let Some((current, fresh)) = api {
-            current.0.store(fresh);
+            current.take(fresh);
         }
         let changed = next.changes_since(current).live;
         let waiting = next.changes_since(&self.started_with).restart;
@@ -602,166 +598,5 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
         erasures_keep: store.erasures_keep,
         receipts_durable: checked.receipts_durable,
         ..RuntimeSettings::default()
-    }
-}
-
-/// The certificate for devices: the operator's, or one for development, said loudly.
-fn devices_tls(checked: &Checked, data: &DataDir) -> Result<TlsSettings, Failure> {
-    let pair = match &checked.tls {
-        Some(pair) => {
-            check_pair(pair)?;
-            pair.clone()
-        }
-        None => {
-            let dev = data.dev_certificate(checked.listen.devices.ip(), now())?;
-            let ca = dev.ca.display();
-            if dev.fresh {
-                tracing::warn!(%ca, "a certificate for development was made; devices must trust this authority");
-            } else {
-                tracing::warn!(%ca, "the certificate is one for development; devices must trust this authority");
-            }
-            dev.pair
-        }
-    };
-    Ok(TlsSettings {
-        chain: PemSource::File(pair.cert),
-        key: PemSource::File(pair.key),
-    })
-}
-
-/// Looks at a certificate before it is used. One that has ended is said loudly but used: a server that does not come up
-/// again helps nobody, and whoever checks dates will refuse it anyway.
-fn check_pair(pair: &PemPair) -> Result<(), Failure> {
-    match check_server_files(&pair.cert, &pair.key, now()) {
-        Ok(_) => Ok(()),
-        Err(error) if of_time(&error) => {
-            tracing::error!("{error}; devices will refuse it");
-            Ok(())
-        }
-        Err(error) => Err(cert(&error)),
-    }
-}
-
-fn of_time(error: &CertError) -> bool {
-    if let CertError::InFile { error, .. } = error {
-        return of_time(error);
-    }
-    matches!(
-        error,
-        CertError::Expired { .. } | CertError::NotYetValid { .. }
-    )
-}
-
-/// The API's TLS and what takes its place.
-type FreshApi<'a> = (&'a ApiTls, Arc<rustls::ServerConfig>);
-
-/// TLS of the API, exchanged while serving.
-struct ApiTls(Arc<ArcSwap<rustls::ServerConfig>>);
-
-impl ApiTls {
-    fn new(pair: &PemPair) -> Result<ApiTls, Failure> {
-        Ok(ApiTls(Arc::new(ArcSwap::new(ApiTls::load(pair)?))))
-    }
-
-    fn load(pair: &PemPair) -> Result<Arc<rustls::ServerConfig>, Failure> {
-        check_pair(pair)?;
-        let unusable = |why: String| {
-            Failure::new(
-                format!(
-                    "the API's certificate {} cannot be used: {why}",
-                    pair.cert.display()
-                ),
-                "look at api.cert and api.key with: bellwire certs inspect FILE --key FILE",
-            )
-        };
-        let chain = CertificateDer::pem_file_iter(&pair.cert)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(|error| unusable(error.to_string()))?;
-        let key =
-            PrivateKeyDer::from_pem_file(&pair.key).map_err(|error| unusable(error.to_string()))?;
-        let mut config = rustls::ServerConfig::builder()
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .map_err(|error| unusable(error.to_string()))?;
-        config.alpn_protocols = ALPN.iter().map(|name| name.to_vec()).collect();
-        Ok(Arc::new(config))
-    }
-
-    fn source(&self) -> TlsSource {
-        let current = Arc::clone(&self.0);
-        Arc::new(move || current.load_full())
-    }
-}
-
-// ---- The process ---------------------------------------------------------------------------------------------------
-
-/// Raises the limit of open files to what the system allows: each device over WebSocket is one.
-fn raise_file_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    if limit.current == limit.maximum {
-        return;
-    }
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%error, "the limit of open files stays as it is; it bounds the number of devices");
-    }
-}
-
-/// What the outside wants of the process.
-enum Word {
-    Stop(&'static str),
-    Reload,
-}
-
-struct Signals {
-    term: Signal,
-    int: Signal,
-    hup: Signal,
-    /// Cancelled when standard input ends, if that matters.
-    orphaned: CancellationToken,
-}
-
-impl Signals {
-    fn new(until_stdin_ends: bool) -> Result<Signals, Failure> {
-        let listen = |kind| signal(kind).map_err(|error| no_threads(&error));
-        let orphaned = CancellationToken::new();
-        if until_stdin_ends {
-            let token = orphaned.clone();
-            // A thread of its own: reading a pipe cannot be taken back, and must not hold up the end.
-            std::thread::Builder::new()
-                .name("stdin".to_owned())
-                .spawn(move || {
-                    // An error is an end as well.
-                    let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
-                    token.cancel();
-                })
-                .map_err(|error| no_threads(&error))?;
-        }
-        Ok(Signals {
-            term: listen(SignalKind::terminate())?,
-            int: listen(SignalKind::interrupt())?,
-            hup: listen(SignalKind::hangup())?,
-            orphaned,
-        })
-    }
-
-    async fn next(&mut self) -> Word {
-        tokio::select! {
-            why = Signals::stopped(&mut self.term, &mut self.int) => Word::Stop(why),
-            _ = self.hup.recv() => Word::Reload,
-            () = self.orphaned.cancelled() => Word::Stop("standard input ended"),
-        }
-    }
-
-    /// Waits for a signal to stop. SIGHUP means nothing any more.
-    async fn stop(&mut self) -> &'static str {
-        Signals::stopped(&mut self.term, &mut self.int).await
-    }
-
-    async fn stopped(term: &mut Signal, int: &mut Signal) -> &'static str {
-        tokio::select! {
-            _ = term.recv() => "SIGTERM",
-            _ = int.recv() => "SIGINT",
-        }
     }
 }
