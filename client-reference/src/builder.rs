@@ -34,6 +34,9 @@ use crate::tls::{Trust, TrustError};
 /// Requests of the app that may wait. They are answered within one turn of the loop.
 const COMMANDS_MAX: usize = 16;
 
+/// How long the directory may take to be given back.
+const RELEASE_MAX: Duration = Duration::from_secs(5);
+
 /// Greatest length of a network name in bytes.
 const NETWORK_BYTES_MAX: usize = 128;
 
@@ -444,6 +447,7 @@ impl Builder {
         let (commands, asked) = mpsc::channel(COMMANDS_MAX);
         let (ended, has_ended) = watch::channel(false);
         let instance = clock.id();
+        let leaving = CancellationToken::new();
         let keeper = Keeper {
             hello: Hello {
                 device,
@@ -472,6 +476,7 @@ impl Builder {
             events: self.events,
             clock,
             commands: asked,
+            leaving: leaving.clone(),
         };
         let crash = CancellationToken::new();
         let crashed = crash.clone();
@@ -494,13 +499,20 @@ impl Builder {
                     .unwrap_or_else(PoisonError::into_inner)
                     .release();
             });
-            let _ = releasing.await;
+            // A disk that hangs keeps the directory; it must not keep the app.
+            if tokio::time::timeout(RELEASE_MAX, releasing).await.is_err() {
+                tracing::warn!(
+                    "the disk does not answer: the directory is given back when it does"
+                );
+            }
             let _ = ended.send(true);
         });
         Ok(Client {
             commands,
             has_ended,
             crash,
+            leave: leaving.clone(),
+            _leave_when_dropped: Arc::new(leaving.drop_guard()),
             membership,
         })
     }

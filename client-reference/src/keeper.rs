@@ -7,6 +7,7 @@ use std::time::Duration;
 use bellwire_protocol::{Carrier, Hello, ReconnectWhen};
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::builder::Carriers;
 use crate::carrier::{ConnectError, Dialer, Link, Route};
@@ -55,6 +56,7 @@ pub(crate) struct Keeper {
     pub(crate) events: Events,
     pub(crate) clock: Arc<Clock>,
     pub(crate) commands: mpsc::Receiver<Command>,
+    pub(crate) leaving: CancellationToken,
 }
 
 /// A silence that was perhaps lost.
@@ -222,6 +224,7 @@ impl Keeper {
             events: &self.events,
             clock,
             commands: &mut self.commands,
+            leaving: &self.leaving,
         };
         let ended = session::run(link, setting, attached).await;
         let (network, wall_ms) = (self.surroundings.network().to_owned(), self.clock.wall_ms());
@@ -271,6 +274,12 @@ impl Keeper {
                 () = self.clock.sleep_until(until_ms) => {
                     if self.clock.now_ms() >= until_ms {
                         return Next::Connect;
+                    }
+                }
+                // A last verdict of the wanted number may come now. Other verdicts stand in `seen` of the next `hello`.
+                taken = self.desk.decided() => {
+                    if taken.closed {
+                        return Next::Leave;
                     }
                 }
                 change = self.surroundings.change(&self.clock) => {

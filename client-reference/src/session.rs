@@ -13,6 +13,7 @@ use bellwire_protocol::{
 };
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::carrier::{Link, LinkEnd};
 use crate::clock::Clock;
@@ -27,6 +28,9 @@ use crate::topics::{Request, Wish};
 
 /// How long the server may take nothing of what is sent.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The same once the app wants to leave.
+const LAST_SEND: Duration = Duration::from_secs(2);
 
 /// Frames that are taken in one turn before anything else gets its chance.
 const FRAMES_PER_TURN: usize = 256;
@@ -76,6 +80,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) events: &'a Events,
     pub(crate) clock: &'a Clock,
     pub(crate) commands: &'a mut mpsc::Receiver<Command>,
+    /// The app wants to leave. Said beside the commands, which wait while something is sent.
+    pub(crate) leaving: &'a CancellationToken,
 }
 
 /// How a session ended.
@@ -112,6 +118,7 @@ pub(crate) async fn run<'a>(
         events,
         clock,
         commands,
+        leaving,
     } = setting;
     let session = Session {
         machine: ClientSession::new(hello, keep_alive_s),
@@ -128,6 +135,7 @@ pub(crate) async fn run<'a>(
         asked_topics: None,
         events,
         clock,
+        leaving,
         actions: Vec::new(),
         attached,
         hello_mark,
@@ -138,6 +146,15 @@ pub(crate) async fn run<'a>(
         end_detail: None,
     };
     session.run(commands).await
+}
+
+/// How long a server that takes nothing is waited for: less once the app wants to leave, also in the middle of it.
+async fn patience(leaving: &CancellationToken) {
+    let last = async {
+        leaving.cancelled().await;
+        tokio::time::sleep(LAST_SEND).await;
+    };
+    let _ = tokio::time::timeout(SEND_TIMEOUT, last).await;
 }
 
 struct Session<'a, F> {
@@ -160,6 +177,7 @@ struct Session<'a, F> {
     asked_topics: Option<Request>,
     events: &'a Events,
     clock: &'a Clock,
+    leaving: &'a CancellationToken,
     actions: Vec<ClientAction>,
     attached: F,
     hello_mark: u64,
@@ -541,20 +559,31 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
     }
 
     async fn feed(&mut self, frame: &DeviceFrame) -> bool {
-        let fed = tokio::time::timeout(SEND_TIMEOUT, self.link.feed(frame)).await;
+        let patience = patience(self.leaving);
+        let fed = tokio::select! {
+            biased;
+            fed = self.link.feed(frame) => Some(fed),
+            () = patience => None,
+        };
         self.sent(fed)
     }
 
     async fn flush(&mut self) {
-        let flushed = tokio::time::timeout(SEND_TIMEOUT, self.link.flush()).await;
+        let patience = patience(self.leaving);
+        let flushed = tokio::select! {
+            biased;
+            flushed = self.link.flush() => Some(flushed),
+            () = patience => None,
+        };
         self.sent(flushed);
     }
 
-    fn sent(&mut self, sent: Result<Result<(), LinkEnd>, tokio::time::error::Elapsed>) -> bool {
+    /// `None`: nobody took it in time.
+    fn sent(&mut self, sent: Option<Result<(), LinkEnd>>) -> bool {
         let end = match sent {
-            Ok(Ok(())) => return true,
-            Ok(Err(end)) => end,
-            Err(_) => LinkEnd {
+            Some(Ok(())) => return true,
+            Some(Err(end)) => end,
+            None => LinkEnd {
                 code: None,
                 detail: "the server takes nothing that is sent".to_owned(),
             },

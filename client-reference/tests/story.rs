@@ -500,3 +500,39 @@ async fn a_way_that_works_is_taken_again_on_the_same_network() {
     let last = inspect(state.path(), &clock).unwrap().last_session.unwrap();
     assert_eq!(last.proxy.as_deref(), Some("proxy.test:3128"));
 }
+
+#[tokio::test]
+async fn an_app_that_wanted_one_ends_after_it_although_the_network_is_gone() {
+    let (server, seen, state) = (Server::new(), Seen::default(), tempfile::tempdir().unwrap());
+    let gate = Arc::new(Semaphore::new(0));
+    let for_app = gate.clone();
+    let app = client(&server, state.path(), &seen)
+        .leave_after(1)
+        .on_notification_async(move |_| {
+            let gate = for_app.clone();
+            async move {
+                gate.acquire().await.unwrap().forget();
+                Verdict::Acknowledge
+            }
+        })
+        .start()
+        .await
+        .unwrap();
+    server.attached().await;
+    let id = server.notify(content("one", ""));
+    settle().await;
+    server.reach(Reach::Nothing);
+    server.break_link();
+    server.detached().await;
+    gate.add_permits(1);
+    // The clock stands still: no pause of the client ever ends.
+    let ended = tokio::time::timeout(PATIENCE, app.ended()).await;
+    ended.expect("it waits for a network");
+
+    // The verdict is on disk, and told by the next one.
+    server.reach(Reach::All);
+    let app = client(&server, state.path(), &seen).start().await.unwrap();
+    assert_eq!(server.outcome(id).await, Outcome::Acknowledged);
+    assert!(seen.titles().is_empty(), "nothing is shown twice");
+    app.shutdown().await;
+}

@@ -24,6 +24,12 @@ const CRYPTO_BUFFER: usize = 16 * 1024;
 /// Most bytes of one read.
 const READ_MAX_BYTES: usize = 64 * 1024;
 
+/// What is read and thrown away while a link is closed, in bytes: a server that goes on talking must not keep us.
+const IGNORED_MAX_BYTES: usize = 1024 * 1024;
+
+/// How long the close with its code may take after the end of the stream.
+const CLOSE_AFTER_END: Duration = Duration::from_secs(1);
+
 /// How long the last packet of a connection may take to leave this machine.
 const LAST_PACKET: Duration = Duration::from_millis(100);
 
@@ -37,6 +43,8 @@ pub(super) struct QuicLink {
     receive: quinn::RecvStream,
     reader: FrameReader,
     out: Vec<u8>,
+    /// The server has ended the stream; the close with its code follows.
+    at_end: bool,
     /// Other connections use the endpoint as well.
     shared: bool,
 }
@@ -77,6 +85,7 @@ pub(super) async fn dial(
         receive,
         reader,
         out: Vec::new(),
+        at_end: false,
         shared: shared.is_some(),
     })
 }
@@ -134,18 +143,17 @@ impl QuicLink {
                 Ok(None) => {}
                 Err(error) => return Ok(Err(error)),
             }
+            let bytes = self.read().await?;
+            self.reader.push(&bytes);
+        }
+    }
+
+    /// What comes next, frames or not. May be dropped without losing anything.
+    async fn read(&mut self) -> Result<bytes::Bytes, LinkEnd> {
+        if !self.at_end {
             match self.receive.read_chunk(READ_MAX_BYTES, true).await {
-                Ok(Some(chunk)) => self.reader.push(&chunk.bytes),
-                Ok(None) => {
-                    // The close with its code follows the end of the stream.
-                    let closed =
-                        tokio::time::timeout(Duration::from_secs(1), self.connection.closed())
-                            .await;
-                    return Err(match closed {
-                        Ok(error) => ended(&error),
-                        Err(_) => LinkEnd::new(None, "the server ended the stream"),
-                    });
-                }
+                Ok(Some(chunk)) => return Ok(chunk.bytes),
+                Ok(None) => self.at_end = true,
                 Err(ReadError::ConnectionLost(error)) => return Err(ended(&error)),
                 Err(ReadError::Reset(code)) => {
                     return Err(coded(code, "the server reset the stream"));
@@ -159,6 +167,11 @@ impl QuicLink {
                 }
             }
         }
+        let closed = tokio::time::timeout(CLOSE_AFTER_END, self.connection.closed()).await;
+        Err(match closed {
+            Ok(error) => ended(&error),
+            Err(_) => LinkEnd::new(None, "the server ended the stream"),
+        })
     }
 
     pub(super) fn feed(&mut self, frame: &[u8]) {
@@ -211,11 +224,15 @@ impl QuicLink {
         // A close throws away what has not arrived, so the stream is ended first and the other side may answer.
         let _ = self.send.finish();
         let answer = tokio::time::timeout(farewell, async {
-            loop {
-                if let Err(end) = self.receive().await {
-                    return end.code;
+            // Bytes, not frames: after bytes that are no frame the reader answers the same for ever, and nothing would wait.
+            let mut ignored = 0;
+            while ignored <= IGNORED_MAX_BYTES {
+                match self.read().await {
+                    Ok(bytes) => ignored += bytes.len(),
+                    Err(end) => return end.code,
                 }
             }
+            None
         });
         let answer = answer.await.ok().flatten();
         let number = code.quic_close().unwrap_or_default();

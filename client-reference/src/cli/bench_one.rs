@@ -27,7 +27,7 @@ const FAILURES_IN_A_ROW_MAX: u32 = 10;
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
 pub(crate) const EXAMPLES: &str = "\
-It takes the device's place: a session of the same device that stands is replaced. Notifications that the server sends
+It takes the device's place: a session of the same device that stands is replaced. Notifications that the server sends \
 meanwhile are not answered, so they stay with it. One connection at a time; for load there is bellwire-bench.
 
 Examples:

@@ -10,7 +10,7 @@ use super::print::{line, plain};
 use super::{Exit, Identity, Setup, Way};
 
 pub(crate) const EXAMPLES: &str = "\
-Each line is one step: ok, FAILED, or skipped. Without credentials no hello is said. With them, a session of the same device
+Each line is one step: ok, FAILED, or skipped. Without credentials no hello is said. With them, a session of the same device \
 that stands is replaced; if a client runs with this device's state directory on this machine, that step is skipped.
 
 Examples:

@@ -7,6 +7,7 @@
 )]
 
 mod commands;
+mod faults;
 mod programs;
 mod proxies;
 mod routers;

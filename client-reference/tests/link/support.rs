@@ -438,6 +438,14 @@ impl Peer {
         }
     }
 
+    /// Says these bytes on QUIC, without a length before them.
+    pub(crate) async fn say_unframed(&mut self, bytes: &[u8]) {
+        match &mut self.wire {
+            Wire::Quic { send, .. } => send.write_all(bytes).await.unwrap(),
+            Wire::WebSocket(..) => panic!("a message has a length"),
+        }
+    }
+
     /// Welcomes, answers every `ping`, and closes after `bye`.
     async fn serve(mut self, now_ms: u64) {
         self.welcome_at(now_ms).await;
