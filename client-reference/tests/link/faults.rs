@@ -4,7 +4,12 @@ use std::time::Duration;
 
 use bellwire_client::{Carriers, Verdict};
 
+use tokio::sync::watch;
+
 use crate::support::{FakeServer, PATIENCE, Seen, Udp, notify};
+
+/// When nothing moves for so long, nothing will.
+const STUCK_AFTER: Duration = Duration::from_secs(3);
 
 #[tokio::test]
 async fn a_length_that_no_frame_may_have_ends_the_session_and_not_the_client() {
@@ -35,25 +40,35 @@ async fn a_length_that_no_frame_may_have_ends_the_session_and_not_the_client() {
 async fn a_server_that_reads_nothing_does_not_keep_an_app_that_wants_to_leave() {
     let mut server = FakeServer::start(Udp::Quic).await;
     let (seen, state) = (Seen::default(), tempfile::tempdir().unwrap());
+    let (answered, mut at_app) = watch::channel(0u64);
     let client = server
         .client(state.path(), &seen)
         .carriers(Carriers::Quic)
+        .window(256)
         .without_sync()
-        .on_notification(|_| Verdict::decline("x".repeat(256)))
+        .on_notification(move |_| {
+            answered.send_modify(|answered| *answered += 1);
+            Verdict::decline("x".repeat(256))
+        })
         .start()
         .await
         .unwrap();
     let mut peer = server.accept().await;
     peer.welcome().await;
-    // Its answers fill every buffer on the way, until it cannot send and so reads no more either.
+    // Its answers fill every buffer on the way, until it cannot send and so takes nothing any more either. Never more than a
+    // window is without an answer of the app.
     let mut number = 0;
     loop {
         let batch = (number + 1..=number + 16).map(|number| notify(number, number));
-        let said = tokio::time::timeout(Duration::from_secs(3), peer.say(batch)).await;
-        if said.is_err() {
+        let goes_on = async {
+            peer.say(batch).await;
+            number += 16;
+            let taken = at_app.wait_for(|answered| *answered + 128 >= number).await;
+            taken.map(drop).unwrap();
+        };
+        if tokio::time::timeout(STUCK_AFTER, goes_on).await.is_err() {
             break;
         }
-        number += 16;
         assert!(number < 200_000, "nothing ever fills up");
     }
     let left = tokio::time::timeout(PATIENCE, client.shutdown()).await;
