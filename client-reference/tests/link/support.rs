@@ -37,6 +37,8 @@ pub(crate) enum Udp {
     Quic,
     /// Swallows everything, like a firewall.
     Blackhole,
+    /// QUIC, and little of what the device says is taken before it is read.
+    Narrow,
 }
 
 /// The server.
@@ -127,11 +129,16 @@ impl FakeServer {
         };
         let address = listener.local_addr().unwrap();
         let blackhole = match udp {
-            Udp::Quic => {
+            Udp::Quic | Udp::Narrow => {
                 let mut config = tls(&[&rustls::version::TLS13]);
                 config.alpn_protocols = vec![bellwire_protocol::ALPN.to_vec()];
                 let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(config).unwrap();
-                let config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+                let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+                if udp == Udp::Narrow {
+                    let mut transport = quinn::TransportConfig::default();
+                    transport.stream_receive_window(quinn::VarInt::from_u32(4 * 1024));
+                    config.transport_config(Arc::new(transport));
+                }
                 let runtime = Arc::new(quinn::TokioRuntime);
                 let endpoint =
                     quinn::Endpoint::new(Default::default(), Some(config), socket, runtime)
