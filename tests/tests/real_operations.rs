@@ -345,7 +345,20 @@ async fn a_drain_sends_everybody_away_with_advice_and_ends_in_order() {
         .map(|entry| entry.unwrap().path())
         .find(|path| path.extension().is_some_and(|ending| ending == "log"))
         .unwrap();
-    let status = server.stop().await;
+    // A backend that waits for a device that is not there is told so before the end.
+    let (absent, _secret) = api.device("bea").await;
+    let ping = json!({ "to": { "device": absent }, "body": "who waits?" });
+    let waiting = api.post("/v1/pings?wait=acknowledged&timeout_s=60", ping);
+    let stopping = async {
+        eventually("the ping is accepted", async || {
+            let view = api.get(&format!("/v1/devices/{absent}")).await.json();
+            (view["waiting"] == 1).then_some(())
+        })
+        .await;
+        server.stop().await
+    };
+    let (answer, status) = tokio::join!(waiting, stopping);
+    assert_eq!(answer.expect(200)["outcomes"][0]["state"], "waiting");
     let said = fs::read_to_string(log).unwrap();
     assert_eq!(status.code(), Some(0), "{said}");
     assert!(

@@ -362,6 +362,8 @@ impl Inner {
             }
         }
 
+        // Whoever waits for an acknowledgement is told what is known, while there is time to say it.
+        self.parted.cancel();
         let settled: Vec<_> = self
             .shards
             .iter()

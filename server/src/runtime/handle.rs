@@ -75,6 +75,8 @@ pub(super) struct Inner {
     pub(super) refusing: AtomicBool,
     pub(super) drained: OnceCell<DrainSummary>,
     pub(super) tasks: TaskTracker,
+    /// Going down, and no device is left: nobody needs to wait for an acknowledgement any more.
+    pub(super) parted: CancellationToken,
     pub(super) stop: CancellationToken,
 }
 

@@ -421,7 +421,8 @@ impl Inner {
 
     // ---- Afterwards ----------------------------------------------------------------------------------------------
 
-    /// Waits until every notification of a ping has ended, or the time is over; answers what is known then.
+    /// Waits until every notification of a ping has ended, or the time is over, or a drain has sent the devices away;
+    /// answers what is known then.
     async fn outcomes(&self, app: AppId, ping: PingId, wait: Duration) -> Vec<PairView> {
         let ended = async {
             while let Some((watch, _)) = self.shared.ledger.watch(ping) {
@@ -435,6 +436,7 @@ impl Inner {
             }
         };
         // Either way, what is known is read below.
+        let ended = self.parted.run_until_cancelled(ended);
         drop(tokio::time::timeout(wait, ended).await);
         let limit = self.limits.load().devices_max as usize;
         match self.ping_view(app, ping, None, limit, Depth::Recent).await {

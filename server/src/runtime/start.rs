@@ -131,6 +131,7 @@ impl Runtime {
             refusing: AtomicBool::new(false),
             drained: OnceCell::new(),
             tasks,
+            parted: CancellationToken::new(),
             stop: CancellationToken::new(),
         });
         background::start(&inner, &settings);
