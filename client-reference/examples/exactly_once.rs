@@ -94,8 +94,17 @@ impl Ledger {
         }
         let what = notification.content.title.as_deref().unwrap_or_default();
         let line = format!("{} {}\n", notification.id, what.replace('\n', " "));
-        inner.file.write_all(line.as_bytes())?;
-        inner.file.sync_data()?;
+        let end = inner.file.stream_position()?;
+        let mut write = || {
+            inner.file.write_all(line.as_bytes())?;
+            inner.file.sync_data()
+        };
+        if let Err(error) = write() {
+            // Half a line must not become the beginning of the next one.
+            inner.file.set_len(end)?;
+            inner.file.seek(io::SeekFrom::Start(end))?;
+            return Err(error);
+        }
         inner.paid.insert(notification.id);
         Ok(())
     }

@@ -477,6 +477,7 @@ impl Builder {
             clock,
             commands: asked,
             leaving: leaving.clone(),
+            presence: None,
         };
         let crash = CancellationToken::new();
         let crashed = crash.clone();

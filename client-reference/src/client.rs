@@ -62,7 +62,8 @@ impl Client {
         self.ask(Command::NetworkChanged(name)).await
     }
 
-    /// Tells the server whether a person uses the app just now. Without a session it changes nothing.
+    /// Tells the server whether a person uses the app just now: this session at once, and every later one when it begins. Until
+    /// this is called nothing is said.
     ///
     /// # Errors
     /// When the client has ended.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bellwire_protocol::{Carrier, Hello, ReconnectWhen};
+use bellwire_protocol::{Carrier, Hello, PresenceState, ReconnectWhen};
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -57,6 +57,8 @@ pub(crate) struct Keeper {
     pub(crate) clock: Arc<Clock>,
     pub(crate) commands: mpsc::Receiver<Command>,
     pub(crate) leaving: CancellationToken,
+    /// What the app said last of whether a person uses it.
+    pub(crate) presence: Option<PresenceState>,
 }
 
 /// A silence that was perhaps lost.
@@ -131,8 +133,9 @@ impl Keeper {
                 raced = &mut race => break raced,
                 command = self.commands.recv() => match command {
                     Some(Command::NetworkChanged(name)) => self.surroundings.told(name),
-                    // Without a session there is nobody to tell.
-                    Some(Command::Presence(_) | Command::Topics) => {}
+                    // Said when there is a session.
+                    Some(Command::Presence(state)) => self.presence = Some(state),
+                    Some(Command::Topics) => {}
                     Some(Command::Shutdown) | None => return None,
                 },
             }
@@ -223,6 +226,7 @@ impl Keeper {
             membership: &self.membership,
             events: &self.events,
             clock,
+            presence: &mut self.presence,
             commands: &mut self.commands,
             leaving: &self.leaving,
         };
@@ -297,7 +301,8 @@ impl Keeper {
                         self.surroundings.told(name);
                         until_ms = self.sooner(until_ms, binding);
                     }
-                    Some(Command::Presence(_) | Command::Topics) => {}
+                    Some(Command::Presence(state)) => self.presence = Some(state),
+                    Some(Command::Topics) => {}
                     Some(Command::Shutdown) | None => return Next::Leave,
                 },
             }

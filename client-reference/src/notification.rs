@@ -93,7 +93,7 @@ pub enum Event {
     },
     /// Notifications that their publisher took back, or that were read elsewhere: the app may take them off the screen. An id
     /// comes after the callback for it has ended, however long that takes; what the app has not seen by then never reaches it, so there may be
-    /// ids here that it does not know. A verdict that was given stays.
+    /// ids here that it does not know, and the same ones may come again. A verdict that was given stays.
     Withdrawn {
         /// Their ids.
         ids: Vec<Id>,

@@ -79,6 +79,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) membership: &'a Arc<Membership>,
     pub(crate) events: &'a Events,
     pub(crate) clock: &'a Clock,
+    /// What the app said last of whether a person uses it.
+    pub(crate) presence: &'a mut Option<PresenceState>,
     pub(crate) commands: &'a mut mpsc::Receiver<Command>,
     /// The app wants to leave. Said beside the commands, which wait while something is sent.
     pub(crate) leaving: &'a CancellationToken,
@@ -117,6 +119,7 @@ pub(crate) async fn run<'a>(
         membership,
         events,
         clock,
+        presence,
         commands,
         leaving,
     } = setting;
@@ -135,6 +138,8 @@ pub(crate) async fn run<'a>(
         asked_topics: None,
         events,
         clock,
+        presence,
+        presence_told: false,
         leaving,
         actions: Vec::new(),
         attached,
@@ -177,6 +182,9 @@ struct Session<'a, F> {
     asked_topics: Option<Request>,
     events: &'a Events,
     clock: &'a Clock,
+    presence: &'a mut Option<PresenceState>,
+    /// This session has heard of it.
+    presence_told: bool,
     leaving: &'a CancellationToken,
     actions: Vec<ClientAction>,
     attached: F,
@@ -208,7 +216,7 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
             if let Some(reconnect) = self.carry_out().await {
                 return self.finish(reconnect).await;
             }
-            if self.ask_for_topics() {
+            if self.tell_presence() || self.ask_for_topics() {
                 continue;
             }
             let deadlines = [
@@ -417,11 +425,25 @@ impl<F: FnMut(&mut Networks, &mut Surroundings, u64)> Session<'_, F> {
                 self.probe();
             }
             Some(Command::Presence(state)) => {
-                self.machine.send_presence(state, now_ms, &mut self.actions);
+                *self.presence = Some(state);
+                self.presence_told = false;
             }
             // The loop looks by itself.
             Some(Command::Topics) => {}
         }
+    }
+
+    /// Says whether a person uses the app, once for each session and each change; answers whether there was something to say.
+    fn tell_presence(&mut self) -> bool {
+        if self.presence_told {
+            return false;
+        }
+        let now_ms = self.clock.now_ms();
+        let told = self
+            .presence
+            .is_some_and(|state| self.machine.send_presence(state, now_ms, &mut self.actions));
+        self.presence_told = told;
+        told
     }
 
     /// Says the next wish about topics, one at a time; answers whether there was one.

@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bellwire_client::testing::{Clock, Outcome, PATIENCE, Reach, Server, content, inspect};
-use bellwire_client::{Builder, Carriers, Client, Disconnect, Event, KnownNetwork, Verdict};
+use bellwire_client::{
+    Builder, Carriers, Client, Disconnect, Event, KnownNetwork, PresenceState, Verdict,
+};
 use bellwire_protocol::DeviceFrame;
 use tokio::sync::Semaphore;
 
@@ -534,5 +536,33 @@ async fn an_app_that_wanted_one_ends_after_it_although_the_network_is_gone() {
     let app = client(&server, state.path(), &seen).start().await.unwrap();
     assert_eq!(server.outcome(id).await, Outcome::Acknowledged);
     assert!(seen.titles().is_empty(), "nothing is shown twice");
+    app.shutdown().await;
+}
+
+#[tokio::test]
+async fn every_session_hears_whether_a_person_uses_the_app() {
+    let (server, seen, state) = (Server::new(), Seen::default(), tempfile::tempdir().unwrap());
+    server.reach(Reach::Nothing);
+    let app = client(&server, state.path(), &seen).start().await.unwrap();
+    // Said before there is anybody to hear it.
+    app.presence(PresenceState::Active).await.unwrap();
+    server.reach(Reach::All);
+    server.sessions_in_time(1).await;
+    let presences = || {
+        let heard = server.take_heard().into_iter();
+        let presences = heard.filter_map(|frame| match frame {
+            DeviceFrame::Presence(presence) => Some(presence.state),
+            _ => None,
+        });
+        presences.collect::<Vec<_>>()
+    };
+    settle().await;
+    assert_eq!(presences(), [PresenceState::Active]);
+    app.presence(PresenceState::Idle).await.unwrap();
+    settle().await;
+    server.break_link();
+    server.sessions_in_time(2).await;
+    settle().await;
+    assert_eq!(presences(), [PresenceState::Idle; 2]);
     app.shutdown().await;
 }
