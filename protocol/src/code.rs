@@ -214,6 +214,9 @@ codes! {
     PingNotRetained = "ping_not_retained", Publisher, 404, -, Never;
         "Nothing is known of this ping: it never was, or its outcomes are past their keeping time.";
         "Ask earlier, or raise `receipts.keep` and `receipts.max_bytes`.";
+    NoCallback = "no_callback", Publisher, 404, -, Never;
+        "No callback is set for this app.";
+        "Set one with `PUT /v1/callbacks`.";
     NotFound = "not_found", Publisher, 404, -, Never;
         "There is nothing at this path.";
         "Compare the path with the OpenAPI document.";
@@ -241,9 +244,15 @@ codes! {
     Unprocessable = "unprocessable", Publisher, 422, -, Never;
         "The request is well-formed, but impossible; the detail says why.";
         "Change what the detail names.";
+    CallbackNotAllowed = "callback_not_allowed", Operator, 422, -, Never;
+        "The operator's settings do not allow posting outcomes there. Without a detail: callbacks are off, because `callbacks.allow` names no host and no network.";
+        "Ask the operator to add the host, and the network if its addresses are not public, to `callbacks.allow`.";
     NotAvailable = "not_available", Publisher, 422, -, Never;
         "The request is right and asks for something that this version does not have yet.";
         "The detail names what to use in its place; upgrade the server once a version has it.";
+    CallbackFailed = "callback_failed", Publisher, 502, -, Later;
+        "The receiver of the callback did not take what was posted; the detail says why.";
+        "Look at the receiver; a 2xx takes it.";
     MailboxFull = "mailbox_full", Publisher, 429, -, Later;
         "The device's mailbox is full, and the server is set to refuse rather than evict.";
         "Wait until the device has been back, use collapse keys, or set the mailbox to evict.";

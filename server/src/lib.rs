@@ -12,6 +12,7 @@ pub mod compat;
 pub mod config;
 pub mod delivery;
 pub mod http;
+pub mod outbound;
 pub mod ports;
 pub mod runtime;
 pub mod store;

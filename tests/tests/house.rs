@@ -96,6 +96,13 @@ const ROOMS: &[Room] = &[
         crates: &[],
         never: &[],
     },
+    // The way out of the process: it knows what is asked of it, and nobody inside.
+    Room {
+        name: "outbound",
+        knows: &["ports"],
+        crates: &[],
+        never: &[],
+    },
     Room {
         name: "runtime",
         knows: &["ports", "delivery", "telemetry"],

@@ -503,7 +503,7 @@ fn bad_url(url: &str) -> Failure {
     )
 }
 
-fn trusted(ca: Option<&Path>) -> Result<rustls::RootCertStore, Failure> {
+pub(crate) fn trusted(ca: Option<&Path>) -> Result<rustls::RootCertStore, Failure> {
     let named = ca.map(Path::to_owned);
     let file = named.or_else(|| {
         SYSTEM_BUNDLES

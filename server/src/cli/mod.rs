@@ -3,6 +3,7 @@
 mod api;
 mod backup;
 mod batch;
+mod callback;
 mod certs;
 mod check;
 mod console;
@@ -13,6 +14,7 @@ mod failure;
 mod files;
 mod key;
 mod notify;
+mod outbound;
 mod outcomes;
 mod ping;
 mod progress;
@@ -81,6 +83,8 @@ enum Command {
     Outcomes(Box<outcomes::OutcomesArgs>),
     /// Follow outcomes as they happen
     Events(Box<events::EventsArgs>),
+    /// Where outcomes are posted
+    Callback(Box<callback::CallbackArgs>),
     /// How the server is
     Status(status::StatusArgs),
     /// Take a backup while the server serves, look into one
@@ -138,6 +142,7 @@ impl Command {
             Command::Withdraw(args) => args.api.json,
             Command::Outcomes(args) => args.api.json,
             Command::Events(args) => args.api.json,
+            Command::Callback(args) => args.json(),
             Command::Status(args) => args.api.json,
             Command::Store(args) => args.json(),
             Command::Backup(args) => args.json(),
@@ -163,6 +168,7 @@ impl Command {
             Command::Withdraw(args) => on_one_thread(withdraw::run(&args)),
             Command::Outcomes(args) => on_one_thread(outcomes::run(&args)),
             Command::Events(args) => on_one_thread(events::run(&args)),
+            Command::Callback(args) => on_one_thread(callback::run(&args)),
             Command::Status(args) => on_one_thread(status::run(&args)),
             Command::Store(args) => store::run(&args),
             Command::Backup(args) => backup::run(&args),

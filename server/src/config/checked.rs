@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::keys;
 use super::problem::Problems;
 use super::reload::Values;
-use super::setting::AnyKey;
+use super::setting::{AnyKey, Host};
 use super::source::Source;
 
 /// Every setting, checked one by one and against its neighbours. Made by [`super::load`] only.
@@ -29,6 +29,8 @@ pub struct Checked {
     pub backup: Option<Backup>,
     /// Limits.
     pub limits: Limits,
+    /// Where outcomes may be posted.
+    pub callbacks: Callbacks,
     /// How long outcomes can be asked for.
     pub receipts_keep: Duration,
     /// Size of the history of outcomes, bytes.
@@ -202,6 +204,27 @@ pub struct Limits {
     pub event_streams: u32,
 }
 
+/// Where outcomes may be posted, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Callbacks {
+    /// Hosts and networks; none: nowhere.
+    pub allow: Vec<Host>,
+    /// `http://` as well.
+    pub plain_http: bool,
+    /// Authorities to trust; `None`: those of the system.
+    pub ca: Option<PathBuf>,
+    /// Longest time for a request and its answer.
+    pub timeout: Duration,
+    /// Most outcomes of one post.
+    pub batch: u32,
+    /// Longest wait between two tries.
+    pub retry_max: Duration,
+    /// How long a batch is tried.
+    pub give_up: Duration,
+    /// Dead letters that are kept for each app.
+    pub dead_letters: u32,
+}
+
 /// The log on standard error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogSettings {
@@ -276,6 +299,7 @@ impl Checked {
             store,
             backup: backup(source),
             limits: limits(source),
+            callbacks: callbacks(source, &mut warnings),
             receipts_keep: source.get(&keys::RECEIPTS_KEEP),
             receipts_max_bytes: source.get(&keys::RECEIPTS_MAX_BYTES),
             receipts_durable: source.get(&keys::RECEIPTS_DURABLE),
@@ -293,6 +317,28 @@ impl Checked {
         source.verdict()?;
         Ok(checked)
     }
+}
+
+/// Where outcomes may be posted, and how.
+fn callbacks(source: &Source, warnings: &mut Vec<String>) -> Callbacks {
+    let callbacks = Callbacks {
+        allow: source.get(&keys::CALLBACKS_ALLOW),
+        plain_http: source.get(&keys::CALLBACKS_PLAIN),
+        ca: source.find(&keys::CALLBACKS_CA),
+        timeout: source.get(&keys::CALLBACKS_TIMEOUT),
+        batch: clamp(source.get(&keys::CALLBACKS_BATCH)),
+        retry_max: source.get(&keys::CALLBACKS_RETRY_MAX),
+        give_up: source.get(&keys::CALLBACKS_GIVE_UP),
+        dead_letters: clamp(source.get(&keys::CALLBACKS_DEAD_LETTERS)),
+    };
+    if !callbacks.allow.is_empty() && callbacks.plain_http {
+        warnings.push(
+            "outcomes may be posted over plain http: whoever is on the way can read the ids of pings and devices \
+             (callbacks.plain_http)"
+                .to_owned(),
+        );
+    }
+    callbacks
 }
 
 /// Backups that the server makes by itself.

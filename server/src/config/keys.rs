@@ -2,8 +2,8 @@
 
 use super::checked::{Engine, LogFormat, MailboxFull};
 use super::setting::{
-    AddressSetting, AnyKey, BytesSetting, ChoiceSetting, CountSetting, FlagSetting, Key,
-    NetworksSetting, PathSetting, SpanSetting, TextSetting,
+    AddressSetting, AnyKey, BytesSetting, ChoiceSetting, CountSetting, FlagSetting, HostsSetting,
+    Key, NetworksSetting, PathSetting, SpanSetting, TextSetting,
 };
 
 /// Declares the keys and the list of them, so that neither is without the other.
@@ -176,6 +176,23 @@ keys! {
     /// `true`: no outcome is announced before it is safe, as those of stored notifications always are. Costs a write and
     /// a share of a sync for each notification that reaches its device at once.
     RECEIPTS_DURABLE: FlagSetting = "receipts.durable", FlagSetting, "false";
+
+    /// Where outcomes may be posted: names (`hooks.example.com`, `*.example.com`) and networks (`10.20.0.0/16`). A name leads to public addresses only, unless a network that is listed has them. Empty: nowhere, and nothing is looked up.
+    CALLBACKS_ALLOW: HostsSetting = "callbacks.allow", HostsSetting, "";
+    /// Outcomes may be posted to `http://` as well. Whoever is on the way can read ids of pings and devices then.
+    CALLBACKS_PLAIN: FlagSetting = "callbacks.plain_http", FlagSetting, "false";
+    /// Authorities to trust for https, PEM. Without it those of the system.
+    CALLBACKS_CA: PathSetting = "callbacks.ca", PathSetting, "";
+    /// Longest time from a request to the end of its answer. Looking a name up, connecting and TLS have 5 s each.
+    CALLBACKS_TIMEOUT: SpanSetting = "callbacks.timeout", span(SECOND, 2 * MINUTE), "15s";
+    /// Most outcomes of one post; it has at most 64 KiB.
+    CALLBACKS_BATCH: CountSetting = "callbacks.batch", count(1, 1_000), "100";
+    /// Longest wait between two tries. It begins with a second and doubles.
+    CALLBACKS_RETRY_MAX: SpanSetting = "callbacks.retry_max", span(SECOND, DAY), "5m";
+    /// How long a batch is tried before it is kept as a dead letter and the next one's turn comes.
+    CALLBACKS_GIVE_UP: SpanSetting = "callbacks.give_up", span(SECOND, 30 * DAY), "12h";
+    /// Dead letters that are kept for each app, at most 64 KiB each; above it the oldest is dropped.
+    CALLBACKS_DEAD_LETTERS: CountSetting = "callbacks.dead_letters", count(1, 100_000), "1000";
 
     /// Shards that own the mailboxes; each is one task. 0: one for each processor.
     RUNTIME_SHARDS: CountSetting = "runtime.shards", count(0, 256), "0";

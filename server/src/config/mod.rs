@@ -17,12 +17,12 @@ mod suggest;
 mod table;
 
 pub use checked::{
-    ApiAccess, Backup, Checked, Engine, KeepAlive, Limits, Listen, LogFormat, LogSettings,
-    MailboxFull, PemPair, Store,
+    ApiAccess, Backup, Callbacks, Checked, Engine, KeepAlive, Limits, Listen, LogFormat,
+    LogSettings, MailboxFull, PemPair, Store,
 };
 pub use problem::{Problem, Problems};
 pub use reload::{Changes, is_live};
-pub use setting::{AnyKey, Key, Setting};
+pub use setting::{AnyKey, Host, Key, Setting};
 pub use source::{ENV_PREFIX, Environment, MAX_FILE_BYTES, Source, variable_of};
 pub use suggest::closest;
 pub use table::{BEGIN_MARK, END_MARK, markdown};

@@ -454,6 +454,88 @@ impl Setting for NetworksSetting {
     }
 }
 
+/// A host that may be posted to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Host {
+    /// This name, lower case.
+    Name(String),
+    /// Every name that ends so, lower case, with the point in front.
+    Below(String),
+    /// Every address of this network.
+    Network(IpAddr, u8),
+}
+
+/// A list of hosts and networks.
+pub struct HostsSetting;
+
+/// Most hosts in a list.
+const MAX_HOSTS: usize = 256;
+
+impl Setting for HostsSetting {
+    type Value = Vec<Host>;
+
+    fn parse(&self, given: &Given) -> Result<Vec<Host>, Unfit> {
+        let listed: Vec<&str> = match given {
+            Given::List(list) => list.iter().map(String::as_str).collect(),
+            Given::Text(text) if text.is_empty() => Vec::new(),
+            Given::Text(text) => text.split(',').map(str::trim).collect(),
+            Given::Number(_) | Given::Flag(_) | Given::Other(_) => return Err(self.unfit(given)),
+        };
+        if listed.len() > MAX_HOSTS {
+            return Err(Unfit {
+                what: format!("{} hosts are listed", listed.len()),
+                help: format!("write at most {MAX_HOSTS}; `*.example.com` stands for many"),
+            });
+        }
+        listed
+            .into_iter()
+            .map(|text| {
+                parse_host(text).ok_or_else(|| Unfit {
+                    what: format!("\"{text}\" is neither a host nor a network"),
+                    help: "write names such as \"hooks.example.com\" or \"*.example.com\", and networks such as \"10.0.0.0/8\""
+                        .to_owned(),
+                })
+            })
+            .collect()
+    }
+
+    fn takes(&self) -> String {
+        format!(
+            "a list of hosts such as \"hooks.example.com\" and networks such as \"10.0.0.0/8\"; at most {MAX_HOSTS}"
+        )
+    }
+}
+
+fn parse_host(text: &str) -> Option<Host> {
+    if let Some((address, prefix)) = parse_network(text) {
+        return Some(Host::Network(address, prefix));
+    }
+    let name = text.to_ascii_lowercase();
+    let (below, name) = match name.strip_prefix("*.") {
+        Some(name) => (true, name),
+        None => (false, name.as_str()),
+    };
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+    };
+    // One that ends in a number would be an address that was not written well.
+    let last_is_number = name
+        .rsplit('.')
+        .next()
+        .is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
+    if name.len() > 253 || last_is_number || !name.split('.').all(label) {
+        return None;
+    }
+    Some(if below {
+        Host::Below(format!(".{name}"))
+    } else {
+        Host::Name(name.to_owned())
+    })
+}
+
 fn parse_network(text: &str) -> Option<(IpAddr, u8)> {
     let (address, prefix) = match text.split_once('/') {
         Some((address, prefix)) => (address.parse::<IpAddr>().ok()?, prefix.parse::<u8>().ok()?),
@@ -580,6 +662,36 @@ mod tests {
             "127.0.0.1:70000",
         ] {
             assert!(address.parse(&text(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn hosts_are_names_endings_and_networks() {
+        let both = HostsSetting
+            .parse(&text("Hooks.example.com, *.bank.internal,10.0.0.0/8 , ::1"))
+            .unwrap();
+        let network = |address: &str, prefix| Host::Network(address.parse().unwrap(), prefix);
+        assert_eq!(
+            both,
+            [
+                Host::Name("hooks.example.com".to_owned()),
+                Host::Below(".bank.internal".to_owned()),
+                network("10.0.0.0", 8),
+                network("::1", 128),
+            ]
+        );
+        assert_eq!(HostsSetting.parse(&text("")).unwrap(), []);
+        for bad in [
+            "*",
+            "a..b",
+            "10.0.0.0/33",
+            "10.0.0",
+            "https://a.b",
+            "a b",
+            "*.*.b",
+            "a.b:80",
+        ] {
+            assert!(HostsSetting.parse(&text(bad)).is_err(), "{bad}");
         }
     }
 

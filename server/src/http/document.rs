@@ -20,7 +20,8 @@ use super::error::{ProblemBody, retry_after_s};
 use super::events::GapEntry;
 use super::outcomes::OutcomeEntry;
 use super::{
-    Backend, backup, batch, devices, docs_page, events, keys, operations, outcomes, pings, users,
+    Backend, backup, batch, callbacks, devices, docs_page, events, keys, operations, outcomes,
+    pings, users,
 };
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
@@ -107,6 +108,7 @@ fn example(code: Code, status: u16) -> serde_json::Value {
     security(("api_key" = [])),
     tags(
         (name = "pings", description = "Ring devices and see what became of it."),
+        (name = "callbacks", description = "Where outcomes are posted."),
         (name = "devices", description = "Who can be rung."),
         (name = "users", description = "Whose devices they are."),
         (name = "keys", description = "Who may call."),
@@ -130,6 +132,12 @@ pub(super) fn api_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(outcomes::of_device))
         .routes(routes!(devices::rotate))
         .routes(routes!(users::look, users::erase))
+        .routes(routes!(callbacks::set, callbacks::look, callbacks::remove))
+        .routes(routes!(callbacks::rotate))
+        .routes(routes!(callbacks::test))
+        .routes(routes!(callbacks::letters))
+        .routes(routes!(callbacks::resend))
+        .routes(routes!(callbacks::drop_letter))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::revoke))
         .routes(routes!(backup::take))

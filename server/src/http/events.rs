@@ -48,14 +48,7 @@ pub(super) struct GapEntry {
 
 impl From<OutcomeGap> for GapEntry {
     fn from(gap: OutcomeGap) -> GapEntry {
-        GapEntry {
-            why: match gap {
-                OutcomeGap::Dropped => "dropped",
-                OutcomeGap::Lost => "lost",
-                OutcomeGap::Unreadable => "unreadable",
-                OutcomeGap::Elsewhere => "elsewhere",
-            },
-        }
+        GapEntry { why: gap.as_str() }
     }
 }
 

@@ -5,13 +5,14 @@
 //! - [`document()`] is the OpenAPI document of all of it, generated from the handlers.
 //!
 //! A request goes through `site` (its id, panics, metrics), axum's router, `auth` (a [`auth::Scoped`] value is the
-//! proof), then one of `pings`, `outcomes`, `events`, `devices`, `keys`, `operations`, which read it with `body`, `json` and `query` and hand
+//! proof), then one of `pings`, `outcomes`, `events`, `callbacks`, `devices`, `keys`, `operations`, which read it with `body`, `json` and `query` and hand
 //! it to the runtime's [`Handle`]. Whatever goes wrong is an [`error::Problem`]; nothing here decides about deliveries.
 
 mod auth;
 mod backup;
 mod batch;
 mod body;
+mod callbacks;
 mod devices;
 mod docs_page;
 mod document;

@@ -13,7 +13,7 @@ use super::document::refusals;
 use super::error::Problem;
 use super::loaded::SettingsReport;
 use super::{Backend, answer};
-use crate::runtime::{ClockState, Status, StoreHealth};
+use crate::runtime::{CallbackFigures, ClockState, Status, StoreHealth};
 
 /// How the server is.
 #[derive(Serialize, ToSchema)]
@@ -36,6 +36,7 @@ pub(super) struct StatusReport {
     memory: MemoryReport,
     store: StoreReport,
     history: HistoryReport,
+    callbacks: CallbacksReport,
     /// Backups that the server makes by itself; missing if it makes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -43,6 +44,33 @@ pub(super) struct StatusReport {
     clock: ClockReport,
     limits: LimitsReport,
     settings: SettingsReport,
+}
+
+/// Callbacks: where outcomes are posted.
+#[derive(Serialize, ToSchema)]
+struct CallbacksReport {
+    /// Whether the operator's settings allow any.
+    on: bool,
+    /// How many are set.
+    set: u64,
+    /// Of these, those that are tried again.
+    failing: u64,
+    /// Of these, those whose receiver said that it is gone.
+    gone: u64,
+    /// Batches that were given up and are kept.
+    dead_letters: u64,
+}
+
+impl From<CallbackFigures> for CallbacksReport {
+    fn from(figures: CallbackFigures) -> CallbacksReport {
+        CallbacksReport {
+            on: figures.on,
+            set: figures.set,
+            failing: figures.failing,
+            gone: figures.gone,
+            dead_letters: figures.dead_letters,
+        }
+    }
 }
 
 /// Connected devices.
@@ -189,7 +217,12 @@ struct LimitsReport {
 }
 
 impl StatusReport {
-    fn new(status: &Status, ready: bool, settings: SettingsReport) -> StatusReport {
+    fn new(
+        status: &Status,
+        callbacks: CallbackFigures,
+        ready: bool,
+        settings: SettingsReport,
+    ) -> StatusReport {
         let (health, detail) = match &status.health {
             StoreHealth::Open => ("open", None),
             StoreHealth::Full { free, reserve } => (
@@ -260,6 +293,7 @@ impl StatusReport {
                 running: backup.running,
                 trouble: backup.trouble.clone(),
             }),
+            callbacks: CallbacksReport::from(callbacks),
             history: HistoryReport {
                 bytes: store.outcomes.bytes,
                 segments: store.outcomes.segments,
@@ -306,6 +340,7 @@ pub(super) async fn status(_who: Scoped<Read>, State(backend): State<Backend>) -
         StatusCode::OK,
         &StatusReport::new(
             &handle.status(),
+            handle.callback_figures(),
             handle.ready().is_ok(),
             backend.loaded.report(),
         ),

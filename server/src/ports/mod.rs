@@ -1,6 +1,7 @@
 //! What the runtime asks of the outside, in our words: a store, a clock, entropy.
 
 mod backup;
+mod callbacks;
 mod clock;
 mod entropy;
 mod outcomes;
@@ -8,6 +9,10 @@ mod records;
 mod store;
 
 pub use backup::{BackupError, BackupProgress, BackupStats, BackupSummary, BackupWatch};
+pub use callbacks::{
+    CallbackRecord, DeadLetter, Failing, NoOutbound, Outbound, OutboundLine, Post, PostAnswer,
+    PostError, Posting, SigningSecret, UrlRefusal,
+};
 pub use clock::{Clock, ClockState};
 pub use entropy::Entropy;
 pub use outcomes::{

@@ -1,6 +1,7 @@
 //! The store: what is promised lives here.
 
 use super::backup::{BackupError, BackupStats, BackupSummary, BackupWatch};
+use super::callbacks::{CallbackRecord, DeadLetter};
 use super::outcomes::{
     OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition, OutcomeQuery,
     OutcomeRecord, OutcomeStats,
@@ -36,6 +37,14 @@ pub enum Op {
     PutKey(KeyRecord),
     /// An API key that goes.
     DropKey(AppId, [u8; 10]),
+    /// Where the outcomes of an app are posted, new or changed.
+    PutCallback(CallbackRecord),
+    /// The outcomes of an app are posted nowhere any more. Its dead letters were dropped before.
+    DropCallback(AppId),
+    /// A batch that could not be posted.
+    PutDeadLetter(DeadLetter),
+    /// A batch that could not be posted goes.
+    DropDeadLetter(AppId, u64),
     /// An idempotency key that was used.
     PutIdempotency(IdempotencyRecord),
     /// That something is erased, for restores of older backups. Belongs into the batch that erases it. That of a
@@ -314,6 +323,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// All API keys (a few hundred at most).
     fn keys(&self) -> Result<Vec<KeyRecord>, ReadError>;
+
+    /// Every callback.
+    fn callbacks(&self) -> Result<Vec<CallbackRecord>, ReadError>;
+
+    /// The batches of an app that could not be posted, the oldest first, from behind a number on.
+    fn dead_letters(
+        &self,
+        app: AppId,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<DeadLetter, u64>, ReadError>;
 
     /// All apps (a few thousand at most).
     fn apps(&self) -> Result<Vec<AppRecord>, ReadError>;

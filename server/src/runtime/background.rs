@@ -108,6 +108,7 @@ async fn look_around(inner: Arc<Inner>) {
             shard.inbox.push(Input::Disk(disk));
         }
         publish(&inner, &health);
+        inner.measure_callbacks();
     }
 }
 
@@ -384,6 +385,7 @@ impl Inner {
             .await
             .unwrap_or(false);
         committed &= !self.shared.failed.load(Ordering::Relaxed);
+        self.callbacks.end().await;
         if committed {
             // Nobody was promised this, so it changes nothing about how the stop went.
             let _ = tokio::time::timeout(DRAIN_SEEN, self.write_seen()).await;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use super::api::{Principal, RuntimeError};
 use super::handle::Inner;
@@ -24,55 +25,90 @@ const PAGE: usize = 256;
 /// A stream without events says where it stands so often: proxies and NATs forget what is silent for a minute.
 const QUIET: Duration = Duration::from_secs(15);
 
+/// How many follow.
+#[derive(Default)]
+struct Counts {
+    /// How many streams each app has; none that has none.
+    streams: HashMap<AppId, usize>,
+    /// How many callbacks there are.
+    posters: usize,
+}
+
+impl Counts {
+    fn is_empty(&self) -> bool {
+        self.streams.is_empty() && self.posters == 0
+    }
+}
+
 /// Who follows.
 #[derive(Default)]
 pub(super) struct Followers {
     woken: Arc<Notify>,
-    /// How many streams each app has; none that has none.
-    counts: Mutex<HashMap<AppId, usize>>,
+    counts: Mutex<Counts>,
 }
 
 impl Followers {
+    /// Is woken by the next thing that happens.
+    pub(super) fn woken(&self) -> Notified<'_> {
+        self.woken.notified()
+    }
+
     /// Something changed that every stream should look at.
     pub(super) fn wake(&self) {
         self.woken.notify_waiters();
     }
 
+    /// Takes one of the places of an app's streams.
     fn join(&self, app: AppId, most: usize, store: &dyn Store) -> Result<(), RuntimeError> {
-        // Held over the call, so that the last one's goodbye cannot come after the next one's arrival.
-        let mut counts = locked(&self.counts);
-        let first = counts.is_empty();
-        let count = counts.entry(app).or_default();
-        if *count >= most {
-            return Err(RuntimeError::TooManyStreams);
-        }
-        *count += 1;
-        if first {
-            let woken = Arc::clone(&self.woken);
-            store.follow_outcomes(Some(Arc::new(move || woken.notify_waiters())));
-        }
-        measure(&counts);
-        Ok(())
+        self.change(store, |counts| {
+            let count = counts.streams.get(&app).copied().unwrap_or(0);
+            if count >= most {
+                return Err(RuntimeError::TooManyStreams);
+            }
+            counts.streams.insert(app, count + 1);
+            Ok(())
+        })
     }
 
     fn leave(&self, app: AppId, store: &dyn Store) {
-        let mut counts = locked(&self.counts);
-        if let Some(count) = counts.get_mut(&app) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&app);
+        self.change(store, |counts| match counts.streams.get(&app) {
+            Some(count @ 2..) => {
+                let left = count - 1;
+                counts.streams.insert(app, left);
             }
-        }
-        if counts.is_empty() {
-            store.follow_outcomes(None);
-        }
-        measure(&counts);
+            Some(_) | None => drop(counts.streams.remove(&app)),
+        });
     }
-}
 
-fn measure(counts: &HashMap<AppId, usize>) {
-    #[expect(clippy::cast_precision_loss, reason = "a measurement")]
-    metrics::gauge!(names::EVENT_STREAMS).set(counts.values().sum::<usize>() as f64);
+    /// A callback follows from now on.
+    pub(super) fn join_poster(&self, store: &dyn Store) {
+        self.change(store, |counts| counts.posters += 1);
+    }
+
+    /// A callback follows no longer.
+    pub(super) fn leave_poster(&self, store: &dyn Store) {
+        self.change(store, |counts| {
+            counts.posters = counts.posters.saturating_sub(1)
+        });
+    }
+
+    fn change<T>(&self, store: &dyn Store, change: impl FnOnce(&mut Counts) -> T) -> T {
+        // Held over the call, so that the last one's goodbye cannot come after the next one's arrival.
+        let mut counts = locked(&self.counts);
+        let before = counts.is_empty();
+        let changed = change(&mut counts);
+        match (before, counts.is_empty()) {
+            (true, false) => {
+                let woken = Arc::clone(&self.woken);
+                store.follow_outcomes(Some(Arc::new(move || woken.notify_waiters())));
+            }
+            (false, true) => store.follow_outcomes(None),
+            (true, true) | (false, false) => {}
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a measurement")]
+        metrics::gauge!(names::EVENT_STREAMS).set(counts.streams.values().sum::<usize>() as f64);
+        changed
+    }
 }
 
 /// Where a stream begins.

@@ -18,6 +18,9 @@ use super::api::{
     Requested, RevokeCounts, Rotated, RuntimeError, UserView, WhoError, WithdrawCounts,
 };
 use super::backup::{BackupStream, NoBackup};
+use super::callbacks::{
+    CallbackError, CallbackFigures, CallbackView, CallbackWish, Callbacks, Posted,
+};
 use super::directory::{Keys, Users};
 use super::events::{EventStream, EventsFrom, EventsOf, Followers};
 use super::hashing::HashKey;
@@ -30,7 +33,9 @@ use super::status::{DrainSummary, NotReady, Status};
 use super::traces::{Origin, Trace};
 use super::turn::Turn;
 use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
-use crate::ports::{Carrier, Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth};
+use crate::ports::{
+    Carrier, DeadLetter, Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth,
+};
 use crate::telemetry::metrics as names;
 
 /// A cheap, cloneable handle to everything that runs.
@@ -67,6 +72,8 @@ pub(super) struct Inner {
     pub(super) listings: Arc<Semaphore>,
     /// Who follows outcomes as they happen.
     pub(super) followers: Followers,
+    /// Where outcomes are posted.
+    pub(super) callbacks: Callbacks,
     pub(super) started: Now,
     pub(super) sessions: AtomicU64,
     /// Going down: not ready, no new sessions.
@@ -201,6 +208,7 @@ impl Handle {
         let inner = &self.inner;
         inner.limits.store(Arc::new(settings.limits));
         inner.link.store(Arc::new(settings.link.clone()));
+        inner.callbacks.wake();
         inner
             .shared
             .accept_wait_ms
@@ -377,6 +385,69 @@ impl Handle {
         query: OutcomeQuery,
     ) -> Result<OutcomePage, RuntimeError> {
         self.inner.outcomes_page(user, query).await
+    }
+
+    /// Where the outcomes of an app are posted; `None`: nowhere.
+    pub async fn callback(&self, app: AppId) -> Option<CallbackView> {
+        self.inner.callback(app).await
+    }
+
+    /// Sets where the outcomes of an app are posted. Answers the secret if it was made now: it is shown this once.
+    pub async fn set_callback(
+        &self,
+        app: AppId,
+        wish: CallbackWish,
+    ) -> Result<(CallbackView, Option<String>), CallbackError> {
+        self.inner.set_callback(app, wish).await
+    }
+
+    /// Gives a callback a new secret, the caller's own or one that is made now. The one before signs as well for `overlap` (`None`: as
+    /// set).
+    pub async fn rotate_callback_secret(
+        &self,
+        app: AppId,
+        secret: Option<&str>,
+        overlap: Option<Duration>,
+    ) -> Result<(CallbackView, Option<String>), CallbackError> {
+        self.inner
+            .rotate_callback_secret(app, secret, overlap)
+            .await
+    }
+
+    /// Posts the outcomes of an app nowhere any more, and forgets its dead letters. `false`: there was no callback.
+    pub async fn drop_callback(&self, app: AppId) -> Result<bool, RuntimeError> {
+        self.inner.drop_callback(app).await
+    }
+
+    /// Posts a test now, once. `None`: there is no callback.
+    pub async fn test_callback(&self, app: AppId) -> Option<Posted> {
+        self.inner.test_callback(app).await
+    }
+
+    /// The batches of an app that were given up, the oldest first.
+    pub async fn dead_letters(
+        &self,
+        app: AppId,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<DeadLetter, u64>, RuntimeError> {
+        self.inner.dead_letters(app, after, limit).await
+    }
+
+    /// Posts a dead letter again, once, and forgets it if it is taken. `None`: there is no such letter.
+    pub async fn resend(&self, app: AppId, number: u64) -> Result<Option<Posted>, RuntimeError> {
+        self.inner.resend(app, number).await
+    }
+
+    /// Forgets a dead letter; `false`: there is no such one.
+    pub async fn drop_dead_letter(&self, app: AppId, number: u64) -> Result<bool, RuntimeError> {
+        self.inner.drop_dead_letter(app, number).await
+    }
+
+    /// How callbacks are.
+    #[must_use]
+    pub fn callback_figures(&self) -> CallbackFigures {
+        self.inner.callbacks.figures()
     }
 
     /// Follows the outcomes of the caller's app.

@@ -6,6 +6,7 @@ mod api;
 mod background;
 mod backup;
 mod cache;
+mod callbacks;
 mod clock;
 mod directory;
 mod entropy;
@@ -35,6 +36,9 @@ pub use api::{
     WhoError, WithdrawCounts,
 };
 pub use backup::{BackupStream, NoBackup};
+pub use callbacks::{
+    CallbackError, CallbackFigures, CallbackLimits, CallbackView, CallbackWish, Posted,
+};
 pub use clock::SystemClock;
 pub use entropy::SystemEntropy;
 pub use events::{EventStream, EventsFrom, EventsOf, Step};
@@ -53,8 +57,9 @@ pub use turn::{Placed, Turn};
 // What the answers are made of, for those who know the runtime and not its ports.
 pub use crate::delivery::Outcome;
 pub use crate::ports::{
-    ClockState, OutcomeEvent, OutcomeGap, OutcomeOrder, OutcomePage, OutcomePosition, OutcomeQuery,
-    OutcomeRecord, OutcomeStats, Page, PairState, Scopes, Seen, StoreHealth, StoreStats,
+    ClockState, DeadLetter, Failing, OutcomeEvent, OutcomeGap, OutcomeOrder, OutcomePage,
+    OutcomePosition, OutcomeQuery, OutcomeRecord, OutcomeStats, Page, PairState, Scopes, Seen,
+    StoreHealth, StoreStats,
 };
 
 /// The value behind a lock. A panic elsewhere while it was held does not spread: each holder leaves the value whole

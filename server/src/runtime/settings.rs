@@ -1,5 +1,6 @@
 //! What an operator can set about the runtime, and the limits that are fixed.
 
+use super::callbacks::CallbackLimits;
 use std::time::Duration;
 
 use super::api::LinkSettings;
@@ -113,6 +114,8 @@ pub struct Limits {
     /// How long a device's old secret stays good after a rotation that names no time. Default 24 h; at most
     /// [`SECRET_OVERLAP_MAX`].
     pub secret_overlap: Duration,
+    /// How outcomes are posted.
+    pub callbacks: CallbackLimits,
 }
 
 impl Default for Limits {
@@ -131,6 +134,7 @@ impl Default for Limits {
             batch_stall: Duration::from_secs(60),
             event_streams: 64,
             secret_overlap: Duration::from_secs(24 * 3_600),
+            callbacks: CallbackLimits::default(),
         }
     }
 }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::background;
+use super::callbacks::Callbacks;
 use super::directory::{Users, by_id};
 use super::events::Followers;
 use super::handle::{App, Handle, Inner, millis};
@@ -25,7 +26,7 @@ use super::shard::{ShardDoor, ShardTask, Shared};
 use super::status::DrainSummary;
 use super::traces::Traces;
 use crate::delivery::{AppId, CommitFailure, Policy};
-use crate::ports::{AppRecord, Clock, Entropy, Op, ReadError, Store};
+use crate::ports::{AppRecord, Clock, Entropy, NoOutbound, Op, Outbound, ReadError, Store};
 use crate::telemetry::metrics as names;
 
 /// Why the runtime does not start.
@@ -57,10 +58,31 @@ impl Runtime {
         entropy: Arc<dyn Entropy>,
         hash_key: HashKey,
     ) -> Result<Runtime, StartError> {
+        Runtime::start_with(
+            settings,
+            store,
+            clock,
+            entropy,
+            hash_key,
+            Arc::new(NoOutbound),
+        )
+        .await
+    }
+
+    /// The same, with a way out of the process for callbacks.
+    pub async fn start_with(
+        settings: RuntimeSettings,
+        store: Arc<dyn Store>,
+        clock: Arc<dyn Clock>,
+        entropy: Arc<dyn Entropy>,
+        hash_key: HashKey,
+        outbound: Arc<dyn Outbound>,
+    ) -> Result<Runtime, StartError> {
         let from = Arc::clone(&store);
-        let read =
-            tokio::task::spawn_blocking(move || Ok::<_, ReadError>((from.apps()?, from.keys()?)));
-        let (apps, keys) = match read.await {
+        let read = tokio::task::spawn_blocking(move || {
+            Ok::<_, ReadError>((from.apps()?, from.keys()?, from.callbacks()?))
+        });
+        let (apps, keys, callbacks) = match read.await {
             Ok(read) => read?,
             Err(panic) => return Err(ReadError::Engine(panic.to_string()).into()),
         };
@@ -125,6 +147,7 @@ impl Runtime {
             receipts_keep_ms: millis(settings.receipts_keep),
             listings: Arc::new(Semaphore::new((threads / 2).max(1))),
             followers: Followers::default(),
+            callbacks: Callbacks::new(outbound),
             started,
             sessions: AtomicU64::new(0),
             draining: AtomicBool::new(false),
@@ -135,6 +158,7 @@ impl Runtime {
             stop: CancellationToken::new(),
         });
         background::start(&inner, &settings);
+        inner.start_callbacks(callbacks);
         Ok(Runtime {
             handle: Handle { inner },
         })

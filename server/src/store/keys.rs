@@ -22,6 +22,8 @@
 //! | `i` app key hash | a used idempotency key |
 //! | `j` time app key hash | nothing: used idempotency keys by age |
 //! | `z` until kind subject | what was erased, by the time until which that is kept |
+//! | `f` app | where its outcomes are posted |
+//! | `v` app number | a batch of outcomes that could not be posted |
 //! | `m` name | what the store keeps of itself |
 
 use std::ops::Deref;
@@ -358,6 +360,34 @@ pub(super) fn api_keys() -> Key {
     Key::new(b'k')
 }
 
+/// Where the outcomes of an app are posted.
+pub(super) fn callback(app: AppId) -> Key {
+    callbacks().with(&app.0.to_be_bytes())
+}
+
+/// Every callback.
+pub(super) fn callbacks() -> Key {
+    Key::new(b'f')
+}
+
+/// A batch that could not be posted.
+pub(super) fn dead_letter(app: AppId, number: u64) -> Key {
+    dead_letters(app).with(&number.to_be_bytes())
+}
+
+/// Every batch of an app that could not be posted, the oldest first.
+pub(super) fn dead_letters(app: AppId) -> Key {
+    Key::new(b'v').with(&app.0.to_be_bytes())
+}
+
+/// Which one a key of [`dead_letters`] leads to.
+pub(super) fn parse_dead_letter(key: &[u8]) -> Option<(AppId, u64)> {
+    let (app, rest) = take::<4>(key.strip_prefix(b"v")?)?;
+    let (number, rest) = take::<8>(rest)?;
+    rest.is_empty()
+        .then_some((AppId(u32::from_be_bytes(app)), u64::from_be_bytes(number)))
+}
+
 /// A used idempotency key.
 pub(super) fn idempotency(app: AppId, hash: [u8; 32]) -> Key {
     Key::new(b'i').with(&app.0.to_be_bytes()).with(&hash)
@@ -519,6 +549,10 @@ mod tests {
         assert_eq!(
             parse_app_device(&app_device(AppId(1), d)),
             Some((AppId(1), d))
+        );
+        assert_eq!(
+            parse_dead_letter(&dead_letter(AppId(1), 7)),
+            Some((AppId(1), 7))
         );
         assert_eq!(
             parse_idempotency(&idempotency(AppId(1), [4; 32])),

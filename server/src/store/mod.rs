@@ -79,11 +79,11 @@ use crate::delivery::{
     Withdrawal,
 };
 use crate::ports::{
-    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, Committed, DeviceFilter,
-    DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op,
-    OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition, OutcomeQuery,
-    OutcomeRecord, OutcomeStats, Page, PairState, ReadError, Seen, SourceId, Store, StoreHealth,
-    StoreStats,
+    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock, Committed,
+    DeadLetter, DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant,
+    IdempotencyRecord, KeyRecord, Op, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage,
+    OutcomePosition, OutcomeQuery, OutcomeRecord, OutcomeStats, Page, PairState, ReadError, Seen,
+    SourceId, Store, StoreHealth, StoreStats,
 };
 
 pub use self::convert::{
@@ -875,6 +875,19 @@ impl Store for House {
 
     fn keys(&self) -> Result<Vec<KeyRecord>, ReadError> {
         self.reader.keys()
+    }
+
+    fn callbacks(&self) -> Result<Vec<CallbackRecord>, ReadError> {
+        self.reader.callbacks()
+    }
+
+    fn dead_letters(
+        &self,
+        app: AppId,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<DeadLetter, u64>, ReadError> {
+        self.reader.dead_letters(app, after, limit)
     }
 
     fn apps(&self) -> Result<Vec<AppRecord>, ReadError> {

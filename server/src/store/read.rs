@@ -20,8 +20,8 @@ use crate::delivery::{
     AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta, Withdrawal,
 };
 use crate::ports::{
-    AppRecord, DeviceFilter, DeviceRecord, Erasure, ExpiredRow, ExpiryCursor, IdempotencyRecord,
-    KeyRecord, OutcomeRecord, Page, PairState, ReadError, Seen,
+    AppRecord, CallbackRecord, DeadLetter, DeviceFilter, DeviceRecord, Erasure, ExpiredRow,
+    ExpiryCursor, IdempotencyRecord, KeyRecord, OutcomeRecord, Page, PairState, ReadError, Seen,
 };
 
 impl From<EngineError> for ReadError {
@@ -201,6 +201,19 @@ impl Reader {
 
     pub(super) fn keys(&self) -> Result<Vec<KeyRecord>, ReadError> {
         self.look().all(&keys::api_keys(), record::api_key)
+    }
+
+    pub(super) fn callbacks(&self) -> Result<Vec<CallbackRecord>, ReadError> {
+        self.look().all(&keys::callbacks(), record::callback)
+    }
+
+    pub(super) fn dead_letters(
+        &self,
+        app: AppId,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<DeadLetter, u64>, ReadError> {
+        self.look().dead_letters(app, after, limit)
     }
 
     pub(super) fn apps(&self) -> Result<Vec<AppRecord>, ReadError> {
@@ -541,6 +554,34 @@ impl Look<'_> {
                     row,
                     ping,
                 });
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(Page { items, next })
+    }
+
+    fn dead_letters(
+        &self,
+        app: AppId,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<DeadLetter, u64>, ReadError> {
+        let from = match after {
+            Some(number) => keys::dead_letter(app, number).after(),
+            None => keys::dead_letters(app),
+        };
+        let end = keys::dead_letters(app).end();
+        let mut items = Vec::new();
+        let (mut last, mut next) = (after, None);
+        self.each(&from, &end, Direction::Up, &mut |key, value| {
+            if items.len() >= limit {
+                next = last;
+                return Ok(ControlFlow::Break(()));
+            }
+            if let Some((app, number)) = keys::parse_dead_letter(key) {
+                last = Some(number);
+                let letter = record::dead_letter(key, app, number, value);
+                items.extend(self.sound(key, value, letter)?);
             }
             Ok(ControlFlow::Continue(()))
         })?;

@@ -24,11 +24,11 @@ use crate::delivery::{
     RowKey, Withdrawal,
 };
 use crate::ports::{
-    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Clock, ClockState, Committed,
-    DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord,
-    KeyRecord, Op, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition,
-    OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen, SourceId, Store, StoreHealth,
-    StoreStats,
+    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock, ClockState,
+    Committed, DeadLetter, DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant,
+    IdempotencyRecord, KeyRecord, Op, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage,
+    OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen, SourceId,
+    Store, StoreHealth, StoreStats,
 };
 
 /// A clock that stands still until it is moved.
@@ -1065,6 +1065,19 @@ impl Store for SyncStore {
 
     fn keys(&self) -> Result<Vec<KeyRecord>, ReadError> {
         self.reading(|reader, _| reader.keys())
+    }
+
+    fn callbacks(&self) -> Result<Vec<CallbackRecord>, ReadError> {
+        self.reading(|reader, _| reader.callbacks())
+    }
+
+    fn dead_letters(
+        &self,
+        app: AppId,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<DeadLetter, u64>, ReadError> {
+        self.reading(|reader, _| reader.dead_letters(app, after, limit))
     }
 
     fn apps(&self) -> Result<Vec<AppRecord>, ReadError> {

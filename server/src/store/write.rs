@@ -302,6 +302,18 @@ impl FrameBuilder {
                 })?;
             }
             Op::DropKey(_, id) => self.delete(&keys::api_key(*id)),
+            Op::PutCallback(record) => {
+                self.put(&keys::callback(record.app), |key, out| {
+                    record::put_callback(key, out, record);
+                })?;
+            }
+            Op::DropCallback(app) => self.delete(&keys::callback(*app)),
+            Op::PutDeadLetter(letter) => {
+                self.put(&keys::dead_letter(letter.app, letter.number), |key, out| {
+                    record::put_dead_letter(key, out, letter);
+                })?;
+            }
+            Op::DropDeadLetter(app, number) => self.delete(&keys::dead_letter(*app, *number)),
             Op::Erase(erasure) => self.erase(erasure)?,
             Op::PutWithdrawal {
                 app,

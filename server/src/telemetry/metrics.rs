@@ -158,6 +158,13 @@ metrics! {
     HTTP_SECONDS: Histogram "bellwire_http_seconds" ["route"] "Duration of HTTP requests by route template.";
     HTTP_CONNECTIONS: Gauge "bellwire_http_connections" ["listener"] "HTTP connections open now, by listener (`api`, `operations`).";
     HTTP_CONNECTION_ERRORS_TOTAL: Counter "bellwire_http_connection_errors_total" ["listener", "reason"] "HTTP connections that failed: `accept` (out of descriptors or memory), `full` (had to wait for a place), `tls`, `http` (broken off, no HTTP, head too slow).";
+    CALLBACKS: Gauge "bellwire_callbacks" ["state"] "Callbacks that are set, by state: `ok`, `failing` (tried again), `gone` (the receiver said 410; nothing is posted).";
+    CALLBACK_POSTS_TOTAL: Counter "bellwire_callback_posts_total" ["result"] "Attempts to post outcomes, by result: `ok`, `gone`, `redirect`, `refused`, `server_error`, or why there was no answer (`not_allowed`, `lookup`, `connect`, `tls`, `timeout`, `broken`).";
+    CALLBACK_EVENTS_TOTAL: Counter "bellwire_callback_events_total" [] "Outcomes and gaps that receivers have taken.";
+    CALLBACK_LAG: Gauge "bellwire_callback_lag_seconds" [] "Age of the oldest outcome that a callback has not posted yet, over all callbacks.";
+    CALLBACK_DEAD_LETTERS: Gauge "bellwire_callback_dead_letters" [] "Batches that were given up and are kept.";
+    CALLBACK_DEAD_LETTERS_TOTAL: Counter "bellwire_callback_dead_letters_total" [] "Batches that were given up.";
+    CALLBACK_DEAD_LETTERS_DROPPED_TOTAL: Counter "bellwire_callback_dead_letters_dropped_total" [] "Batches that were given up and are not kept any more, because there were too many.";
     EVENT_STREAMS: Gauge "bellwire_event_streams" [] "Streams of events that are open.";
     EVENTS_SENT_TOTAL: Counter "bellwire_events_sent_total" [] "Events handed to streams.";
     HTTP_RATE_LIMITED_TOTAL: Counter "bellwire_http_rate_limited_total" [] "Requests turned away by the rate limit of their key.";

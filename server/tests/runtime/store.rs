@@ -8,11 +8,11 @@ use bellwire_server::delivery::{
     Outcome, PingId, RowKey, RowMeta, Summary, WireSlot, Withdrawal,
 };
 use bellwire_server::ports::{
-    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, Committed, DeviceFilter,
-    DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Op, OutcomeEvent,
-    OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomeOrder, OutcomePage, OutcomePosition,
-    OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen, SourceId, Store, StoreHealth,
-    StoreStats,
+    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Committed,
+    DeadLetter, DeviceFilter, DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord,
+    KeyRecord, Op, OutcomeEvent, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomeOrder,
+    OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen,
+    SourceId, Store, StoreHealth, StoreStats,
 };
 
 /// What the store does with a batch.
@@ -37,6 +37,8 @@ pub(crate) struct Disk {
     pub(crate) seen: HashMap<DeviceId, Seen>,
     pub(crate) keys: HashMap<[u8; 10], KeyRecord>,
     pub(crate) idempotency: HashMap<(AppId, [u8; 32]), IdempotencyRecord>,
+    pub(crate) callbacks: BTreeMap<AppId, CallbackRecord>,
+    pub(crate) letters: BTreeMap<(AppId, u64), DeadLetter>,
     pub(crate) summaries: HashMap<DeviceId, Summary>,
     pub(crate) rows: BTreeMap<(DeviceId, u64), (RowMeta, Arc<Notification>)>,
     pub(crate) outcomes: BTreeMap<(PingId, DeviceId), (AppId, Outcome, u64)>,
@@ -63,6 +65,12 @@ impl Disk {
                 Op::PutSeen(device, seen) => drop(self.seen.insert(device, seen)),
                 Op::PutKey(key) => drop(self.keys.insert(key.id, key)),
                 Op::DropKey(_, id) => drop(self.keys.remove(&id)),
+                Op::PutCallback(callback) => drop(self.callbacks.insert(callback.app, callback)),
+                Op::DropCallback(app) => drop(self.callbacks.remove(&app)),
+                Op::PutDeadLetter(letter) => {
+                    self.letters.insert((letter.app, letter.number), letter);
+                }
+                Op::DropDeadLetter(app, number) => drop(self.letters.remove(&(app, number))),
                 // Only restores look at them.
                 Op::Erase(_) => {}
                 Op::PutWithdrawal {
@@ -543,6 +551,39 @@ impl Store for FakeStore {
 
     fn keys(&self) -> Result<Vec<KeyRecord>, ReadError> {
         Ok(self.0.lock().unwrap().disk.keys.values().cloned().collect())
+    }
+
+    fn callbacks(&self) -> Result<Vec<CallbackRecord>, ReadError> {
+        Ok(self
+            .0
+            .lock()
+            .unwrap()
+            .disk
+            .callbacks
+            .values()
+            .cloned()
+            .collect())
+    }
+
+    fn dead_letters(
+        &self,
+        app: AppId,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<DeadLetter, u64>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let first = (app, after.map_or(0, |after| after + 1));
+        let mut found = state.disk.letters.range(first..=(app, u64::MAX));
+        let items: Vec<DeadLetter> = found
+            .by_ref()
+            .take(limit)
+            .map(|(_, letter)| letter.clone())
+            .collect();
+        let last = items.last().map(|letter| letter.number);
+        Ok(Page {
+            items,
+            next: found.next().and(last),
+        })
     }
 
     fn apps(&self) -> Result<Vec<AppRecord>, ReadError> {

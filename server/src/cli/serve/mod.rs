@@ -15,10 +15,11 @@ use bellwire_server::delivery::{AppId, OverflowRule, Policy};
 use bellwire_server::http::{
     ApiState, Listening, LoadedSettings, ServeReport, Sites, routers, serve as serve_http,
 };
+use bellwire_server::outbound::{Caller, SharedCaller, Ways};
 use bellwire_server::ports::Scopes;
 use bellwire_server::runtime::{
-    Handle, Limits, LinkSettings, Runtime, RuntimeSettings, SystemClock, SystemEntropy,
-    load_or_create_hash_key,
+    CallbackLimits, Handle, Limits, LinkSettings, Runtime, RuntimeSettings, SystemClock,
+    SystemEntropy, load_or_create_hash_key,
 };
 use bellwire_server::store::{self, BackupPlan, EngineKind, StoreSettings};
 use bellwire_server::telemetry::logging::Levels;
@@ -36,6 +37,7 @@ use self::process::{Signals, Word, raise_file_limit};
 use super::check::cannot_listen;
 use super::files::{DataDir, HASH_KEY};
 use super::notify::Notify;
+use super::outbound;
 use super::{ConfigArg, Console, EXIT_TROUBLE, Failure, Outcome, keep_to_ourselves, no_threads};
 
 /// How often histogram samples are folded together.
@@ -144,12 +146,14 @@ async fn serve(
                 "docs/operations.md says what its files are and what can be done; nothing in it was deleted",
             )
         })?;
-    let runtime = Runtime::start(
+    let caller = Arc::new(Caller::new(outbound::ways(&checked)?));
+    let runtime = Runtime::start_with(
         runtime_settings(&checked),
         opened.store,
         clock,
         entropy,
         hash_key,
+        Arc::new(SharedCaller(Arc::clone(&caller))),
     )
     .await
     .map_err(|error| {
@@ -161,7 +165,16 @@ async fn serve(
     let handle = runtime.handle.clone();
     bootstrap(&handle, data, args.new_key).await?;
 
-    let house = House::open(handle, &checked, data, devices_tls, exposition, levels).await?;
+    let house = House::open(
+        handle,
+        &checked,
+        data,
+        devices_tls,
+        exposition,
+        levels,
+        caller,
+    )
+    .await?;
     data.announce(house.bound, house.scheme)?;
     manager.ready(&house.summary("serving"));
     Console::out().line(&format!(
@@ -230,6 +243,7 @@ struct House {
     shutdown: CancellationToken,
     serving: [JoinHandle<ServeReport>; 2],
     levels: Levels,
+    caller: Arc<Caller>,
     /// What the process was started with: what cannot change while it runs.
     started_with: Checked,
     loaded: Arc<LoadedSettings>,
@@ -247,6 +261,7 @@ impl House {
         devices_tls: TlsSettings,
         exposition: metrics::Exposition,
         levels: Levels,
+        caller: Arc<Caller>,
     ) -> Result<House, Failure> {
         let api_tls = match &checked.api {
             ApiAccess::Https(pair) => Some(ApiTls::new(pair)?),
@@ -310,6 +325,7 @@ impl House {
             scheme,
             shutdown,
             levels,
+            caller,
             started_with: checked.clone(),
             loaded,
         })
@@ -364,12 +380,14 @@ impl House {
             })?;
             Ok(prepared)
         });
-        let (devices, api) = prepared.map_err(|failure| {
+        let (devices, api, ways) = prepared.map_err(|failure| {
             let what = failure.what();
             tracing::error!(help = failure.help(), "{what}");
             refuse(vec![what])
         })?;
 
+        // Before the runtime, which wakes those who wait for another rule.
+        self.caller.set(ways);
         self.handle.reload(&runtime_settings(&next));
         // After the runtime, whose keep-alive bounds go into what QUIC tells new devices.
         self.transport.take(devices);
@@ -401,7 +419,7 @@ impl House {
         &self,
         next: &Checked,
         data: &DataDir,
-    ) -> Result<(Prepared, Option<FreshApi<'_>>), Failure> {
+    ) -> Result<(Prepared, Option<FreshApi<'_>>, Ways), Failure> {
         let devices = self
             .transport
             .prepare(&devices_tls(next, data)?)
@@ -415,7 +433,7 @@ impl House {
             (Some(api), ApiAccess::Https(pair)) => Some((api, ApiTls::load(pair)?)),
             (Some(_) | None, _) => None,
         };
-        Ok((devices, api))
+        Ok((devices, api, outbound::ways(next)?))
     }
 
     /// Goes down in order. Answers whether everything accepted was committed.
@@ -552,7 +570,7 @@ pub(super) fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings
 }
 
 fn runtime_settings(checked: &Checked) -> RuntimeSettings {
-    let (limits, store) = (&checked.limits, &checked.store);
+    let (limits, store, callbacks) = (&checked.limits, &checked.store, &checked.callbacks);
     RuntimeSettings {
         shards: checked.shards.unwrap_or(0),
         policy: Policy {
@@ -592,6 +610,12 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             batch_stall: limits.batch_stall,
             event_streams: usize::try_from(limits.event_streams).unwrap_or(usize::MAX),
             secret_overlap: limits.secret_overlap,
+            callbacks: CallbackLimits {
+                batch: callbacks.batch,
+                retry_max: callbacks.retry_max,
+                give_up: callbacks.give_up,
+                dead_letters: callbacks.dead_letters,
+            },
             ..Limits::default()
         },
         receipts_keep: checked.receipts_keep,

@@ -130,6 +130,10 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(), Fault> {
             .and_then(|_| record::seen(key, value).map(|_| ())),
         Some(b'a') => record::app(key, value).map(|_| ()),
         Some(b'k') => record::api_key(key, value).map(|_| ()),
+        Some(b'f') => record::callback(key, value).map(|_| ()),
+        Some(b'v') => keys::parse_dead_letter(key)
+            .ok_or(NO_KEY)
+            .and_then(|(app, number)| record::dead_letter(key, app, number, value).map(|_| ())),
         Some(b'i') => keys::parse_idempotency(key)
             .ok_or(NO_KEY)
             .and_then(|(app, hash)| record::idempotency(key, app, hash, value).map(|_| ())),
@@ -188,6 +192,8 @@ impl Display for Named<'_> {
                 None => f.write_str("a withdrawal"),
             },
             Some(b'k') => f.write_str("an API key"),
+            Some(b'f') => f.write_str("a callback"),
+            Some(b'v') => f.write_str("a dead letter of a callback"),
             Some(b'a') => f.write_str("an app"),
             Some(b'i' | b'j') => f.write_str("an idempotency key"),
             Some(b'm') => f.write_str("a note of the store"),

@@ -528,7 +528,7 @@ const DELETED: u8 = 0;
 const WRITTEN: u8 = 1;
 
 /// Rooms whose records are taken whole from a side line.
-const REGISTRATIONS: [u8; 4] = [b'a', b'k', b'd', b'i'];
+const REGISTRATIONS: [u8; 6] = [b'a', b'k', b'd', b'i', b'f', b'v'];
 
 impl Work<'_> {
     /// Opens the base that leaves the least missing.

@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use data_encoding::HEXLOWER;
 
 use super::super::examine::verify;
@@ -18,7 +19,10 @@ use super::examining::{DEVICE, acknowledge, acknowledge_at, note, post, remember
 use super::files::{Shop, files, settle};
 use super::support::*;
 use crate::delivery::{Outcome, RowMeta, Summary, Urgency};
-use crate::ports::{Carrier, Erased, Erasure, KeyRecord, PreviousSecret, Scopes, Seen};
+use crate::ports::{
+    CallbackRecord, Carrier, DeadLetter, Erased, Erasure, Failing, KeyRecord, OutcomePosition,
+    PreviousSecret, Scopes, Seen, SigningSecret,
+};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/store")
@@ -223,6 +227,56 @@ fn registrations_read_as_they_were_written_by_version_1() {
     );
     assert!(record::api_key(&key, &bytes) == Ok(api_key));
 
+    let callback = CallbackRecord {
+        app: AppId(3),
+        url: "https://hooks.example.com/bellwire".to_owned(),
+        outcomes: vec![Outcome::Expired, Outcome::Declined],
+        secrets: vec![
+            SigningSecret {
+                key: vec![7; 32],
+                until_ms: None,
+            },
+            SigningSecret {
+                key: vec![8; 24],
+                until_ms: Some(11),
+            },
+        ],
+        created_ms: 5,
+        position: OutcomePosition(6),
+        sending: Some(OutcomePosition(7)),
+        failing: Some(Failing {
+            since_ms: 8,
+            tries: 9,
+            why: "it answered 503".to_owned(),
+        }),
+        gone_ms: None,
+        next_letter: 10,
+    };
+    let key = keys::callback(callback.app);
+    let bytes = check(
+        "callback-v1",
+        &written(|out| record::put_callback(&key, out, &callback)),
+    );
+    assert!(record::callback(&key, &bytes) == Ok(callback));
+
+    let letter = DeadLetter {
+        app: AppId(3),
+        number: 4,
+        id: "msg_0f1e".to_owned(),
+        body: Bytes::from_static(b"{}"),
+        events: 5,
+        tries: 6,
+        since_ms: 7,
+        at_ms: 8,
+        why: "it answered 400".to_owned(),
+    };
+    let key = keys::dead_letter(letter.app, letter.number);
+    let bytes = check(
+        "dead-letter-v1",
+        &written(|out| record::put_dead_letter(&key, out, &letter)),
+    );
+    assert!(record::dead_letter(&key, letter.app, letter.number, &bytes) == Ok(letter));
+
     let used = IdempotencyRecord {
         app: AppId(3),
         key_hash: [1; 32],
@@ -397,7 +451,7 @@ fn a_frame_reads_as_it_was_built_and_as_version_1_wrote_it() {
         panic!("no frame");
     };
     assert_eq!(found.number, 42);
-    let payload = bytes::Bytes::from(bytes[found.payload].to_vec());
+    let payload = Bytes::from(bytes[found.payload].to_vec());
     assert_eq!(write::decode(&payload).unwrap(), writes);
     let bodies = writes
         .iter()
@@ -418,7 +472,7 @@ fn a_frame_of_the_first_program_is_still_read() {
     let frame::Place::Frame(found) = frame::look(&bytes, 0, 7) else {
         panic!("no frame");
     };
-    let payload = bytes::Bytes::from(bytes[found.payload].to_vec());
+    let payload = Bytes::from(bytes[found.payload].to_vec());
     let device = keys::device(device_id(1));
     let users: Vec<String> = write::decode(&payload)
         .unwrap()
@@ -926,7 +980,7 @@ fn a_snapshot() -> Vec<u8> {
     let entries: Vec<engine::EngineWrite> = (0..40u8)
         .map(|n| engine::EngineWrite {
             key: vec![b'e', n].into(),
-            value: Some(bytes::Bytes::new()),
+            value: Some(Bytes::new()),
         })
         .collect();
     engine.apply(&entries, Some(7)).unwrap();

@@ -94,6 +94,10 @@ impl Model {
             Op::PutSeen(device, seen) => drop(self.seen.insert(*device, seen.clone())),
             Op::PutKey(_)
             | Op::DropKey(..)
+            | Op::PutCallback(_)
+            | Op::DropCallback(_)
+            | Op::PutDeadLetter(_)
+            | Op::DropDeadLetter(..)
             | Op::PutIdempotency(_)
             | Op::PutOutcome(_)
             | Op::Erase(_) => {}
