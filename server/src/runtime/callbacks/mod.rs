@@ -125,6 +125,8 @@ pub type Posted = Result<PostAnswer, PostError>;
 pub(super) struct Callbacks {
     outbound: Arc<dyn Outbound>,
     posters: Mutex<HashMap<AppId, Arc<State>>>,
+    /// Held while one is made, so that no app gets two.
+    making: tokio::sync::Mutex<()>,
     places: Semaphore,
     /// Something that concerns every poster changed.
     changed: Notify,
@@ -173,6 +175,7 @@ impl Callbacks {
         Callbacks {
             outbound,
             posters: Mutex::default(),
+            making: tokio::sync::Mutex::default(),
             places: Semaphore::new(POSTS_MAX),
             changed: Notify::new(),
             tasks: TaskTracker::new(),
@@ -334,6 +337,7 @@ impl Inner {
             None => None,
             Some(text) => Some(body::parse_secret(text).ok_or(CallbackError::Secret)?),
         };
+        let _making = self.callbacks.making.lock().await;
         if let Some(state) = self.callbacks.find(app) {
             let mut held = state.held.lock().await;
             if let Some(record) = &held.record {

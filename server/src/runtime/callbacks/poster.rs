@@ -214,8 +214,11 @@ impl Poster {
             // A position of another history leads to the end of this one, which may be before it.
             let elsewhere = found.next < at;
             for (position, event) in &found.items {
-                let beyond = !elsewhere && record.sending.is_some_and(|end| *position > end);
-                if beyond || !gathering.take(event) {
+                let end = record.sending.filter(|_| !elsewhere);
+                if let Some(end) = end.filter(|end| position > end) {
+                    return Ok(Gathered { to: end, gathering });
+                }
+                if !gathering.take(event) {
                     return Ok(Gathered { to: at, gathering });
                 }
                 at = *position;
