@@ -124,13 +124,14 @@ fn parse(url: &str) -> Result<Place, UrlRefusal> {
     if authority.as_str().contains('@') {
         return malformed("without a name and a password in it");
     }
-    // `port_u16` passes over what is no number.
-    let port = match authority.port() {
-        None => None,
-        Some(port) => match port.as_str().parse::<u16>() {
-            Ok(port) if port > 0 => Some(port),
-            Ok(_) | Err(_) => return malformed("a URL whose port is a number from 1 to 65535"),
+    // What the library reads as no port at all may be one that is no number.
+    let port = match authority.as_str().strip_prefix(authority.host()) {
+        Some("") => None,
+        Some(rest) => match rest.strip_prefix(':').map(str::parse::<u16>) {
+            Some(Ok(port)) if port > 0 => Some(port),
+            Some(_) | None => return malformed("a URL whose port is a number from 1 to 65535"),
         },
+        None => return malformed("a URL with a host"),
     };
     let text = authority.host();
     let bare = text

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod batch;
+mod callbacks;
 mod devices;
 mod events;
 mod native;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bellwire_server::compat;
 use bellwire_server::delivery::{Acknowledged, AppId, DeviceId, Urgency};
 use bellwire_server::http::{self, ApiState, Listening, LoadedSettings, ServeReport, TlsSource};
-use bellwire_server::ports::{AppRecord, Scopes};
+use bellwire_server::ports::{AppRecord, NoOutbound, Outbound, Scopes};
 use bellwire_server::runtime::{
     AttachRequest, Handle, HashKey, Identity, Out, Outlet, Runtime, RuntimeSettings, SystemClock,
     SystemEntropy,
@@ -44,6 +44,7 @@ pub(crate) struct Setup {
     pub(crate) connections_max: usize,
     pub(crate) drain: Duration,
     pub(crate) metrics: fn() -> String,
+    pub(crate) outbound: Arc<dyn Outbound>,
 }
 
 impl Default for Setup {
@@ -54,6 +55,7 @@ impl Default for Setup {
             connections_max: 1_024,
             drain: PATIENCE,
             metrics: || "bellwire_up 1\n".to_owned(),
+            outbound: Arc::new(NoOutbound),
         }
     }
 }
@@ -75,12 +77,13 @@ pub(crate) async fn start_with(setup: Setup) -> Server {
 }
 
 async fn start_on(setup: Setup, store: Arc<FakeStore>, key: Option<String>) -> Server {
-    let runtime = Runtime::start(
+    let runtime = Runtime::start_with(
         setup.settings,
         Arc::clone(&store) as _,
         Arc::new(SystemClock::new()),
         Arc::new(SystemEntropy::new()),
         HashKey::new(&[3; 32]),
+        setup.outbound,
     )
     .await
     .unwrap();
