@@ -283,9 +283,8 @@ async fn outcomes_are_posted_in_order_once_and_with_a_signature_that_others_chec
     let got = receiver.came(before + 1).await.pop().unwrap();
     assert!(verified(&site, &got, &secret));
     assert!(verified(&site, &got, new));
-    api.post(path, json!({ "overlap_s": 0, "secret": secret }))
-        .await
-        .expect(200);
+    let back = json!({ "overlap_s": 0, "secret": secret });
+    assert_eq!(api.post(path, back).await.status, 200);
     let before = receiver.all().len();
     ping(&api, &device).await;
     let got = receiver.came(before + 1).await.pop().unwrap();
