@@ -37,6 +37,7 @@ const LIVE: &[&str] = &[
     "limits.ping_burst",
     "limits.backup_stall",
     "limits.batch_stall",
+    "limits.withdrawals_keep",
     "limits.event_streams",
     "limits.secret_overlap",
     "callbacks.allow",
