@@ -306,6 +306,11 @@ impl Mailbox {
             && self.clearing.is_none()
     }
 
+    /// Whose mailbox it is, once anything is known of it: nothing is offered before.
+    pub(super) fn app(&self) -> AppId {
+        self.summary.app
+    }
+
     /// Something waits for a frame.
     pub(super) fn has_offers(&self) -> bool {
         self.unsealed.count > self.held

@@ -5,6 +5,7 @@
 //! ([`Shard::handle_committed`]). Everything it can decide is in this folder and can be replayed from a script.
 
 mod event;
+mod fair;
 mod ids;
 mod mailbox;
 mod notification;
@@ -18,6 +19,7 @@ pub use event::{
     Lowest, MailboxRead, MailboxView, Notice, Outcome, Refusal, Rejection, RowKey, RowMeta,
     Summary, Verdict, Withdrawal,
 };
+pub use fair::FairQueue;
 pub use ids::{AppId, DeviceId, IdError, PingId, SessionId, Ticket};
 pub use mailbox::WITHDRAWALS_MAX;
 pub use notification::{CollapseKey, Hold, Notification, Urgency, WireSlot};

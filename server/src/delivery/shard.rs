@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use super::event::{Change, CommitFailure, Disk, Effect, Event};
+use super::fair::FairQueue;
 use super::ids::DeviceId;
 use super::mailbox::{Context, Mailbox};
 use super::policy::Policy;
@@ -11,6 +12,31 @@ use super::time::{Mono, Now};
 
 /// How long the shard waits after a frame found no room before it offers again.
 const ROOM_RETRY: Duration = Duration::from_secs(1);
+
+/// What one frame of a shard may cost, in bytes as [`cost`] counts them: some milliseconds of a disk. What is offered beyond it
+/// waits for the next frame, so that an app with much to write makes the frames of others no later than that. The last mailbox
+/// that is taken may go beyond it.
+const FRAME_COST_MAX: u64 = 4 << 20;
+
+/// What one app may have written before the next has its turn.
+const FRAME_QUANTUM: u32 = 64 << 10;
+
+/// What a change costs besides the content: its row, its indexes, its share of the summary.
+const CHANGE_COST: u64 = 256;
+
+/// What changes of a mailbox cost, about as many bytes as the log writes for them.
+fn cost(changes: &[Change]) -> u64 {
+    changes
+        .iter()
+        .map(|change| match change {
+            Change::Insert { notification, .. } => CHANGE_COST + u64::from(notification.size),
+            Change::Remove { .. }
+            | Change::Summary { .. }
+            | Change::Forget { .. }
+            | Change::Cleared { .. } => CHANGE_COST,
+        })
+        .sum()
+}
 
 /// The mailboxes of one shard.
 ///
@@ -26,8 +52,8 @@ pub struct Shard {
     mailboxes: HashMap<DeviceId, Box<Mailbox>>,
     /// One entry for a mailbox with a deadline, at or before it: early visits are harmless, moving entries is not free.
     deadlines: BTreeSet<(Mono, DeviceId)>,
-    /// Mailboxes that want a frame, in the order in which they began to.
-    offering: Vec<DeviceId>,
+    /// Mailboxes that want a frame: by app in turns, and within an app in the order in which they began to.
+    offering: FairQueue<DeviceId>,
     /// Mailboxes in the outstanding frame; `None`: no frame is outstanding.
     sealed: Option<Vec<DeviceId>>,
     /// A frame found no room: not before then.
@@ -43,7 +69,7 @@ impl Shard {
             disk: Disk::Open,
             mailboxes: HashMap::new(),
             deadlines: BTreeSet::new(),
-            offering: Vec::new(),
+            offering: FairQueue::new(FRAME_QUANTUM),
             sealed: None,
             not_before: None,
         }
@@ -148,24 +174,32 @@ impl Shard {
             && self.disk != Disk::Failed
     }
 
-    /// Takes everything offered for one frame. [`Shard::handle_committed`] must be called before the next.
+    /// Takes what is offered for one frame, up to [`FRAME_COST_MAX`], apps in turns. [`Shard::handle_committed`] must be called
+    /// before the next.
     #[must_use]
     pub fn seal(&mut self) -> Vec<Change> {
         debug_assert!(self.sealed.is_none(), "one frame is outstanding at a time");
         let mut changes = Vec::with_capacity(self.offering.len() * 2);
-        let mut sealed = std::mem::take(&mut self.offering);
-        sealed.retain(|&device| {
+        let mut sealed = Vec::with_capacity(self.offering.len());
+        let mut spent = 0;
+        while spent < FRAME_COST_MAX
+            && let Some((app, device)) = self.offering.pop()
+        {
             let Some(mailbox) = self.mailboxes.get_mut(&device) else {
-                return false;
+                continue;
             };
             mailbox.listed = false;
             // What was offered may have been withdrawn meanwhile.
-            let offers = mailbox.has_offers();
-            if offers {
-                mailbox.seal(device, self.policy.run, &mut changes);
+            if !mailbox.has_offers() {
+                continue;
             }
-            offers
-        });
+            let before = changes.len();
+            mailbox.seal(device, self.policy.run, &mut changes);
+            let cost = cost(&changes[before..]);
+            self.offering.charge(app, cost);
+            spent += cost;
+            sealed.push(device);
+        }
         self.sealed = Some(sealed);
         changes
     }
@@ -243,7 +277,7 @@ impl Shard {
         }
         if !mailbox.listed && mailbox.has_offers() {
             mailbox.listed = true;
-            self.offering.push(device);
+            self.offering.push(mailbox.app(), device);
         }
         if let Some(due) = mailbox.next_deadline(&self.policy)
             && mailbox.deadline.is_none_or(|known| due < known)
