@@ -262,6 +262,12 @@ codes! {
     TooManyStreams = "too_many_streams", Operator, 429, -, Later;
         "As many follow the events as may at once.";
         "Share one stream between the parts of a backend, close those that nobody reads, or raise `limits.event_streams`.";
+    DeviceRateLimited = "device_rate_limited", Publisher, 429, -, Later;
+        "The device is sent more pings than one device may be, by everybody together.";
+        "Wait for the time in `Retry-After`, and let a newer notification replace an older one with a collapse key.";
+    QuotaExceeded = "quota_exceeded", Publisher, 429, -, Later;
+        "The app has used up what it may.";
+        "Wait for the time in `Retry-After`; if it repeats, ask the operator for a larger quota.";
     StoreBusy = "store_busy", Operator, 503, -, Later;
         "The engine is too far behind the log to take more for the moment.";
         "Wait for the time in `Retry-After`; if it repeats, the disk is too slow for this load.";

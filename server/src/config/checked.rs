@@ -1,5 +1,6 @@
 //! Settings that were checked: what the rest of the program is handed.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub struct Checked {
     pub limits: Limits,
     /// Where outcomes may be posted.
     pub callbacks: Callbacks,
+    /// What apps may use.
+    pub quotas: Quotas,
     /// How long outcomes can be asked for.
     pub receipts_keep: Duration,
     /// Size of the history of outcomes, bytes.
@@ -190,6 +193,10 @@ pub struct Limits {
     pub pings_per_second: u32,
     /// Pings of one API key at once.
     pub ping_burst: u32,
+    /// Pings to one device in a second; 0: no limit.
+    pub device_pings_per_second: u32,
+    /// Pings to one device at once.
+    pub device_ping_burst: u32,
     /// How long a device's old secret stays good after a rotation.
     pub secret_overlap: Duration,
     /// Connections of the API at once.
@@ -223,6 +230,30 @@ pub struct Callbacks {
     pub give_up: Duration,
     /// Dead letters that are kept for each app.
     pub dead_letters: u32,
+}
+
+/// What one app may use; 0: as much as it likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AppQuota {
+    /// Pings in a day.
+    pub pings_per_day: u64,
+}
+
+/// What apps may use.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Quotas {
+    /// Those that nothing of their own is set for.
+    pub default: AppQuota,
+    /// By name.
+    pub apps: BTreeMap<String, AppQuota>,
+}
+
+impl Quotas {
+    /// What an app may use.
+    #[must_use]
+    pub fn of(&self, app: &str) -> AppQuota {
+        self.apps.get(app).copied().unwrap_or(self.default)
+    }
 }
 
 /// The log on standard error.
@@ -300,6 +331,7 @@ impl Checked {
             backup: backup(source),
             limits: limits(source),
             callbacks: callbacks(source, &mut warnings),
+            quotas: quotas(source),
             receipts_keep: source.get(&keys::RECEIPTS_KEEP),
             receipts_max_bytes: source.get(&keys::RECEIPTS_MAX_BYTES),
             receipts_durable: source.get(&keys::RECEIPTS_DURABLE),
@@ -542,12 +574,32 @@ fn limits(source: &Source) -> Limits {
         memory_bytes: source.get(&keys::LIMITS_MEMORY),
         pings_per_second: clamp(source.get(&keys::LIMITS_PING_RATE)),
         ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),
+        device_pings_per_second: clamp(source.get(&keys::LIMITS_DEVICE_RATE)),
+        device_ping_burst: clamp(source.get(&keys::LIMITS_DEVICE_BURST)),
         secret_overlap: source.get(&keys::LIMITS_SECRET_OVERLAP),
         api_connections: clamp(source.get(&keys::LIMITS_API_CONNECTIONS)),
         withdrawals_keep: source.get(&keys::LIMITS_WITHDRAWALS_KEEP),
         backup_stall: source.get(&keys::LIMITS_BACKUP_STALL),
         batch_stall: source.get(&keys::LIMITS_BATCH_STALL),
         event_streams: clamp(source.get(&keys::LIMITS_EVENT_STREAMS)),
+    }
+}
+
+fn quotas(source: &Source) -> Quotas {
+    let of = |app: &str| AppQuota {
+        pings_per_day: source.get_of(app, &keys::QUOTA_PINGS),
+    };
+    Quotas {
+        // No app has this name.
+        default: of(""),
+        apps: source
+            .apps()
+            .into_iter()
+            .map(|app| {
+                let own = of(&app);
+                (app, own)
+            })
+            .collect(),
     }
 }
 

@@ -155,6 +155,10 @@ keys! {
     LIMITS_PING_RATE: CountSetting = "limits.pings_per_second", count(1, 10_000_000), "50000";
     /// Pings that one API key may send at once before the rate counts.
     LIMITS_PING_BURST: CountSetting = "limits.ping_burst", count(1, 100_000_000), "100000";
+    /// Pings to one device in a second, in the long run, whoever sends them; above it they are refused for that device. `0`: no limit.
+    LIMITS_DEVICE_RATE: CountSetting = "limits.device_pings_per_second", count(0, 1_000_000), "1000";
+    /// Pings to one device at once before its rate counts.
+    LIMITS_DEVICE_BURST: CountSetting = "limits.device_ping_burst", count(1, 100_000_000), "10000";
     /// How long a device's old secret stays good after a rotation that names no time.
     LIMITS_SECRET_OVERLAP: SpanSetting = "limits.secret_overlap", span(0, 90 * DAY), "24h";
     /// Connections that the API serves at once; more wait. Changing it needs a restart.
@@ -168,6 +172,8 @@ keys! {
 
     /// Streams of events (`GET /v1/events`) that one app may have at once; more are answered 429.
     LIMITS_EVENT_STREAMS: CountSetting = "limits.event_streams", count(1, 100_000), "64";
+    /// Pings that one app may send in a day, of 24 hours that slide; above it they are answered 429 `quota_exceeded`. Counted from the start of the server. `0`: no limit. `[quota.apps.NAME]` sets this and its neighbours for one app.
+    QUOTA_PINGS: CountSetting = "quota.pings_per_day", count(0, 1_000_000_000_000), "0";
 
     /// How long the outcome of a ping can be asked for; then it answers 404 `ping_not_retained`.
     RECEIPTS_KEEP: SpanSetting = "receipts.keep", span(MINUTE, 90 * DAY), "24h";
@@ -220,3 +226,6 @@ fn is_log_filter(text: &str) -> bool {
                 && ["off", "error", "warn", "info", "debug", "trace"].contains(&level)
         })
 }
+
+/// Keys of the section `quota` that an app can have its own value of: `quota.apps.NAME.` and the last part of the name.
+pub static PER_APP: &[&dyn AnyKey] = &[&QUOTA_PINGS];

@@ -17,8 +17,8 @@ mod suggest;
 mod table;
 
 pub use checked::{
-    ApiAccess, Backup, Callbacks, Checked, Engine, KeepAlive, Limits, Listen, LogFormat,
-    LogSettings, MailboxFull, PemPair, Store,
+    ApiAccess, AppQuota, Backup, Callbacks, Checked, Engine, KeepAlive, Limits, Listen, LogFormat,
+    LogSettings, MailboxFull, PemPair, Quotas, Store,
 };
 pub use problem::{Problem, Problems};
 pub use reload::{Changes, is_live};

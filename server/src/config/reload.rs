@@ -35,6 +35,8 @@ const LIVE: &[&str] = &[
     "limits.memory_bytes",
     "limits.pings_per_second",
     "limits.ping_burst",
+    "limits.device_pings_per_second",
+    "limits.device_ping_burst",
     "limits.backup_stall",
     "limits.batch_stall",
     "limits.withdrawals_keep",
@@ -48,6 +50,7 @@ const LIVE: &[&str] = &[
     "callbacks.retry_max",
     "callbacks.give_up",
     "callbacks.dead_letters",
+    "quota.pings_per_day",
     "drain.window",
     "log.level",
 ];
@@ -60,11 +63,17 @@ pub fn is_live(name: &str) -> bool {
 
 /// Every setting as it was given, where it was.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Values(BTreeMap<&'static str, Given>);
+pub(super) struct Values {
+    given: BTreeMap<&'static str, Given>,
+    apps: BTreeMap<(String, &'static str), Given>,
+}
 
 impl Values {
     pub(super) fn of(source: &Source) -> Values {
-        Values(source.values())
+        Values {
+            given: source.values(),
+            apps: source.app_values(),
+        }
     }
 }
 
@@ -86,7 +95,7 @@ impl Checked {
         let mut changes = Changes::default();
         for key in keys::ALL {
             let name = key.name();
-            let given = |checked: &Checked| checked.values.0.get(name).cloned();
+            let given = |checked: &Checked| checked.values.given.get(name).cloned();
             let default = || Given::Text(key.default().to_owned());
             let (new, old) = (given(self), given(before));
             let same = match (&new, &old) {
@@ -107,6 +116,9 @@ impl Checked {
             } else {
                 changes.restart.push(name);
             }
+        }
+        if self.values.apps != before.values.apps {
+            changes.live.push("quota.apps");
         }
         changes
     }
@@ -162,6 +174,17 @@ mod tests {
         let one = settings("[limits]\ncontent_bytes = 4096\nttl_max = \"720h\"\n");
         let other = settings("[limits]\ncontent_bytes = \"4KiB\"\n");
         assert_eq!(one.changes_since(&other), Changes::default());
+    }
+
+    #[test]
+    fn a_quota_of_one_app_holds_at_once() {
+        let before =
+            settings("[quota]\npings_per_day = 5\n[quota.apps.default]\npings_per_day = 7\n");
+        let after =
+            settings("[quota]\npings_per_day = 5\n[quota.apps.default]\npings_per_day = 8\n");
+        assert_eq!(after.changes_since(&before).live, ["quota.apps"]);
+        assert_eq!(after.quotas.of("default").pings_per_day, 8);
+        assert_eq!(after.quotas.of("other").pings_per_day, 5);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Reads the file and the environment, and remembers where each value stood.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -66,6 +66,8 @@ enum Origin {
 pub struct Source {
     file: Option<Arc<NamedSource<String>>>,
     given: BTreeMap<&'static str, (Given, Origin)>,
+    /// What was set for one app, by its name and the key that it stands in for.
+    apps: BTreeMap<(String, &'static str), (Given, Origin)>,
     problems: RefCell<Vec<Problem>>,
 }
 
@@ -88,6 +90,7 @@ impl Source {
                 Arc::new(NamedSource::new(path.display().to_string(), text).with_language("toml"))
             }),
             given: BTreeMap::new(),
+            apps: BTreeMap::new(),
             problems: RefCell::default(),
         };
         source.take_file()?;
@@ -129,17 +132,49 @@ impl Source {
             .collect()
     }
 
+    /// Everything that was given for single apps.
+    pub(super) fn app_values(&self) -> BTreeMap<(String, &'static str), Given> {
+        self.apps
+            .iter()
+            .map(|(place, (given, _))| (place.clone(), given.clone()))
+            .collect()
+    }
+
+    /// The apps that something was set for.
+    pub(super) fn apps(&self) -> BTreeSet<String> {
+        self.apps.keys().map(|(app, _)| app.clone()).collect()
+    }
+
+    /// The value of a key for an app: its own, or else that for all.
+    pub(super) fn get_of<S: Setting>(&self, app: &str, key: &Key<S>) -> S::Value {
+        let own = self.apps.get(&(app.to_owned(), key.name));
+        let own = own.and_then(|(given, origin)| match key.setting.parse(given) {
+            Ok(value) => Some(value),
+            Err(unfit) => {
+                let name = name_of(app, key.name);
+                self.note_at(&name, Some(origin), &unfit.what, &unfit.help);
+                None
+            }
+        });
+        own.unwrap_or_else(|| self.get(key))
+    }
+
     /// Notes that something is wrong with a key, wherever it was set.
     pub(super) fn note(&self, key: &dyn AnyKey, what: &str, help: &str) {
         let name = key.name();
-        let problem = match (self.given.get(name), &self.file) {
-            (Some((_, Origin::Variable(variable))), _) => {
+        let origin = self.given.get(name).map(|(_, origin)| origin);
+        self.note_at(name, origin, what, help);
+    }
+
+    fn note_at(&self, name: &str, origin: Option<&Origin>, what: &str, help: &str) {
+        let problem = match (origin, &self.file) {
+            (Some(Origin::Variable(variable)), _) => {
                 Problem::new(format!("{variable} ({name}): {what}"), help)
             }
-            (Some((_, Origin::File(value))), Some(text)) => {
+            (Some(Origin::File(value)), Some(text)) => {
                 Problem::new(format!("{name}: {what}"), help).at(text, value.clone(), "here")
             }
-            (Some((_, Origin::File(_))) | None, _) => Problem::new(format!("{name}: {what}"), help),
+            (Some(Origin::File(_)) | None, _) => Problem::new(format!("{name}: {what}"), help),
         };
         self.problems.borrow_mut().push(problem);
     }
@@ -168,6 +203,12 @@ impl Source {
             if let DeValue::Table(section) = value.get_ref() {
                 for (key, value) in section {
                     let full = format!("{name}.{}", key.get_ref());
+                    if full == APPS
+                        && let DeValue::Table(apps) = value.get_ref()
+                    {
+                        self.take_file_apps(&text, apps);
+                        continue;
+                    }
                     self.take_file_key(&text, &full, key.span(), value.get_ref(), value.span());
                 }
                 if section.is_empty()
@@ -182,6 +223,32 @@ impl Source {
             }
         }
         Ok(())
+    }
+
+    fn take_file_apps(&mut self, text: &Arc<NamedSource<String>>, apps: &DeTable<'_>) {
+        for (app, own) in apps {
+            let DeValue::Table(own) = own.get_ref() else {
+                self.unknown(
+                    &format!("{APPS}.{}", app.get_ref()),
+                    Some((text, app.span())),
+                );
+                continue;
+            };
+            for (key, value) in own {
+                let app: &str = app.get_ref();
+                match known_per_app(key.get_ref()) {
+                    Some(known) => {
+                        let origin = Origin::File(value.span());
+                        let place = (app.to_owned(), known);
+                        self.apps.insert(place, (given(value.get_ref()), origin));
+                    }
+                    None => self.unknown(
+                        &format!("{APPS}.{app}.{}", key.get_ref()),
+                        Some((text, key.span())),
+                    ),
+                }
+            }
+        }
     }
 
     fn take_file_key(
@@ -207,10 +274,15 @@ impl Source {
                 continue;
             };
             let name = rest.to_ascii_lowercase().replace("__", ".");
-            let Some(known) = known(&name) else {
+            let of_app = name
+                .strip_prefix(APPS)
+                .and_then(|rest| rest.strip_prefix('.')?.rsplit_once('.'))
+                .and_then(|(app, key)| Some((app.to_owned(), known_per_app(key)?)));
+            let known = known(&name);
+            if known.is_none() && of_app.is_none() {
                 self.unknown_variable(variable, &name);
                 continue;
-            };
+            }
             let Ok(value) = value else {
                 self.problems.borrow_mut().push(Problem::new(
                     format!("{variable}: the value is not UTF-8"),
@@ -219,8 +291,12 @@ impl Source {
                 continue;
             };
             let origin = Origin::Variable(variable.clone());
-            self.given
-                .insert(known, (Given::Text(value.clone()), origin));
+            let given = (Given::Text(value.clone()), origin);
+            if let Some(known) = known {
+                self.given.insert(known, given);
+            } else if let Some(place) = of_app {
+                self.apps.insert(place, given);
+            }
         }
     }
 
@@ -241,6 +317,22 @@ impl Source {
             .borrow_mut()
             .push(Problem::new(format!("{variable} is not a setting"), help));
     }
+}
+
+/// Where single apps have values of their own.
+const APPS: &str = "quota.apps";
+
+/// The key for all apps that a name under [`APPS`] stands in for.
+fn known_per_app(short: &str) -> Option<&'static str> {
+    keys::PER_APP
+        .iter()
+        .map(|key| key.name())
+        .find(|name| name.strip_prefix("quota.") == Some(short))
+}
+
+/// What a key is called for one app.
+fn name_of(app: &str, key: &str) -> String {
+    format!("{APPS}.{app}.{}", key.trim_start_matches("quota."))
 }
 
 /// The variable that overrides a key.

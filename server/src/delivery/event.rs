@@ -177,6 +177,8 @@ pub enum Rejection {
     NoRoom,
     /// The store failed and must be restarted (503).
     StoreFailed,
+    /// The device is sent more than it may be (429). Whoever hands notifications to the core finds that out; the core never says it.
+    TooFast,
 }
 
 /// Why a session is not attached. The older session, if there is one, stays.

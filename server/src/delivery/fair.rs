@@ -157,7 +157,10 @@ mod tests {
         };
         // The first within a turn of the other, all twenty within three.
         assert!(place(0).is_some_and(|place| place <= 8), "{turn:?}");
-        assert!(place(19).is_some_and(|place| place < 20 + 3 * 8), "{turn:?}");
+        assert!(
+            place(19).is_some_and(|place| place < 20 + 3 * 8),
+            "{turn:?}"
+        );
     }
 
     #[test]
@@ -179,7 +182,8 @@ mod tests {
         }
         let (least, most) = (spent.values().min().copied(), spent.values().max().copied());
         assert!(
-            most.zip(least).is_some_and(|(most, least)| most - least <= 100 + 1_000),
+            most.zip(least)
+                .is_some_and(|(most, least)| most - least <= 100 + 1_000),
             "{spent:?}"
         );
     }
@@ -193,7 +197,7 @@ mod tests {
         let mut spent = (0, 0);
         for number in 0..400 {
             // Never two at the same time, each as dear as ten turns.
-            if !queue.lanes.get(&A).is_some_and(|lane| !lane.items.is_empty()) {
+            if queue.lanes.get(&A).is_none_or(|lane| lane.items.is_empty()) {
                 queue.push(A, number);
             }
             let Some((app, _)) = queue.pop() else { break };

@@ -289,3 +289,123 @@ impl Shard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::collections::HashSet;
+    use std::sync::Arc;
+
+    use super::super::event::{Enqueue, MailboxView, Summary};
+    use super::super::ids::{AppId, PingId, Ticket};
+    use super::super::notification::{Hold, Notification, Urgency, WireSlot};
+    use super::*;
+
+    const NOW: Now = Now {
+        mono: Mono(1_000),
+        unix_ms: 1_700_000_000_000,
+    };
+
+    fn device(app: AppId, number: u32) -> DeviceId {
+        let mut id = [0; 16];
+        id[..4].copy_from_slice(&app.0.to_be_bytes());
+        id[4..8].copy_from_slice(&number.to_be_bytes());
+        DeviceId(id)
+    }
+
+    /// Offers a row for each of so many absent devices of an app, each of 4 KiB.
+    fn offer(shard: &mut Shard, app: AppId, numbers: std::ops::Range<u32>) {
+        let mut effects = Vec::new();
+        for number in numbers {
+            let device = device(app, number);
+            let enqueue = Enqueue {
+                ticket: Ticket(u64::from(number)),
+                notification: Arc::new(Notification {
+                    ping: PingId(device.0),
+                    app,
+                    accepted_ms: NOW.unix_ms,
+                    expires_ms: NOW.unix_ms + 60_000,
+                    urgency: Urgency::Normal,
+                    collapse: None,
+                    size: 4_096,
+                    transient: false,
+                    shared: false,
+                    content: bytes::Bytes::from_static(b"ring"),
+                    wire: WireSlot::default(),
+                    hold: Hold::default(),
+                }),
+                may_repeat: false,
+            };
+            shard.handle(device, Event::Enqueue(enqueue), NOW, &mut effects);
+            let view = MailboxView {
+                summary: Some(Summary::new(app)),
+                rows: Vec::new(),
+                complete: true,
+            };
+            shard.handle(device, Event::Read(Ok(Box::new(view))), NOW, &mut effects);
+        }
+    }
+
+    /// How many rows of each app the next frame has; it is committed.
+    fn frame(shard: &mut Shard) -> [usize; 2] {
+        let rows = shard.seal();
+        let rows: Vec<AppId> = rows
+            .iter()
+            .filter_map(|change| match change {
+                Change::Insert { notification, .. } => Some(notification.app),
+                Change::Remove { .. }
+                | Change::Summary { .. }
+                | Change::Forget { .. }
+                | Change::Cleared { .. } => None,
+            })
+            .collect();
+        shard.handle_committed(Ok(()), NOW, &mut Vec::new());
+        [1, 2].map(|app| rows.iter().filter(|of| of.0 == app).count())
+    }
+
+    #[test]
+    fn the_frames_of_a_flooding_app_have_room_for_another() {
+        let mut shard = Shard::new(Policy::default());
+        offer(&mut shard, AppId(1), 0..5_000);
+        let [first, _] = frame(&mut shard);
+        assert!((500..1_500).contains(&first), "{first}");
+        // It comes late, and is in the next frame all the same, although thousands of rows wait before it.
+        offer(&mut shard, AppId(2), 0..1);
+        let [flood, other] = frame(&mut shard);
+        assert_eq!(other, 1);
+        assert!((500..1_500).contains(&flood), "{flood}");
+        // While both have much to write each gets about half.
+        offer(&mut shard, AppId(2), 1..3_000);
+        let [one, other] = frame(&mut shard);
+        assert!(one.abs_diff(other) <= 32, "{one} and {other}");
+        // Nothing is left behind.
+        let mut rest = [0; 2];
+        while shard.has_offers() {
+            let next = frame(&mut shard);
+            assert!(next[0] + next[1] > 0);
+            rest = [rest[0] + next[0], rest[1] + next[1]];
+        }
+        assert_eq!(first + flood + one + rest[0], 5_000);
+        assert_eq!(1 + other + rest[1], 3_000);
+    }
+
+    #[test]
+    fn a_mailbox_is_in_one_frame_at_a_time_and_keeps_its_place() {
+        let mut shard = Shard::new(Policy::default());
+        offer(&mut shard, AppId(1), 0..3_000);
+        let mut seen = HashSet::new();
+        let mut order = Vec::new();
+        while shard.has_offers() {
+            for change in shard.seal() {
+                if let Change::Summary { device, .. } = change {
+                    assert!(seen.insert(device));
+                    order.push(device);
+                }
+            }
+            shard.handle_committed(Ok(()), NOW, &mut Vec::new());
+        }
+        let expected: Vec<DeviceId> = (0..3_000).map(|number| device(AppId(1), number)).collect();
+        assert_eq!(order, expected);
+    }
+}

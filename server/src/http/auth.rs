@@ -52,13 +52,6 @@ pub(super) struct Scoped<S> {
     _scope: PhantomData<fn() -> S>,
 }
 
-impl<S> Scoped<S> {
-    /// Who it is, for what outlives the request.
-    pub(super) fn into_principal(self) -> Principal {
-        self.principal
-    }
-}
-
 impl<S> std::ops::Deref for Scoped<S> {
     type Target = Principal;
 

@@ -35,12 +35,12 @@ use utoipa::ToSchema;
 
 use super::auth::{Ping, Scoped};
 use super::document::refusals;
-use super::error::{Place, Problem, retry_after_s};
+use super::error::{Place, Problem};
 use super::ping_body::{self, PingLineSchema};
 use super::pings::{self, Rejected};
 use super::query::Query;
 use super::serve::Cut;
-use super::{Backend, body, text};
+use super::{Backend, allowance, body, text};
 use crate::delivery::PingId;
 use crate::runtime::{
     BodyShare, Handle, Origin, PingAnswer, PingError, PingRequest, Placed, Principal, Target, Turn,
@@ -148,7 +148,10 @@ fn id<S: serde::Serializer>(id: &Option<PingId>, serializer: S) -> Result<S::Ok,
         example = json!({"to": {"user": "ana"}, "title": "Ward 3", "idempotency_key": "call-17"})),
     responses(
         (status = 200, description = "One of these on each line, for each line in its order.", body = LineAnswer<'static>,
-            content_type = "application/x-ndjson", examples(
+            content_type = "application/x-ndjson", headers(
+            ("RateLimit-Policy" = String, description = "What this caller may send: for each allowance the pings at once, `q`, and the seconds in which they come back, `w`. On every answer of this call."),
+            ("RateLimit" = String, description = "How the allowances stand: pings left, `r`, and seconds until all of them are there again, `t`. On every answer of this call."),
+        ), examples(
                 ("accepted" = (value = json!({"line": 1, "status": 202, "id": "k5xw6ztqmfzwk3thonuw4zlsme", "devices": 2, "ttl_s": 604800}))),
                 ("refused" = (value = json!({"line": 2, "status": 404, "problem": {"code": "unknown_device",
                     "title": Code::UnknownDevice.meaning(), "detail": Code::UnknownDevice.meaning(),
@@ -161,7 +164,12 @@ pub(super) async fn create(
     who: Scoped<Ping>,
     State(backend): State<Backend>,
     request: Request,
-) -> Result<Response, Problem> {
+) -> Response {
+    let result = take(&who, backend.clone(), request).await;
+    allowance::told(&backend.handle, &who, result)
+}
+
+async fn take(who: &Principal, backend: Backend, request: Request) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
     no_key_for_all(&parts.headers)?;
@@ -170,8 +178,10 @@ pub(super) async fn create(
         &NDJSON_TYPES,
         "The body must be one JSON object a line and say so: `Content-Type: application/x-ndjson`.",
     )?;
-    let (bytes, share) =
-        body::read_reserved(body, BATCH_BODY_MAX, |size| backend.handle.hold_body(size)).await?;
+    let (bytes, share) = body::read_reserved(body, BATCH_BODY_MAX, |size| {
+        backend.handle.hold_body(who.app(), size)
+    })
+    .await?;
     let lines = lines(&bytes)?;
     let (pieces, answer) = mpsc::channel(PIECES_MAX);
     let cut = parts.extensions.get::<Cut>().cloned();
@@ -180,7 +190,7 @@ pub(super) async fn create(
     let batch = Batch {
         stall: backend.handle.batch_stall(),
         handle: backend.handle,
-        who: who.into_principal(),
+        who: who.clone(),
         origin: parts.extensions.get::<Origin>().cloned().map(Arc::new),
         _share: share,
         bytes,
@@ -471,9 +481,7 @@ impl Batch {
 
     fn read(&self, place: Range<usize>) -> Result<PingRequest, Problem> {
         let line = &self.bytes[place];
-        if !self.handle.admit(&self.who) {
-            return Err(Problem::plain(Code::RateLimited));
-        }
+        self.handle.admit(&self.who)?;
         if line.len() > body::BODY_MAX {
             return Err(Problem::new(
                 Code::BodyTooLarge,
@@ -525,7 +533,7 @@ fn put(out: &mut Vec<u8>, ended: &Ended) {
                     Place::Body(pointer) => Some(pointer),
                     Place::Request | Place::Parameter(_) | Place::Header(_) => None,
                 },
-                retry_after_s: retry_after_s(code),
+                retry_after_s: problem.retry_after_s(),
             });
         }
     }

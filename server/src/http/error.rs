@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
@@ -12,7 +13,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::delivery::Rejection;
-use crate::runtime::{NoBackup, NotReady, PingError, RuntimeError, WhoError};
+use crate::runtime::{Allowance, NoBackup, NotReady, PingError, RuntimeError, Throttle, WhoError};
 
 /// The media type of every refusal of the native API.
 pub(crate) const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
@@ -45,6 +46,8 @@ struct Told {
     bad_token: bool,
     /// The rest of the request was not read, so the connection cannot be used again.
     close: bool,
+    /// When to try again, seconds, where that is known better than from the code.
+    retry_after_s: Option<u32>,
 }
 
 /// The body of a refusal.
@@ -92,6 +95,7 @@ impl Problem {
             place: Place::Request,
             bad_token: false,
             close: false,
+            retry_after_s: None,
         }))
     }
 
@@ -113,6 +117,19 @@ impl Problem {
     pub(super) fn closing(mut self) -> Problem {
         Arc::make_mut(&mut self.0).close = true;
         self
+    }
+
+    /// Says when to try again.
+    pub(super) fn later(mut self, wait: Duration) -> Problem {
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        let seconds = u32::try_from(seconds.max(1)).unwrap_or(u32::MAX);
+        Arc::make_mut(&mut self.0).retry_after_s = Some(seconds);
+        self
+    }
+
+    /// When to try again, seconds.
+    pub(super) fn retry_after_s(&self) -> Option<u32> {
+        self.0.retry_after_s.or_else(|| retry_after_s(self.0.code))
     }
 
     pub(super) fn code(&self) -> Code {
@@ -168,7 +185,7 @@ impl Problem {
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, PROBLEM_JSON);
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if let Some(seconds) = retry_after_s(told.code) {
+        if let Some(seconds) = self.retry_after_s() {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         if status == StatusCode::UNAUTHORIZED {
@@ -201,7 +218,12 @@ pub(crate) fn retry_after_s(code: Code) -> Option<u32> {
         _ => return None,
     }
     // Clear by themselves within a moment.
-    const MOMENT: [Code; 3] = [Code::StoreBusy, Code::MemoryReserve, Code::RateLimited];
+    const MOMENT: [Code; 4] = [
+        Code::StoreBusy,
+        Code::MemoryReserve,
+        Code::RateLimited,
+        Code::DeviceRateLimited,
+    ];
     Some(if MOMENT.contains(&code) {
         1
     } else if code == Code::Draining {
@@ -220,6 +242,7 @@ pub(crate) fn rejection_code(why: Rejection) -> Code {
         Rejection::MailboxFull => Code::MailboxFull,
         Rejection::NoRoom => Code::NoRoom,
         Rejection::StoreFailed => Code::StoreUnavailable,
+        Rejection::TooFast => Code::DeviceRateLimited,
     }
 }
 
@@ -247,6 +270,19 @@ impl From<RuntimeError> for Problem {
             | RuntimeError::NoRoom
             | RuntimeError::TooManyStreams => Problem::plain(runtime_code(error)),
         }
+    }
+}
+
+impl From<Throttle> for Problem {
+    fn from(why: Throttle) -> Problem {
+        match why.by {
+            Allowance::Key => Problem::plain(Code::RateLimited),
+            Allowance::App => Problem::new(
+                Code::QuotaExceeded,
+                "The app has sent as many pings as it may in a day.",
+            ),
+        }
+        .later(why.wait)
     }
 }
 
@@ -293,6 +329,7 @@ impl From<PingError> for Problem {
                 Problem::plain(Code::UnknownDevice).at(Place::Body("/to/device".to_owned()))
             }
             PingError::MailboxFull => Problem::plain(Code::MailboxFull),
+            PingError::DeviceTooFast => Problem::plain(Code::DeviceRateLimited),
             PingError::IdempotencyConflict => {
                 Problem::plain(Code::IdempotencyConflict).at(Place::Header("Idempotency-Key"))
             }

@@ -16,9 +16,11 @@ use super::error::{Place, Problem, rejection_code};
 use super::json::{self, Members, Trail};
 use super::ping_body::{self, PingBody, PingSchema};
 use super::query::{self, PathId, Query};
-use super::{Backend, answer, body, text};
+use super::{Backend, allowance, answer, body, text};
 use crate::delivery::{AppId, DeviceId, PingId};
-use crate::runtime::{Content, Origin, PairState, PairView, PingAnswer, PingRequest, sha256};
+use crate::runtime::{
+    Content, Origin, PairState, PairView, PingAnswer, PingRequest, Principal, sha256,
+};
 
 /// Longest wait for acknowledgements.
 const WAIT_MAX_S: u64 = 60;
@@ -161,7 +163,7 @@ pub(super) struct Revocation {
 
 refusals! {
     CreateRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, BodyTimeout, IdempotencyConflict,
-        BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, NotAvailable, MailboxFull, RateLimited,
+        BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, NotAvailable, MailboxFull, RateLimited, DeviceRateLimited, QuotaExceeded,
         Internal,
         StoreUnavailable, StoreBusy, Draining, MemoryReserve, NoRoom;
     WithdrawRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, BodyTimeout, BodyTooLarge,
@@ -199,6 +201,10 @@ refusals! {
     )),
     responses(
         (status = 202, description = "Accepted.", body = Accepted,
+            headers(
+            ("RateLimit-Policy" = String, description = "What this caller may send: for each allowance the pings at once, `q`, and the seconds in which they come back, `w`. On every answer of this call."),
+            ("RateLimit" = String, description = "How the allowances stand: pings left, `r`, and seconds until all of them are there again, `t`. On every answer of this call."),
+        ),
             example = json!({"id": "k5xw6ztqmfzwk3thonuw4zlsme", "devices": 2, "ttl_s": 604800})),
         (status = 200, description = "Accepted, with `wait`: what is known by now.", body = Accepted,
             example = json!({"id": "k5xw6ztqmfzwk3thonuw4zlsme", "devices": 1, "ttl_s": 600, "outcomes": [
@@ -210,6 +216,15 @@ pub(super) async fn create(
     who: Scoped<Ping>,
     State(backend): State<Backend>,
     request: Request,
+) -> Response {
+    let result = publish(&who, &backend, request).await;
+    allowance::told(&backend.handle, &who, result)
+}
+
+async fn publish(
+    who: &Principal,
+    backend: &Backend,
+    request: Request,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     let wait = wait(parts.uri.query())?;
@@ -217,9 +232,7 @@ pub(super) async fn create(
     body::expect_json(&parts.headers)?;
     let bytes = body::read(body).await?;
     // After the body, or the connection could not be used again.
-    if !backend.handle.admit(&who) {
-        return Err(Problem::plain(Code::RateLimited));
-    }
+    backend.handle.admit(who)?;
     let ping = ping_body::read(&bytes)?;
     let key = key.map(|key| (key, sha256(&bytes)));
     let request = self::request(who.app(), ping, key, wait);

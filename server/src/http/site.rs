@@ -19,6 +19,7 @@ use hyper::body::Incoming;
 use metrics::{Counter, Histogram};
 use tower::Service as _;
 
+use super::allowance;
 use super::error::{Place, Problem};
 use super::traceparent;
 use crate::runtime::{Handle, Origin, Trace};
@@ -88,10 +89,13 @@ impl Site {
         if method == Method::OPTIONS && response.status() == StatusCode::METHOD_NOT_ALLOWED {
             response = options(&response);
         } else if let Some(problem) = problem {
-            let allow = response.headers_mut().remove(ALLOW);
+            // What is true of the call whatever became of it.
+            let mut before = std::mem::take(response.headers_mut());
             response = problem.render(id.to_str().unwrap_or_default());
-            if let Some(allow) = allow {
-                response.headers_mut().insert(ALLOW, allow);
+            for name in [ALLOW, allowance::POLICY, allowance::LEFT] {
+                if let Some(value) = before.remove(&name) {
+                    response.headers_mut().insert(name, value);
+                }
             }
             if method == Method::HEAD {
                 *response.body_mut() = Body::empty();

@@ -236,6 +236,9 @@ pub enum PingError {
     /// The one mailbox addressed is full and set to refuse.
     #[error("the mailbox is full")]
     MailboxFull,
+    /// The only device is sent more than it may be (429).
+    #[error("the device is sent more than it may be")]
+    DeviceTooFast,
     /// The key was used with another body.
     #[error("the idempotency key was used with another body")]
     IdempotencyConflict,

@@ -162,7 +162,7 @@ fn publish(inner: &Inner, health: &StoreHealth) {
     };
     let awake: usize = inner.shards.iter().map(|shard| shard.awake()).sum();
     let seen: usize = inner.shards.iter().map(|shard| shard.seen_waiting()).sum();
-    let waiting: usize = inner.shards.iter().map(|shard| shard.inbox.waiting()).sum();
+    let waiting: usize = inner.shards.iter().map(|shard| shard.waiting()).sum();
     for (name, value) in [
         (
             names::STORE_SYNC_MEDIAN_SECONDS,
@@ -254,7 +254,7 @@ impl Sweep {
                 .inner
                 .shards
                 .iter()
-                .any(|shard| shard.inbox.waiting() > SWEEP_YIELDS);
+                .any(|shard| shard.waiting() > SWEEP_YIELDS);
             if busy || self.inner.shared.store.health() == StoreHealth::Behind {
                 return;
             }

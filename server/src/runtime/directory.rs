@@ -390,7 +390,7 @@ impl Inner {
             match change.waiting {
                 Waiting::Keep => self.commit_fully(vec![op], || {}).await?,
                 Waiting::Revoke => {
-                    let emptied = self.empty(device, false, vec![op.clone()]).await?;
+                    let emptied = self.empty(app, device, false, vec![op.clone()]).await?;
                     if !emptied.written {
                         // A record without a mailbox: nothing waits.
                         self.commit_fully(vec![op], || {}).await?;
@@ -533,7 +533,7 @@ impl Inner {
                 .into_iter()
                 .map(|withdrawal| Op::DropWithdrawal { device, withdrawal }),
         );
-        let emptied = self.empty(device, true, ops.clone()).await?;
+        let emptied = self.empty(app, device, true, ops.clone()).await?;
         if !emptied.written {
             // A record without a mailbox: an earlier version crashed between the two.
             self.commit_fully(ops, || {}).await?;
@@ -597,12 +597,14 @@ impl Inner {
     /// Empties a mailbox and writes `ops` in the same frame. The caller holds the device's lock.
     async fn empty(
         &self,
+        app: AppId,
         device: DeviceId,
         forget: bool,
         ops: Batch,
     ) -> Result<Emptied, RuntimeError> {
         let (answer, mut emptied) = oneshot::channel();
         self.shard(device).inbox.push(Input::Empty {
+            app,
             device,
             forget,
             ops,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use aws_lc_rs::hmac;
+use smallvec::SmallVec;
 use tokio::sync::{OnceCell, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -26,6 +26,8 @@ use super::events::{EventStream, EventsFrom, EventsOf, Followers};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
 use super::pings::Depth;
+use super::quota::{AllowanceView, App, Throttle};
+use super::rate::Pace;
 use super::reserve::{BodyShare, Reserve};
 use super::settings::{Limits, RuntimeSettings};
 use super::shard::{Input, ShardDoor, Shared};
@@ -36,18 +38,11 @@ use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId,
 use crate::ports::{
     Carrier, DeadLetter, Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth,
 };
-use crate::telemetry::metrics as names;
 
 /// A cheap, cloneable handle to everything that runs.
 #[derive(Clone)]
 pub struct Handle {
     pub(super) inner: Arc<Inner>,
-}
-
-/// An app, with what is derived from its record.
-pub(super) struct App {
-    /// Derives ping ids from idempotency keys.
-    pub(super) secret: hmac::Key,
 }
 
 /// What the handle shares.
@@ -209,6 +204,11 @@ impl Handle {
         inner.limits.store(Arc::new(settings.limits));
         inner.link.store(Arc::new(settings.link.clone()));
         inner.callbacks.wake();
+        inner.set_quotas(&settings.quotas);
+        inner
+            .shared
+            .device_pace
+            .set(Pace::of_device(&settings.limits));
         inner
             .shared
             .accept_wait_ms
@@ -351,10 +351,10 @@ impl Handle {
         drop(self.inner.user_devices(app, users, limit).await);
     }
 
-    /// Room for so many bytes of a body, of the reserve for bodies in flight. `MemoryReserve`: there is none for the moment.
-    pub fn hold_body(&self, bytes: usize) -> Result<BodyShare, RuntimeError> {
+    /// Room for so many bytes of a body of this app, of the reserve for bodies in flight. `MemoryReserve`: there is none for the moment.
+    pub fn hold_body(&self, app: AppId, bytes: usize) -> Result<BodyShare, RuntimeError> {
         let limit = self.inner.limits.load().memory_reserve;
-        let share = self.inner.reserve.take(bytes, limit);
+        let share = self.inner.take_room(app, bytes, limit);
         share.map(BodyShare::new).ok_or(RuntimeError::MemoryReserve)
     }
 
@@ -565,14 +565,15 @@ impl Handle {
         self.inner.authenticate_key(key)
     }
 
-    /// Counts one ping of a caller; `false`: the key sends faster than it may, and the ping is not to be published.
+    /// Counts one ping of a caller. The error: an allowance is used up, and the ping is not to be published.
+    pub fn admit(&self, who: &Principal) -> Result<(), Throttle> {
+        self.inner.admit(who)
+    }
+
+    /// What a caller may still send.
     #[must_use]
-    pub fn admit(&self, who: &Principal) -> bool {
-        let admitted = who.rate.take(self.now().mono, &self.inner.limits.load());
-        if !admitted {
-            metrics::counter!(names::HTTP_RATE_LIMITED_TOTAL).increment(1);
-        }
-        admitted
+    pub fn allowances(&self, who: &Principal) -> SmallVec<[AllowanceView; 2]> {
+        self.inner.allowances(who)
     }
 
     /// Makes an API key. `Invalid`: the name or the scopes cannot be, or there are too many keys.

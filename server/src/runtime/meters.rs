@@ -141,6 +141,7 @@ impl Meters {
             Rejection::MailboxFull => "mailbox_full",
             Rejection::NoRoom => "no_room",
             Rejection::StoreFailed => "store_failed",
+            Rejection::TooFast => "device_rate",
         };
         counter!(names::REJECTIONS_TOTAL, "reason" => reason).increment(1);
     }

@@ -14,9 +14,11 @@ mod events;
 mod handle;
 mod hashing;
 mod idempotency;
+mod lanes;
 mod ledger;
 mod meters;
 mod pings;
+mod quota;
 mod rate;
 mod reading;
 mod reserve;
@@ -44,10 +46,11 @@ pub use entropy::SystemEntropy;
 pub use events::{EventStream, EventsFrom, EventsOf, Step};
 pub use handle::Handle;
 pub use hashing::{HashKey, HashKeyError, load_or_create_hash_key, sha256};
+pub use quota::{Allowance, AllowanceView, Throttle};
 pub use reserve::BodyShare;
 pub use settings::{
-    DEVICES_PER_PING, KEYS_MAX, Limits, NAME_MAX_BYTES, READING_THREADS_MAX, RuntimeSettings,
-    SECRET_OVERLAP_MAX, SHARDS_MAX, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
+    AppQuota, DEVICES_PER_PING, KEYS_MAX, Limits, NAME_MAX_BYTES, Quotas, READING_THREADS_MAX,
+    RuntimeSettings, SECRET_OVERLAP_MAX, SHARDS_MAX, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
 };
 pub use start::{Runtime, StartError};
 pub use status::{DrainSummary, NotReady, Status};

@@ -12,9 +12,10 @@ use tokio::sync::{RwLockReadGuard, oneshot};
 use super::api::{
     PairView, PingAnswer, PingError, PingRequest, PingView, RevokeCounts, RuntimeError, Target,
 };
-use super::handle::{App, Inner};
+use super::handle::Inner;
 use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
+use super::quota::App;
 use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
 use super::traces::Origin;
@@ -247,8 +248,7 @@ impl Inner {
         let gates = self.in_time(self.hold_gates(request)).await?;
         let devices = self.resolve(request, &limits).await?;
         let share = self
-            .reserve
-            .take(request.content.encoded.len(), limits.memory_reserve)
+            .take_room(app, request.content.encoded.len(), limits.memory_reserve)
             .ok_or(RuntimeError::MemoryReserve)?;
         let now_ms = self.shared.clock.now().unix_ms;
         let ttl_s = request
@@ -606,6 +606,7 @@ impl Inner {
                     PairState::Waiting { .. } => {
                         let (answer, answered) = oneshot::channel();
                         self.shard(pair.device).inbox.push(Input::Revoke {
+                            app,
                             device: pair.device,
                             ping,
                             answer,
@@ -694,6 +695,7 @@ fn refusal(why: Rejection) -> PingError {
         Rejection::MailboxFull => PingError::MailboxFull,
         Rejection::NoRoom => RuntimeError::NoRoom.into(),
         Rejection::StoreFailed => RuntimeError::StoreUnavailable.into(),
+        Rejection::TooFast => PingError::DeviceTooFast,
     }
 }
 
@@ -704,7 +706,7 @@ fn all_for_the_store(rejected: &[(DeviceId, Rejection)]) -> Option<RuntimeError>
         match why {
             Rejection::NoRoom => {}
             Rejection::StoreFailed => error = RuntimeError::StoreUnavailable,
-            Rejection::UnknownDevice | Rejection::MailboxFull => return None,
+            Rejection::UnknownDevice | Rejection::MailboxFull | Rejection::TooFast => return None,
         }
     }
     Some(error)
@@ -714,6 +716,7 @@ fn code(error: &PingError) -> &'static str {
     match error {
         PingError::UnknownDevice => "unknown_device",
         PingError::MailboxFull => "mailbox_full",
+        PingError::DeviceTooFast => "device_rate_limited",
         PingError::IdempotencyConflict => "idempotency_conflict",
         PingError::ContentTooLarge { .. } => "content_too_large",
         PingError::TooManyDevices { .. } => "too_many_devices",

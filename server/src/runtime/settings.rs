@@ -1,6 +1,7 @@
 //! What an operator can set about the runtime, and the limits that are fixed.
 
 use super::callbacks::CallbackLimits;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::api::LinkSettings;
@@ -40,6 +41,8 @@ pub struct RuntimeSettings {
     pub link: LinkSettings,
     /// Limits for pings. *Live.*
     pub limits: Limits,
+    /// What apps may use. *Live.*
+    pub quotas: Quotas,
     /// How often expired rows are looked for. Default 1 s.
     pub sweep_every: Duration,
     /// How long outcomes are kept (`receipts.keep`). Default 24 h.
@@ -68,6 +71,7 @@ impl Default for RuntimeSettings {
             policy: Policy::default(),
             link: LinkSettings::default(),
             limits: Limits::default(),
+            quotas: Quotas::default(),
             sweep_every: Duration::from_secs(1),
             receipts_keep: Duration::from_secs(24 * 3_600),
             erasures_keep: Duration::from_secs(400 * 24 * 3_600),
@@ -77,6 +81,30 @@ impl Default for RuntimeSettings {
             ledger_entries: 500_000,
             ledger_bytes: 128 << 20,
         }
+    }
+}
+
+/// What one app may use; 0: as much as it likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AppQuota {
+    /// Pings in 24 hours that slide, counted from the start of the run. Default 0.
+    pub pings_per_day: u64,
+}
+
+/// What apps may use.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Quotas {
+    /// Those that nothing of their own is set for.
+    pub default: AppQuota,
+    /// Others, by name.
+    pub apps: BTreeMap<String, AppQuota>,
+}
+
+impl Quotas {
+    /// What an app may use.
+    #[must_use]
+    pub fn of(&self, app: &str) -> AppQuota {
+        self.apps.get(app).copied().unwrap_or(self.default)
     }
 }
 
@@ -98,6 +126,11 @@ pub struct Limits {
     pub pings_per_second: u32,
     /// Pings that one API key may send at once before the rate counts. Default 100,000.
     pub ping_burst: u32,
+    /// Pings that one device may be sent, per second in the long run, whoever sends them; 0: no limit. Default 1,000: more than
+    /// any person or program behind one device reads, so that only a publisher that runs away meets it.
+    pub device_pings_per_second: u32,
+    /// Pings that one device may be sent at once before its rate counts. Default 10,000.
+    pub device_ping_burst: u32,
     /// Longest wait for the store before a ping is answered with `StoreBusy`. Default 10 s. What was queued may
     /// still be stored then: that is no promise.
     pub accept_wait: Duration,
@@ -128,6 +161,8 @@ impl Default for Limits {
             memory_reserve: 256 << 20,
             pings_per_second: 50_000,
             ping_burst: 100_000,
+            device_pings_per_second: 1_000,
+            device_ping_burst: 10_000,
             accept_wait: Duration::from_secs(10),
             withdrawals_keep: Duration::from_secs(7 * 86_400),
             backup_stall: Duration::from_secs(60),

@@ -1,7 +1,8 @@
 //! A shard as a task: it owns mailboxes that are awake, the sessions of their devices and whoever waits for an answer,
 //! and turns events into effects. Nothing of that is locked.
 //!
-//! A turn: look at the clock once; hear what the committer says; take inputs up to [`TURN_INPUTS`]; do what is due;
+//! A turn: look at the clock once; hear what the committer says; take inputs up to [`TURN_INPUTS`] of links and as many of
+//! publishers, apps in turns ([`Lanes`]); do what is due;
 //! carry out the effects; hand a batch to the committer if it has a place; then wake each link once, hand all reads
 //! to the reading threads at once, and answer.
 //!
@@ -23,8 +24,10 @@ use slab::Slab;
 use tokio::sync::{Notify, oneshot};
 
 use super::api::{Out, Outlet};
+use super::lanes::Lanes;
 use super::ledger::Ledger;
 use super::meters::Meters;
+use super::rate::{DeviceRates, LivePace};
 use super::reading::{MailboxJob, Reading};
 use super::seen::SeenBook;
 use super::traces::Traces;
@@ -38,9 +41,9 @@ use crate::ports::{
 };
 
 /// Inputs of one turn: enough to fill a frame, few enough that the committer and the other tasks do not wait long.
-const TURN_INPUTS: usize = 512;
+pub(super) const TURN_INPUTS: usize = 512;
 /// Room of an inbox that is given back when a burst is over.
-const INBOX_KEEPS: usize = 4 * TURN_INPUTS;
+pub(super) const INBOX_KEEPS: usize = 4 * TURN_INPUTS;
 /// Outcomes of a shard that may wait to become safe (`receipts.durable`): what ends in seconds on a disk that stands
 /// still. Further ones are announced without, and counted.
 const HELD_MAX: usize = 65_536;
@@ -77,12 +80,14 @@ pub(super) enum Input {
         session: SessionId,
     },
     Revoke {
+        app: AppId,
         device: DeviceId,
         ping: PingId,
         answer: oneshot::Sender<TakenBack>,
     },
     /// Revoke everything that waits in a mailbox, and write `ops` in the same frame. One at a time for a device.
     Empty {
+        app: AppId,
         device: DeviceId,
         /// The mailbox itself goes, and its session is cut.
         forget: bool,
@@ -114,6 +119,27 @@ pub(super) enum Input {
     Settle(oneshot::Sender<()>),
     /// The end.
     Stop,
+}
+
+impl Input {
+    /// The app whose publisher asked for this. Such inputs are done in turns of apps, and in their order within one.
+    pub(super) fn publisher(&self) -> Option<AppId> {
+        match self {
+            Input::Enqueue { notification, .. } => Some(notification.app),
+            Input::Revoke { app, .. } | Input::Empty { app, .. } => Some(*app),
+            Input::Event(..)
+            | Input::Attach { .. }
+            | Input::Detach { .. }
+            | Input::EndSecret { .. }
+            | Input::CutSecret { .. }
+            | Input::Disk(_)
+            | Input::Policy(_)
+            | Input::Drain { .. }
+            | Input::Cut(_)
+            | Input::Settle(_)
+            | Input::Stop => None,
+        }
+    }
 }
 
 /// How a notification for one device was settled.
@@ -246,8 +272,8 @@ impl Inbox {
         self.notify.notify_one();
     }
 
-    /// Inputs that wait.
-    pub(super) fn waiting(&self) -> usize {
+    /// Inputs that the shard has not taken in.
+    fn waiting(&self) -> usize {
         locked(&self.queue).inputs.len()
     }
 }
@@ -266,6 +292,8 @@ pub(super) struct ShardDoor {
     presence: Mutex<HashMap<DeviceId, Presence>>,
     seen: Mutex<SeenBook>,
     awake: AtomicUsize,
+    /// Inputs that the shard took in and has not done yet.
+    backlog: AtomicUsize,
     sessions: AtomicU64,
 }
 
@@ -277,6 +305,7 @@ impl ShardDoor {
             presence: Mutex::default(),
             seen: Mutex::default(),
             awake: AtomicUsize::new(0),
+            backlog: AtomicUsize::new(0),
             sessions: AtomicU64::new(0),
         }
     }
@@ -301,6 +330,11 @@ impl ShardDoor {
         locked(&self.seen).take_all()
     }
 
+    /// Inputs that wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.inbox.waiting() + self.backlog.load(Ordering::Relaxed)
+    }
+
     /// Mailboxes awake.
     pub(super) fn awake(&self) -> usize {
         self.awake.load(Ordering::Relaxed)
@@ -320,6 +354,8 @@ pub(super) struct Shared {
     pub(super) ledger: Ledger,
     pub(super) traces: Traces,
     pub(super) meters: Meters,
+    /// What one device may be sent.
+    pub(super) device_pace: LivePace,
     /// Longest wait for a settlement, milliseconds.
     pub(super) accept_wait_ms: AtomicU64,
     /// The store failed: said once.
@@ -463,7 +499,11 @@ pub(super) struct ShardTask {
     outstanding: bool,
     waiters: Waiters,
     sessions: HashMap<SessionId, SessionEntry>,
-    inputs: VecDeque<Input>,
+    /// What was found in the inbox last; empty between turns.
+    arrived: VecDeque<Input>,
+    lanes: Lanes,
+    /// How much each device was sent in the last moments.
+    rates: DeviceRates,
     grants: Vec<Grant>,
     effects: Vec<Effect>,
     touched: Vec<Touched>,
@@ -514,7 +554,9 @@ impl ShardTask {
             outstanding: false,
             waiters: Waiters::default(),
             sessions: HashMap::new(),
-            inputs: VecDeque::new(),
+            arrived: VecDeque::new(),
+            lanes: Lanes::new(),
+            rates: DeviceRates::new(),
             grants: Vec::new(),
             effects: Vec::new(),
             touched: Vec::new(),
@@ -577,10 +619,9 @@ impl ShardTask {
         {
             let mut queue = locked(&self.door.inbox.queue);
             std::mem::swap(&mut queue.grants, &mut self.grants);
-            if self.inputs.is_empty() {
-                std::mem::swap(&mut queue.inputs, &mut self.inputs);
-            }
+            std::mem::swap(&mut queue.inputs, &mut self.arrived);
         }
+        self.lanes.take_in(&mut self.arrived);
         let now = self.shared.clock.now();
         let mut place = false;
         let mut grants = std::mem::take(&mut self.grants);
@@ -592,13 +633,16 @@ impl ShardTask {
         }
         self.grants = grants;
         for _ in 0..TURN_INPUTS {
-            let Some(input) = self.inputs.pop_front() else {
+            let Some(input) = self.lanes.next_first() else {
                 break;
             };
             self.input(input, now);
         }
-        if self.inputs.is_empty() && self.inputs.capacity() > INBOX_KEEPS {
-            self.inputs = VecDeque::new();
+        for _ in 0..TURN_INPUTS {
+            let Some(input) = self.lanes.next_of_apps() else {
+                break;
+            };
+            self.input(input, now);
         }
         self.core.handle_deadlines(now, &mut self.effects);
         self.carry_out(now.unix_ms);
@@ -628,8 +672,9 @@ impl ShardTask {
         }
         self.waiters.patience(now.mono);
         self.door.awake.store(self.core.awake(), Ordering::Relaxed);
+        self.door.backlog.store(self.lanes.len(), Ordering::Relaxed);
         self.settle();
-        !self.inputs.is_empty() || !locked(&self.door.inbox.queue).inputs.is_empty()
+        !self.lanes.is_empty() || !locked(&self.door.inbox.queue).inputs.is_empty()
     }
 
     fn input(&mut self, input: Input, now: crate::delivery::Now) {
@@ -641,6 +686,11 @@ impl ShardTask {
                 may_repeat,
                 waiter,
             } => {
+                let pace = self.shared.device_pace.get();
+                if !self.rates.take(device, now.mono, pace) {
+                    self.shared.meters.rejected(Rejection::TooFast);
+                    return answer(waiter, device, Settled::Rejected(Rejection::TooFast));
+                }
                 let ticket = self.waiters.add(
                     waiter,
                     notification.app,
@@ -692,6 +742,7 @@ impl ShardTask {
                 (device, Event::Detach { session })
             }
             Input::Revoke {
+                app: _,
                 device,
                 ping,
                 answer,
@@ -700,6 +751,7 @@ impl ShardTask {
                 (device, Event::Revoke { ticket, ping })
             }
             Input::Empty {
+                app: _,
                 device,
                 forget,
                 ops,
@@ -840,7 +892,7 @@ impl ShardTask {
             || self.core.has_offers()
             || !self.held.is_empty()
             || !self.waiters.slots.is_empty()
-            || !self.inputs.is_empty()
+            || !self.lanes.is_empty()
         {
             return;
         }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use arc_swap::ArcSwap;
-use aws_lc_rs::hmac;
 use tokio::sync::{OnceCell, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -14,11 +13,13 @@ use super::background;
 use super::callbacks::Callbacks;
 use super::directory::{Users, by_id};
 use super::events::Followers;
-use super::handle::{App, Handle, Inner, millis};
+use super::handle::{Handle, Inner, millis};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
 use super::ledger::Ledger;
 use super::meters::Meters;
+use super::quota::App;
+use super::rate::{LivePace, Pace};
 use super::reading::Reading;
 use super::reserve::Reserve;
 use super::settings::{READING_THREADS_MAX, RuntimeSettings, SHARDS_MAX};
@@ -102,6 +103,7 @@ impl Runtime {
             ledger: Ledger::new(settings.ledger_entries, settings.ledger_bytes),
             traces: Traces::default(),
             meters,
+            device_pace: LivePace::new(Pace::of_device(&settings.limits)),
             accept_wait_ms: AtomicU64::new(millis(settings.limits.accept_wait)),
             failed: AtomicBool::new(false),
             durable: settings.receipts_durable,
@@ -128,10 +130,7 @@ impl Runtime {
             hash_key,
             apps: apps
                 .iter()
-                .map(|app| {
-                    let secret = hmac::Key::new(hmac::HMAC_SHA256, &app.secret);
-                    (app.id, App { secret })
-                })
+                .map(|app| (app.id, App::new(app, &settings.quotas)))
                 .collect::<HashMap<AppId, App>>(),
             keys: ArcSwap::from_pointee(by_id(keys)),
             users: Users::new(),
@@ -157,6 +156,7 @@ impl Runtime {
             parted: CancellationToken::new(),
             stop: CancellationToken::new(),
         });
+        inner.warn_of_unknown_apps(&settings.quotas);
         background::start(&inner, &settings);
         inner.start_callbacks(callbacks);
         Ok(Runtime {

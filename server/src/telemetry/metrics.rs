@@ -167,7 +167,7 @@ metrics! {
     CALLBACK_DEAD_LETTERS_DROPPED_TOTAL: Counter "bellwire_callback_dead_letters_dropped_total" [] "Batches that were given up and are not kept any more, because there were too many.";
     EVENT_STREAMS: Gauge "bellwire_event_streams" [] "Streams of events that are open.";
     EVENTS_SENT_TOTAL: Counter "bellwire_events_sent_total" [] "Events handed to streams.";
-    HTTP_RATE_LIMITED_TOTAL: Counter "bellwire_http_rate_limited_total" [] "Requests turned away by the rate limit of their key.";
+    PINGS_THROTTLED_TOTAL: Counter "bellwire_pings_throttled_total" ["app", "by"] "Pings turned away because an allowance was used up: that of their API key (`key`, `limits.pings_per_second`) or of their app (`app`, `quota.pings_per_day`).";
     HTTP_BATCH_LINES_TOTAL: Counter "bellwire_http_batch_lines_total" ["status"] "Lines of batches that were answered, by the class of their status (`2xx`, `4xx`, `5xx`).";
     HTTP_BATCHES_STALLED_TOTAL: Counter "bellwire_http_batches_stalled_total" [] "Batches that were cut because their caller took none of the answers for `limits.batch_stall`.";
 }

@@ -6,6 +6,7 @@ mod batch;
 mod callbacks;
 mod devices;
 mod events;
+mod fair;
 mod native;
 mod openapi;
 mod outcomes;

@@ -6,6 +6,7 @@
 mod changes;
 mod devices;
 mod drain;
+mod fair;
 mod house;
 mod idempotency;
 mod outcomes;

@@ -18,8 +18,8 @@ use bellwire_server::http::{
 use bellwire_server::outbound::{Caller, SharedCaller, Ways};
 use bellwire_server::ports::Scopes;
 use bellwire_server::runtime::{
-    CallbackLimits, Handle, Limits, LinkSettings, Runtime, RuntimeSettings, SystemClock,
-    SystemEntropy, load_or_create_hash_key,
+    AppQuota, CallbackLimits, Handle, Limits, LinkSettings, Quotas, Runtime, RuntimeSettings,
+    SystemClock, SystemEntropy, load_or_create_hash_key,
 };
 use bellwire_server::store::{self, BackupPlan, EngineKind, StoreSettings};
 use bellwire_server::telemetry::logging::Levels;
@@ -616,11 +616,28 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
                 give_up: callbacks.give_up,
                 dead_letters: callbacks.dead_letters,
             },
+            device_pings_per_second: limits.device_pings_per_second,
+            device_ping_burst: limits.device_ping_burst,
             ..Limits::default()
+        },
+        quotas: Quotas {
+            default: quota(checked.quotas.default),
+            apps: checked
+                .quotas
+                .apps
+                .iter()
+                .map(|(app, own)| (app.clone(), quota(*own)))
+                .collect(),
         },
         receipts_keep: checked.receipts_keep,
         erasures_keep: store.erasures_keep,
         receipts_durable: checked.receipts_durable,
         ..RuntimeSettings::default()
+    }
+}
+
+fn quota(set: config::AppQuota) -> AppQuota {
+    AppQuota {
+        pings_per_day: set.pings_per_day,
     }
 }

@@ -28,8 +28,8 @@ use utoipa_axum::routes;
 use self::params::Params;
 use crate::delivery::{AppId, Rejection, Urgency};
 use crate::runtime::{
-    Content, Handle, Origin, PingError, PingRequest, Principal, Scopes, Target, USERS_PER_PING,
-    WhoError,
+    Allowance, Content, Handle, Origin, PingError, PingRequest, Principal, Scopes, Target,
+    USERS_PER_PING, WhoError,
 };
 
 /// Largest body, bytes: as for the native API.
@@ -232,11 +232,13 @@ async fn handled(handle: &Handle, request: Request) -> Result<(), Refusal> {
         |params::NotJson| Refusal::Failed("Server error while processing client data".to_owned()),
     )?;
     let who = authenticate(handle, &parts.headers, &params).await?;
-    if !handle.admit(&who) {
-        return Err(Refusal::Failed(
-            "The API key sends faster than it may".to_owned(),
-        ));
-    }
+    handle.admit(&who).map_err(|why| {
+        let text = match why.by {
+            Allowance::Key => "The API key sends faster than it may",
+            Allowance::App => "The app has sent as many pings as it may in a day",
+        };
+        Refusal::Failed(text.to_owned())
+    })?;
     let mut messages = Messages::default();
     let origin = parts.extensions.get::<Origin>();
     publish(handle, &who, &params, origin, &mut messages).await;
@@ -382,6 +384,7 @@ async fn publish(
                 parts.push(part);
             }
             Err(PingError::MailboxFull) => messages.add(rejected(Rejection::MailboxFull)),
+            Err(PingError::DeviceTooFast) => messages.add(rejected(Rejection::TooFast)),
             // A device that was revoked meanwhile is no error, as any unknown one.
             Err(PingError::UnknownDevice) => {}
             Err(error @ (PingError::TooManyDevices { .. } | PingError::IdempotencyConflict)) => {
@@ -401,5 +404,6 @@ fn rejected(why: Rejection) -> &'static str {
         Rejection::MailboxFull => "the mailbox is full",
         Rejection::NoRoom => "no room on disk",
         Rejection::StoreFailed => "the store is unavailable",
+        Rejection::TooFast => "the device is sent more than it may be",
     }
 }

@@ -1,0 +1,170 @@
+//! What apps and their keys may use, and what they have used.
+//!
+//! Everything here is looked at before anything of a ping is done, without a lock: a rate is one atomic number, room in memory two.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use aws_lc_rs::hmac;
+use smallvec::SmallVec;
+
+use super::api::Principal;
+use super::handle::Inner;
+use super::rate::{Pace, Rate};
+use super::reserve::Share;
+use super::settings::{AppQuota, Quotas};
+use crate::delivery::AppId;
+use crate::ports::AppRecord;
+use crate::telemetry::metrics as names;
+
+/// An app, with what is derived from its record and what it uses.
+pub(super) struct App {
+    name: String,
+    /// Derives ping ids from idempotency keys.
+    pub(super) secret: hmac::Key,
+    quota: ArcSwap<AppQuota>,
+    /// Its pings of a day.
+    day: Rate,
+    /// Bytes of the memory reserve that its bodies take.
+    room: Arc<AtomicU64>,
+}
+
+impl App {
+    pub(super) fn new(record: &AppRecord, quotas: &Quotas) -> App {
+        App {
+            name: record.name.clone(),
+            secret: hmac::Key::new(hmac::HMAC_SHA256, &record.secret),
+            quota: ArcSwap::from_pointee(quotas.of(&record.name)),
+            day: Rate::default(),
+            room: Arc::default(),
+        }
+    }
+
+    fn day_pace(&self) -> Pace {
+        Pace::per_day(self.quota.load().pings_per_day)
+    }
+}
+
+/// Whose allowance is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allowance {
+    /// What one API key may send in a moment.
+    Key,
+    /// What an app may send in a day.
+    App,
+}
+
+impl Allowance {
+    /// Its name in answers and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Allowance::Key => "key",
+            Allowance::App => "app",
+        }
+    }
+}
+
+/// A ping is not taken because an allowance is used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Throttle {
+    /// Which one.
+    pub by: Allowance,
+    /// How long until it gives one ping again.
+    pub wait: Duration,
+}
+
+/// How an allowance stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AllowanceView {
+    /// Which one.
+    pub by: Allowance,
+    /// Pings that it gives at once, after a pause.
+    pub quota: u64,
+    /// In how many seconds it gives them all again, once they were used.
+    pub window_s: u64,
+    /// Pings that it gives now.
+    pub left: u64,
+    /// In how many seconds all of them are there again.
+    pub whole_in_s: u64,
+}
+
+impl Inner {
+    /// Counts one ping of a caller.
+    pub(super) fn admit(&self, who: &Principal) -> Result<(), Throttle> {
+        let now = self.shared.clock.now().mono;
+        let key = Pace::of_key(&self.limits.load());
+        let (by, taken) = match who.rate.take(now, key) {
+            Ok(()) => match self.app(who.app) {
+                Some(app) => (Allowance::App, app.day.take(now, app.day_pace())),
+                // The ping will be told so.
+                None => return Ok(()),
+            },
+            refused => (Allowance::Key, refused),
+        };
+        taken.map_err(|wait| {
+            let label = self.shared.meters.app(who.app, |app| app.label.clone());
+            metrics::counter!(names::PINGS_THROTTLED_TOTAL, "app" => label, "by" => by.as_str())
+                .increment(1);
+            Throttle { by, wait }
+        })
+    }
+
+    /// How the allowances of a caller stand; those without a limit are left out.
+    pub(super) fn allowances(&self, who: &Principal) -> SmallVec<[AllowanceView; 2]> {
+        let now = self.shared.clock.now().mono;
+        let view = |by, rate: &Rate, pace: Pace| {
+            let (left, whole_in_s) = rate.left(now, pace);
+            AllowanceView {
+                by,
+                quota: pace.burst(),
+                window_s: pace.window_s(),
+                left,
+                whole_in_s,
+            }
+        };
+        let mut views = SmallVec::new();
+        let key = Pace::of_key(&self.limits.load());
+        views.push(view(Allowance::Key, &who.rate, key));
+        if let Some(app) = self.app(who.app) {
+            let pace = app.day_pace();
+            if !pace.is_free() {
+                views.push(view(Allowance::App, &app.day, pace));
+            }
+        }
+        views
+    }
+
+    /// Room for a body in the memory reserve. Where there are several apps, none takes more than three quarters of it, so that one
+    /// that floods leaves the others something.
+    pub(super) fn take_room(&self, app: AppId, size: usize, reserve: u64) -> Option<Share> {
+        let most = match self.apps.len() {
+            0 | 1 => reserve,
+            _ => reserve - reserve / 4,
+        };
+        self.reserve
+            .take(&self.app(app)?.room, size, (reserve, most))
+    }
+
+    /// Takes new quotas.
+    pub(super) fn set_quotas(&self, quotas: &Quotas) {
+        for app in self.apps.values() {
+            app.quota.store(Arc::new(quotas.of(&app.name)));
+        }
+        self.warn_of_unknown_apps(quotas);
+    }
+
+    /// A quota for an app that is not there is probably one that was meant for another.
+    pub(super) fn warn_of_unknown_apps(&self, quotas: &Quotas) {
+        for name in quotas.apps.keys() {
+            if !self.apps.values().any(|app| app.name == *name) {
+                tracing::warn!(
+                    app = name.as_str(),
+                    "settings give a quota to an app that there is not (quota.apps)"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! What callers are told of their allowances.
+
+use bellwire_server::delivery::AppId;
+use bellwire_server::ports::Scopes;
+use bellwire_server::runtime::RuntimeSettings;
+use serde_json::json;
+
+use crate::support::{OTHER_APP, Reply, Server, Setup, raw, send, start, start_with};
+
+const BODY: &str = r#"{"to":{"user":"nobody"}}"#;
+
+/// The members of a list of a field: name, and each parameter with its number.
+fn members(reply: &Reply, field: &str) -> Vec<(String, Vec<(String, u64)>)> {
+    let value = reply
+        .header(field)
+        .unwrap_or_else(|| panic!("no {field} in {reply:?}"));
+    value
+        .split(", ")
+        .map(|member| {
+            let mut parts = member.split(';');
+            let name = parts.next().unwrap();
+            // A string of structured fields.
+            assert!(name.starts_with('"') && name.ends_with('"'), "{value}");
+            let parameters = parts.map(|parameter| {
+                let (name, number) = parameter.split_once('=').unwrap();
+                (name.to_owned(), number.parse().unwrap())
+            });
+            (name.trim_matches('"').to_owned(), parameters.collect())
+        })
+        .collect()
+}
+
+fn parameter(members: &[(String, Vec<(String, u64)>)], name: &str, wanted: &str) -> u64 {
+    let member = members.iter().find(|(known, _)| known == name).unwrap();
+    let parameter = member.1.iter().find(|(known, _)| known == wanted).unwrap();
+    parameter.1
+}
+
+async fn with_key(server: &Server, key: &str, body: &str) -> Reply {
+    let bearer = format!("Bearer {key}");
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("content-type", "application/json"),
+    ];
+    send(server.api, "POST", "/v1/pings", &headers, body.as_bytes()).await
+}
+
+#[tokio::test]
+async fn every_answer_of_a_limited_call_says_what_is_left() {
+    let server = start().await;
+    let accepted = server.ask("POST", "/v1/pings", BODY).await;
+    assert_eq!(accepted.status, 202);
+    let malformed = server.ask("POST", "/v1/pings", "{").await;
+    assert_eq!(malformed.status, 400);
+    let unknown = json!({"to": {"device": "aaaaaaaaaaaaaaaaaaaaaaaaaa"}});
+    let unknown = server.ask("POST", "/v1/pings", &unknown.to_string()).await;
+    assert_eq!(unknown.status, 404);
+    let bearer = format!("Bearer {}", server.key);
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("content-type", "application/x-ndjson"),
+    ];
+    let batch = send(
+        server.api,
+        "POST",
+        "/v1/pings/batch",
+        &headers,
+        BODY.as_bytes(),
+    )
+    .await;
+    assert_eq!(batch.status, 200);
+    for reply in [&accepted, &malformed, &unknown, &batch] {
+        let policy = members(reply, "ratelimit-policy");
+        assert_eq!(policy.len(), 1);
+        assert_eq!(parameter(&policy, "key", "q"), 100_000);
+        assert_eq!(parameter(&policy, "key", "w"), 2);
+        let left = members(reply, "ratelimit");
+        assert!((99_000..=100_000).contains(&parameter(&left, "key", "r")));
+        assert!(parameter(&left, "key", "t") <= 1);
+    }
+    // Calls that are not limited, and callers that nobody knows, are told nothing.
+    let look = server.ask("GET", "/v1/devices", "").await;
+    let stranger = with_key(&server, "bw_wrong", BODY).await;
+    assert_eq!((look.status, stranger.status), (200, 401));
+    for reply in [&look, &stranger] {
+        assert_eq!(reply.header("ratelimit"), None);
+        assert_eq!(reply.header("ratelimit-policy"), None);
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_app_beyond_its_day_is_told_when_to_come_back_and_another_app_goes_on() {
+    let mut settings = RuntimeSettings::default();
+    settings.quotas.default.pings_per_day = 3;
+    let server = start_with(Setup {
+        settings,
+        ..Setup::default()
+    })
+    .await;
+    let second = server.key_with(AppId::DEFAULT, Scopes::PING).await;
+    for _ in 0..3 {
+        assert_eq!(server.ask("POST", "/v1/pings", BODY).await.status, 202);
+    }
+    let refused = with_key(&server, &second, BODY).await;
+    assert_eq!(refused.problem(), "429 quota_exceeded");
+    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((28_000..=28_800).contains(&wait), "{wait}");
+    let left = members(&refused, "ratelimit");
+    assert_eq!(parameter(&left, "app", "r"), 0);
+    assert!((86_000..=86_400).contains(&parameter(&left, "app", "t")));
+    let policy = members(&refused, "ratelimit-policy");
+    assert_eq!(parameter(&policy, "app", "q"), 3);
+    assert_eq!(parameter(&policy, "app", "w"), 86_400);
+    assert!(parameter(&left, "key", "r") > 0);
+    // A line of a batch is told as well, with its own time.
+    let head = format!(
+        "POST /v1/pings/batch HTTP/1.1\r\nhost: test\r\nconnection: close\r\nauthorization: Bearer {second}\r\n\
+         content-type: application/x-ndjson\r\ncontent-length: {}\r\n\r\n{BODY}",
+        BODY.len()
+    );
+    let batch = raw(server.api, head.as_bytes()).await;
+    assert!(
+        batch.text().contains("\"code\":\"quota_exceeded\""),
+        "{batch:?}"
+    );
+    assert!(batch.text().contains("\"retry_after_s\":28"), "{batch:?}");
+    let other = server.key_with(OTHER_APP, Scopes::PING).await;
+    assert_eq!(with_key(&server, &other, BODY).await.status, 202);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_device_that_is_sent_too_much_says_so() {
+    let mut settings = RuntimeSettings::default();
+    settings.limits.device_pings_per_second = 1;
+    settings.limits.device_ping_burst = 2;
+    let server = start_with(Setup {
+        settings,
+        ..Setup::default()
+    })
+    .await;
+    let (device, _) = server.device("ana").await;
+    let body = json!({"to": {"device": device.to_string()}}).to_string();
+    let mut refused = None;
+    // However slow the machine: it is quicker than one ping a second.
+    for _ in 0..1_000 {
+        let reply = server.ask("POST", "/v1/pings", &body).await;
+        if reply.status != 202 {
+            refused = Some(reply);
+            break;
+        }
+    }
+    let refused = refused.unwrap();
+    assert_eq!(refused.problem(), "429 device_rate_limited");
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    server.stop().await;
+}
