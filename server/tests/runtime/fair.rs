@@ -30,7 +30,7 @@ fn two_apps() -> Arc<FakeStore> {
 async fn principal(house: &House, app: AppId) -> Principal {
     let made = house.handle.create_key(app, "test", Scopes::PING).await;
     let secret = made.unwrap().secret;
-    house.handle.authenticate_key(&secret).unwrap()
+    house.handle.authenticate_key(&secret).await.unwrap()
 }
 
 fn with(change: impl FnOnce(&mut RuntimeSettings)) -> RuntimeSettings {
