@@ -500,7 +500,7 @@ async fn a_caller_that_stops_reading_in_the_middle_is_cut_and_costs_nobody_else_
 async fn a_batch_takes_its_room_out_of_the_memory_reserve_and_gives_it_back() {
     let settings = RuntimeSettings {
         limits: Limits {
-            memory_reserve: 400_000,
+            memory_reserve: 600_000,
             ..Limits::default()
         },
         ..RuntimeSettings::default()
