@@ -342,6 +342,7 @@ mod tests {
                 summary: Some(Summary::new(app)),
                 rows: Vec::new(),
                 complete: true,
+                withdrawals: Vec::new(),
             };
             shard.handle(device, Event::Read(Ok(Box::new(view))), NOW, &mut effects);
         }
