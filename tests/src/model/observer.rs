@@ -490,6 +490,8 @@ impl Observer {
             Rejection::MailboxFull => true,
             Rejection::NoRoom => self.was_full || self.no_room,
             Rejection::StoreFailed => self.disk == Disk::Failed || self.reads_failed,
+            // Found out before the core sees anything.
+            Rejection::TooFast => false,
         };
         if !legal {
             self.complain(format!(

@@ -382,6 +382,9 @@ impl World {
                 match why {
                     Rejection::NoRoom | Rejection::StoreFailed => self.ask_again(ping, device),
                     Rejection::MailboxFull => {}
+                    Rejection::TooFast => {
+                        self.ledger.object("the core counts no rates".to_owned());
+                    }
                     Rejection::UnknownDevice => {
                         if !self.wipes.contains(&device) {
                             self.ledger.object(format!("d{device} is unknown"));
