@@ -1,10 +1,10 @@
 //! What an operator can set about the runtime, and the limits that are fixed.
 
-use super::callbacks::CallbackLimits;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::api::LinkSettings;
+use super::callbacks::CallbackLimits;
 use crate::delivery::Policy;
 
 /// Devices that one ping may address, named or found through users. Default and ceiling: above it the promise of
