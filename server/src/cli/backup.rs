@@ -142,7 +142,8 @@ fn offline(args: &BackupArgs, target: &mut Target, progress: &mut Progress) -> O
         backup: None,
         ..store_settings(&checked, &data)
     };
-    let opened = store::open(
+    // The server's settings may come from its environment, which is not ours.
+    let opened = store::open_as_it_is(
         &settings,
         Arc::new(SystemClock::new()),
         Arc::new(SystemEntropy::new()),

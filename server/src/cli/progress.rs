@@ -50,6 +50,14 @@ impl Progress {
         self.at(done, total, &done.to_string(), &total.to_string());
     }
 
+    /// The same, of a step that is told when it begins, however short it is.
+    pub(crate) fn step(&mut self, what: &'static str, done: u64, total: u64) {
+        if self.what != what && self.bar.is_none() && !self.quiet {
+            Console::err().line(&plain(what));
+        }
+        self.count(what, done, total);
+    }
+
     fn begin(&mut self, what: &'static str, total: u64, bytes: bool) {
         if self.what == what {
             return;

@@ -478,8 +478,15 @@ impl Inner {
                 let history = |after, limit| -> Result<Vec<OutcomeRecord>, ReadError> {
                     match depth {
                         Depth::Recent => Ok(Vec::new()),
-                        Depth::History => {
-                            let mut past = store.outcomes_of_ping(app, ping, after, limit)?;
+                        Depth::History | Depth::HistoryIfReadable => {
+                            let past = store.outcomes_of_ping(app, ping, after, limit);
+                            let mut past = match past {
+                                Err(error) if depth == Depth::HistoryIfReadable => {
+                                    tracing::warn!(%error, "a notification is revoked without a look at the history");
+                                    Vec::new()
+                                }
+                                past => past?,
+                            };
                             past.retain(|record| record.at_ms >= from_ms);
                             Ok(past)
                         }
@@ -595,7 +602,7 @@ impl Inner {
         let mut shown = Vec::new();
         let mut after = None;
         loop {
-            let page = self.ping_view(app, ping, after, REVOKE_PAGE, Depth::History);
+            let page = self.ping_view(app, ping, after, REVOKE_PAGE, Depth::HistoryIfReadable);
             let Some(page) = page.await? else {
                 return Ok(None);
             };
@@ -676,6 +683,8 @@ pub(super) enum Depth {
     Recent,
     /// The history of outcomes as well.
     History,
+    /// The history of outcomes as well, if it can be read: what is waiting is known without it.
+    HistoryIfReadable,
 }
 
 /// Of two things known of one notification: an outcome beats waiting, and the first one stays.

@@ -871,17 +871,33 @@ impl ShardTask {
         self.core.handle_committed(result, now, &mut self.effects);
         let mut sealed = std::mem::take(&mut self.sealed);
         for held in sealed.drain(..) {
-            match held {
-                Held::Ended(ended) => self.announce(ended, result),
-                Held::Revoked { ticket, done } => self.revoked(ticket, done),
-                Held::Emptied {
-                    ticket,
-                    revoked,
-                    written,
-                } => self.emptied(ticket, revoked, written),
-            }
+            self.release(held, result);
         }
         self.sealed = sealed;
+    }
+
+    fn release(&mut self, held: Held, result: Committed) {
+        match held {
+            Held::Ended(ended) => self.announce(ended, result),
+            Held::Revoked { ticket, done } => self.revoked(ticket, done),
+            Held::Emptied {
+                ticket,
+                revoked,
+                written,
+            } => self.emptied(ticket, revoked, written),
+        }
+    }
+
+    /// An answer that rests on every outcome before it: it waits until those are safe.
+    fn after_outcomes(&mut self, answer: Held) {
+        if !self.held.is_empty() {
+            self.held.push_back(answer);
+        } else if !self.sealed.is_empty() {
+            // They are in the outstanding frame; it needs none of its own.
+            self.sealed.push(answer);
+        } else {
+            self.release(answer, Ok(()));
+        }
     }
 
     /// Answers those who wait for a quiet disk.
@@ -976,11 +992,7 @@ impl ShardTask {
                 sent,
             } => {
                 let done = TakenBack { revoked, sent };
-                if self.held.is_empty() {
-                    self.revoked(ticket, done);
-                } else {
-                    self.held.push_back(Held::Revoked { ticket, done });
-                }
+                self.after_outcomes(Held::Revoked { ticket, done });
             }
             Effect::Wiped {
                 ticket,
@@ -992,15 +1004,11 @@ impl ShardTask {
                 revoked,
                 known: written,
             } => {
-                if self.held.is_empty() {
-                    self.emptied(ticket, revoked, written);
-                } else {
-                    self.held.push_back(Held::Emptied {
-                        ticket,
-                        revoked,
-                        written,
-                    });
-                }
+                self.after_outcomes(Held::Emptied {
+                    ticket,
+                    revoked,
+                    written,
+                });
             }
             Effect::Welcome {
                 session,

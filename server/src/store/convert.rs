@@ -18,7 +18,8 @@ use super::lock::{DirLock, LockError};
 use super::log::disk::{Disk, RealDisk};
 use super::log::{Shelf, ShelfError};
 use super::place;
-use super::recover::recover;
+use super::recover::{go_on_without, leave, note, recover};
+use super::set_aside;
 use super::settings::{EngineKind, OpenError, OpenReport, StoreSettings};
 use super::snapshot;
 use crate::ports::Clock;
@@ -306,14 +307,16 @@ fn convert_at(
     let fresh = FilesHome::new(Arc::clone(disk), files(), target);
     let there = there(&fresh, site, target)?;
     let shelf = shelf(site)?;
-    let stamp = super::stamp(clock.now().unix_ms);
+    let stamp = set_aside::free_stamp(&**disk, &super::stamp(clock.now().unix_ms))
+        .map_err(io("could not look at what was set aside in"))?;
     // Where nothing counts, or the pointer cannot be read, the start's own way: from snapshot and log, into the target.
     let Some(from) = there else {
         let plan = plan(site, &shelf, there, target)?;
         enough(plan.room_needed_max, plan.room_free)?;
         progress(ConvertStep::Recover, 0, 0);
         let mut report = OpenReport::default();
-        let recovered = recover(&**disk, &shelf, &fresh, store, begun, &stamp, &mut report)?;
+        let recovered = recover(&**disk, &shelf, &fresh, store, begun, &mut report)?;
+        go_on_without(&**disk, &shelf, &fresh, &recovered, &stamp, &mut report)?;
         let digest = digest(&*recovered.engine, |done| {
             progress(ConvertStep::Count, done, 0);
         })?;
@@ -335,7 +338,9 @@ fn convert_at(
     progress(ConvertStep::Recover, 0, 0);
     let source = FilesHome::new(Arc::clone(disk), files(), from);
     let mut report = OpenReport::default();
-    let old = recover(&**disk, &shelf, &source, store, begun, &stamp, &mut report)?.engine;
+    let recovered = recover(&**disk, &shelf, &source, store, begun, &mut report)?;
+    go_on_without(&**disk, &shelf, &source, &recovered, &stamp, &mut report)?;
+    let (old, next_frame) = (recovered.engine, recovered.next_frame);
     let end = |engine: Arc<dyn Engine>, home: &FilesHome| -> Result<(), ConvertError> {
         engine.close()?;
         // The last handle: nothing writes any more when the note goes, nor when a directory gets another name.
@@ -355,8 +360,14 @@ fn convert_at(
         }
     }
     progress(ConvertStep::SetAside, 0, 0);
-    let kept = fresh
-        .move_aside(&stamp)
+    // One of its own: the old engine may have been set aside a moment ago under the other one.
+    let kept = set_aside::free_stamp(&**disk, &stamp)
+        .and_then(|stamp| {
+            let mut words = vec![format!("The engine was converted to {}.", target.name())];
+            words.extend(leave(&fresh.leaving(true), &stamp));
+            note(&**disk, &stamp, next_frame, words)?;
+            fresh.move_aside(&stamp)
+        })
         .map_err(|error| ConvertError::SetAside {
             engine: target.name(),
             error,

@@ -35,6 +35,7 @@ use super::engine::memory::MemoryEngine;
 use super::engine::sled::SledEngine;
 use super::engine::{Engine, EngineError, disk_bytes};
 use super::log::disk::Disk;
+use super::set_aside::unused;
 
 /// Why the engine that is there cannot be used.
 #[derive(Debug)]
@@ -75,6 +76,9 @@ pub(super) trait EngineHome: Send + Sync {
     fn adopt(&self, built: &Built, before: Before) -> Result<(), EngineError>;
     /// Removes a build that was given up.
     fn discard(&self, built: Built);
+    /// The directories that get another name by [`EngineHome::move_leftovers`] or, if the engine was built `anew`, by
+    /// [`EngineHome::move_aside`].
+    fn leaving(&self, anew: bool) -> Vec<String>;
     /// Puts what was found by [`EngineHome::open`] and does not count any more out of the way; answers where it is now.
     fn move_aside(&self, stamp: &str) -> io::Result<Option<String>>;
     /// Puts directories out of the way that no longer count and kept their name, because whoever was about to give them
@@ -110,6 +114,9 @@ impl EngineHome for MemoryHome {
         Ok(())
     }
     fn discard(&self, _built: Built) {}
+    fn leaving(&self, _anew: bool) -> Vec<String> {
+        Vec::new()
+    }
     fn move_aside(&self, _stamp: &str) -> io::Result<Option<String>> {
         Ok(None)
     }
@@ -488,7 +495,7 @@ impl FilesHome {
         let taken = self.files.list()?;
         let mut moved = None;
         for place in places {
-            let name = free_name(&format!("{}{ASIDE}{stamp}", place.name()), &taken);
+            let name = unused(&format!("{}{ASIDE}{stamp}", place.name()), "", &taken);
             self.files.rename(&place.name(), &name)?;
             moved = Some(name);
         }
@@ -614,17 +621,6 @@ fn write_small(disk: &dyn Disk, temporary: &str, name: &str, text: &str) -> io::
     disk.sync_dir("")
 }
 
-/// The name, or with a number behind it if that is taken.
-fn free_name(name: &str, taken: &[String]) -> String {
-    let mut free = name.to_owned();
-    let mut again = 1;
-    while taken.contains(&free) {
-        again += 1;
-        free = format!("{name}-{again}");
-    }
-    free
-}
-
 fn at(name: &str) -> impl Fn(io::Error) -> EngineError {
     move |error| EngineError(format!("{name}: {error}"))
 }
@@ -696,7 +692,7 @@ impl EngineHome for FilesHome {
         };
         if std::mem::take(&mut state.unreadable) {
             let taken = self.disk.list("").map_err(at(POINTER))?;
-            let aside = free_name(&format!("{POINTER}.aside"), &taken);
+            let aside = unused(&format!("{POINTER}.aside"), "", &taken);
             self.disk.rename(POINTER, &aside).map_err(at(POINTER))?;
         }
         let mut replaced = state
@@ -720,6 +716,13 @@ impl EngineHome for FilesHome {
         {
             tracing::warn!(%error, directory = place.name(), "a build that was given up could not be removed; the next start does");
         }
+    }
+
+    fn leaving(&self, anew: bool) -> Vec<String> {
+        let state = self.lock();
+        let out: &[Place] = if anew { &state.put_out } else { &[] };
+        let leaving = state.leftovers.iter().chain(out);
+        leaving.map(|place| place.name()).collect()
     }
 
     fn move_aside(&self, stamp: &str) -> io::Result<Option<String>> {

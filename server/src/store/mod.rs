@@ -31,6 +31,7 @@ mod home;
 mod identity;
 mod keeper;
 mod keys;
+mod little;
 mod lock;
 mod log;
 mod outcomes;
@@ -50,7 +51,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
@@ -67,7 +68,7 @@ use self::keeper::{Inheritance, Keeper, Room, Rules, Tools};
 use self::lock::{DirLock, LockError};
 use self::log::disk::{Disk, RealDisk};
 use self::log::segment::Maker;
-use self::log::{Ending, Shelf, ShelfError, Tail};
+use self::log::{Ending, Shelf, ShelfError};
 use self::outcomes::History;
 use self::overlay::Overlay;
 use self::read::Reader;
@@ -123,8 +124,47 @@ pub fn open(
     })
 }
 
+/// Opens a store to copy what is in it, whatever settings its server runs with: with the engine that counts there, which is
+/// never built anew for its size, and without the history of outcomes, so that none of it is dropped.
+///
+/// # Errors
+///
+/// As [`open`]. Like a start, it builds an engine where none can be used.
+pub fn open_as_it_is(
+    settings: &StoreSettings,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+) -> Result<Opened, OpenError> {
+    let settings = StoreSettings {
+        rebuild_factor: 0,
+        backup: None,
+        ..settings.clone()
+    };
+    let (house, report) = open_house_for(&settings, Use::Copy, clock, entropy)?;
+    Ok(Opened {
+        store: Arc::new(house),
+        report,
+    })
+}
+
+/// What a store is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Serve,
+    Copy,
+}
+
 fn open_house(
     settings: &StoreSettings,
+    clock: Arc<dyn Clock>,
+    entropy: Arc<dyn Entropy>,
+) -> Result<(House, OpenReport), OpenError> {
+    open_house_for(settings, Use::Serve, clock, entropy)
+}
+
+fn open_house_for(
+    settings: &StoreSettings,
+    purpose: Use,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
 ) -> Result<(House, OpenReport), OpenError> {
@@ -152,13 +192,33 @@ fn open_house(
         return Err(OpenError::Restoring(dir.to_owned()));
     }
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(dir));
-    let home = home(settings, &disk, settings.engine);
+    let engine = match purpose {
+        Use::Serve => settings.engine,
+        Use::Copy => there(settings, &disk)?,
+    };
+    let home = home(settings, &disk, engine);
     let parts = assemble(settings, disk, home, clock, entropy)?;
     let report = parts.report.clone();
     report.log();
-    let history = outcomes::Rules::new(settings.outcomes_keep, settings.outcomes_max_bytes);
-    let house = House::start(parts, Some(lock), Some(history))?;
+    let history = (purpose == Use::Serve)
+        .then(|| outcomes::Rules::new(settings.outcomes_keep, settings.outcomes_max_bytes));
+    let house = House::start(parts, Some(lock), history)?;
     Ok((house, report))
+}
+
+/// The engine that counts in a data directory. Where none does, the one that the settings choose.
+fn there(settings: &StoreSettings, disk: &Arc<dyn Disk>) -> Result<EngineKind, OpenError> {
+    let files = RealFiles::new(&settings.dir, settings.memory_bytes);
+    let home = FilesHome::new(Arc::clone(disk), Box::new(files), FileEngine::Sled);
+    let counts = home.counts().map_err(OpenError::io(
+        "could not look for the engine in",
+        &settings.dir,
+    ))?;
+    Ok(match counts {
+        Some(FileEngine::Sled) => EngineKind::Sled,
+        Some(FileEngine::Fjall) => EngineKind::Fjall,
+        None => settings.engine,
+    })
 }
 
 /// Where an engine lives in a data directory.
@@ -210,17 +270,18 @@ fn assemble(
     let stamp = set_aside::free_stamp(&*disk, &stamp(clock.now().unix_ms))
         .map_err(io("could not look at what was set aside in"))?;
     let mut report = OpenReport::default();
+    let recovered = recover(&*disk, &shelf, &*home, store, begun, &mut report)?;
+    recover::go_on_without(&*disk, &shelf, &*home, &recovered, &stamp, &mut report)?;
     let Recovered {
         engine,
         tail,
         next_frame,
         live,
-    } = recover(&*disk, &shelf, &*home, store, begun, &stamp, &mut report)?;
+        anew: _,
+    } = recovered;
     report.torn = tail.ending == Ending::Torn;
     report.gaps = tail.gaps;
     report.last_frame = next_frame - 1;
-    leave_note(&*disk, &shelf, &tail, next_frame, &stamp, &report)
-        .map_err(io("could not write down what is set aside in"))?;
     let mut put_out = put_out_snapshots(&*disk, next_frame, &stamp)
         .map_err(io("could not set a snapshot aside in"))?;
     let maker = Maker::new(Arc::clone(&disk), entropy, store, settings.segment_bytes);
@@ -368,45 +429,6 @@ fn assemble(
     })
 }
 
-/// Writes down what this start cannot use, before the first of it is moved: from which frame on the log goes on without it.
-fn leave_note(
-    disk: &dyn Disk,
-    shelf: &Shelf,
-    tail: &Tail,
-    next_frame: u64,
-    stamp: &str,
-    report: &OpenReport,
-) -> std::io::Result<()> {
-    let mut words = Vec::new();
-    if let Some(rebuilt) = &report.rebuilt {
-        words.push(format!(
-            "The engine was made anew ({}); the old one: {}.",
-            rebuilt.why,
-            rebuilt.moved_to.as_deref().unwrap_or("there was none")
-        ));
-    }
-    if let Ending::Rotten { segment, offset } = tail.ending {
-        words.push(format!(
-            "The log cannot be proved from byte {offset} of segment {segment} on. Set aside: {}.",
-            shelf.unprovable(tail).join(", ")
-        ));
-    }
-    for frame in snapshot::list(disk)? {
-        if frame > next_frame {
-            words.push(format!(
-                "Snapshot {frame} is of a time that the log does not reach. Set aside."
-            ));
-        }
-    }
-    if words.is_empty() {
-        return Ok(());
-    }
-    words.push(format!(
-        "The log goes on with frame {next_frame}. `bellwire store salvage` knows how to use what was set aside."
-    ));
-    set_aside::write_note(disk, stamp, next_frame, &words)
-}
-
 /// Sets snapshots aside that begin behind the end of the log and were not used: the frames that lead up to them are written a
 /// second time now, with something else in them.
 fn put_out_snapshots(
@@ -507,8 +529,10 @@ struct House {
     keeper: Arc<Keeper>,
     copier: Arc<Copier>,
     backups: Option<Arc<BackupFigures>>,
-    /// `None` in tests that are not about it.
+    /// `None` if it could not be opened, and in tests that are not about it.
     history: Option<Arc<History>>,
+    /// Outcomes that were not recorded because there is no history.
+    unrecorded: AtomicU64,
     reader: Reader,
     engine: Arc<Current>,
     figures: Arc<LogFigures>,
@@ -549,6 +573,8 @@ impl House {
             home,
             report,
         } = parts;
+        // Before the first thread. Nothing that was promised depends on it.
+        let history = history.and_then(|rules| open_history(&keeper, &clock, rules));
         let desk = Arc::new(Desk::new());
         let trouble = |error| OpenError::Io {
             what: "could not start a thread for",
@@ -588,27 +614,6 @@ impl House {
             }
             None => None,
         };
-        let history = match history {
-            None => None,
-            Some(rules) => {
-                let room = Arc::clone(&keeper);
-                let begins_ms = clock.now().unix_ms;
-                let history = History::open(
-                    Arc::clone(&keeper.disk),
-                    keeper.store,
-                    Arc::clone(&clock),
-                    rules.beginning_at(begins_ms),
-                    Box::new(move || room.room.full.load(Ordering::Relaxed)),
-                )
-                .map_err(|error| OpenError::Io {
-                    what: "could not look at the history of outcomes in",
-                    path: Path::new(outcomes::DIR).to_owned(),
-                    error,
-                })?;
-                history.begin_run();
-                Some(Arc::new(history))
-            }
-        };
         let recording = match &history {
             None => None,
             Some(history) => {
@@ -632,6 +637,7 @@ impl House {
             copier,
             backups,
             history,
+            unrecorded: AtomicU64::new(0),
             reader,
             engine,
             figures,
@@ -759,14 +765,21 @@ impl Store for House {
     fn record_outcomes(&self, records: &mut Vec<OutcomeRecord>) {
         match &self.history {
             Some(history) => history.record(records),
-            None => records.clear(),
+            None => {
+                self.unrecorded
+                    .fetch_add(records.len() as u64, Ordering::Relaxed);
+                records.clear();
+            }
         }
     }
 
     fn outcomes(&self, query: &OutcomeQuery) -> Result<OutcomePage, ReadError> {
         match &self.history {
             Some(history) => history.query(query).map_err(unreadable_history),
-            None => Ok(OutcomePage::default()),
+            None => Ok(OutcomePage {
+                kept_from_ms: self.clock.now().unix_ms,
+                ..OutcomePage::default()
+            }),
         }
     }
 
@@ -913,7 +926,13 @@ impl Store for House {
         let history = self.history.as_ref();
         StoreStats {
             backup: backup.map(|figures| figures.stats(self.copier.is_busy())),
-            outcomes: history.map(|history| history.stats()).unwrap_or_default(),
+            outcomes: match history {
+                Some(history) => history.stats(),
+                None => OutcomeStats {
+                    failed: self.unrecorded.load(Ordering::Relaxed),
+                    ..OutcomeStats::default()
+                },
+            },
             ..stats(&self.figures, &self.keeper, &self.queue, self.run, now)
         }
     }
@@ -969,6 +988,36 @@ impl Store for House {
 impl Drop for House {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// Opens the history of outcomes; `None`, told, if that fails.
+fn open_history(
+    keeper: &Arc<Keeper>,
+    clock: &Arc<dyn Clock>,
+    rules: outcomes::Rules,
+) -> Option<Arc<History>> {
+    let room = Arc::clone(keeper);
+    let opened = History::open(
+        Arc::clone(&keeper.disk),
+        keeper.store,
+        Arc::clone(clock),
+        rules.beginning_at(clock.now().unix_ms),
+        Box::new(move || room.room.full.load(Ordering::Relaxed)),
+    );
+    match opened {
+        Ok(history) => {
+            history.begin_run();
+            Some(Arc::new(history))
+        }
+        Err(error) => {
+            tracing::error!(
+                %error,
+                directory = outcomes::DIR,
+                "the history of outcomes cannot be opened: until a restart outcomes are neither recorded nor told; delivery goes on"
+            );
+            None
+        }
     }
 }
 

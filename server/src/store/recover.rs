@@ -10,8 +10,14 @@
 //! An engine is not used if it cannot be opened, cannot say where it stands, stands before the log begins or after
 //! it ends, or was left open when the machine (not only the process) went down: sled never syncs, so after a
 //! loss of power its files prove nothing. A new one is built in a place of its own, which takes the old one's place only when
-//! it is complete; only then the old one is moved aside under a dated name. So a start that fails changes nothing.
+//! it is complete; only then the old one is moved aside under a dated name ([`go_on_without`]). So a start that fails changes
+//! nothing.
+//!
+//! An engine that is moved aside may know of frames that the log has lost, and the numbers of those are used a second time from
+//! now on. So a note is written first that says from which number on: without it nobody could tell later whether
+//! what the engine knows belongs before or beside the frames of the log.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -19,9 +25,10 @@ use bytes::Bytes;
 
 use super::apply::apply_run;
 use super::engine::Engine;
-use super::home::{Before, Built, EngineHome, Unusable};
+use super::home::{ASIDE, Before, Built, EngineHome, Unusable};
 use super::log::disk::{Disk, is_no_room};
-use super::log::{Ending, ReplayError, Shelf, Tail};
+use super::log::{Ending, ReplayError, SET_ASIDE, Shelf, Tail};
+use super::set_aside;
 use super::settings::{OpenError, OpenReport, Rebuilt};
 use super::snapshot::{self, SnapshotError};
 use super::write::{self, Write};
@@ -37,6 +44,8 @@ pub(super) struct Recovered {
     pub(super) next_frame: u64,
     /// Bytes of what lived when the newest snapshot was taken, if one was read.
     pub(super) live: u64,
+    /// The engine was built anew: what counted before, if anything did, goes.
+    pub(super) anew: bool,
 }
 
 struct Replayed {
@@ -51,7 +60,6 @@ pub(super) fn recover(
     home: &dyn EngineHome,
     store: [u8; 16],
     begun: bool,
-    stamp: &str,
     report: &mut OpenReport,
 ) -> Result<Recovered, OpenError> {
     report.engine = home.name();
@@ -80,25 +88,18 @@ pub(super) fn recover(
                 )),
                 None => {
                     report.replayed_frames = replayed.frames;
-                    if let Err(error) = home.move_leftovers(stamp) {
-                        tracing::warn!(%error, "an engine that does not count any more could not be moved aside");
-                    }
                     return Ok(Recovered {
                         engine,
                         next_frame: replayed.tail.next_frame,
                         tail: replayed.tail,
                         live: 0,
+                        anew: false,
                     });
                 }
             },
             Err(why) => Some(why),
         },
         Err(why) => Some(why),
-    };
-    // Once the new one counts.
-    let move_aside = || {
-        home.move_aside(stamp)
-            .map_err(OpenError::io("could not move aside", home.name()))
     };
     let mut tried = why
         .clone()
@@ -116,17 +117,17 @@ pub(super) fn recover(
                     );
                 }
                 report.replayed_frames = replayed.frames;
-                let moved_to = move_aside()?;
                 report.rebuilt = why.map(|why| Rebuilt {
                     why,
                     snapshot: Some(*frame),
-                    moved_to,
+                    moved_to: None,
                 });
                 return Ok(Recovered {
                     engine,
                     tail: replayed.tail,
                     next_frame,
                     live,
+                    anew: true,
                 });
             }
             Err(why) => {
@@ -150,19 +151,96 @@ pub(super) fn recover(
     let built = home.build().map_err(|error| OpenError::Engine(error.0))?;
     let replayed = replay(&built.engine, shelf, 1)?.map_err(OpenError::Engine)?;
     let engine = adopt(home, built)?;
-    let moved_to = move_aside()?;
     report.replayed_frames = replayed.frames;
     report.rebuilt = why.map(|why| Rebuilt {
         why,
         snapshot: None,
-        moved_to,
+        moved_to: None,
     });
     Ok(Recovered {
         engine,
         next_frame: replayed.tail.next_frame,
         tail: replayed.tail,
         live: 0,
+        anew: true,
     })
+}
+
+/// Writes down what is not used from here on and from which frame on the log goes on without it; then gives the engines that do
+/// not count any more their dated names.
+///
+/// # Errors
+/// When the note cannot be written, nothing was moved.
+pub(super) fn go_on_without(
+    disk: &dyn Disk,
+    shelf: &Shelf,
+    home: &dyn EngineHome,
+    recovered: &Recovered,
+    stamp: &str,
+    report: &mut OpenReport,
+) -> Result<(), OpenError> {
+    let (tail, next_frame) = (&recovered.tail, recovered.next_frame);
+    let mut words = Vec::new();
+    if let Some(rebuilt) = &report.rebuilt {
+        words.push(format!("The engine was made anew: {}.", rebuilt.why));
+    }
+    words.extend(leave(&home.leaving(recovered.anew), stamp));
+    if let Ending::Rotten { segment, offset } = tail.ending {
+        words.push(format!(
+            "The log cannot be proved from byte {offset} of segment {segment} on: {}.",
+            shelf.unprovable(tail).join(", ")
+        ));
+    }
+    for frame in snapshot::list(disk).map_err(OpenError::io("could not list", snapshot::DIR))? {
+        if frame > next_frame {
+            words.push(format!(
+                "Snapshot {frame} is of a time that the log does not reach."
+            ));
+        }
+    }
+    note(disk, stamp, next_frame, words).map_err(|error| {
+        if is_no_room(&error) {
+            OpenError::NoRoom(error.to_string())
+        } else {
+            OpenError::io("could not write down what is set aside in", SET_ASIDE)(error)
+        }
+    })?;
+    let moved = if recovered.anew {
+        home.move_aside(stamp)
+    } else {
+        home.move_leftovers(stamp).map(|()| None)
+    };
+    let moved_to = moved.map_err(OpenError::io("could not move aside", home.name()))?;
+    if let Some(rebuilt) = &mut report.rebuilt {
+        rebuilt.moved_to = moved_to;
+    }
+    Ok(())
+}
+
+/// What a note says of engines that get another name.
+pub(super) fn leave(engines: &[String], stamp: &str) -> Option<String> {
+    (!engines.is_empty()).then(|| {
+        format!(
+            "These get a name with `{ASIDE}{stamp}`: {}.",
+            engines.join(", ")
+        )
+    })
+}
+
+/// Writes a note, if there is anything to say.
+pub(super) fn note(
+    disk: &dyn Disk,
+    stamp: &str,
+    next_frame: u64,
+    mut words: Vec<String>,
+) -> io::Result<()> {
+    if words.is_empty() {
+        return Ok(());
+    }
+    words.push(format!(
+        "The log goes on with frame {next_frame}. `bellwire store salvage` knows how to use what was set aside."
+    ));
+    set_aside::write_note(disk, stamp, next_frame, &words)
 }
 
 /// A snapshot that verifies and begins behind the end of the log: the log has lost its end, and the snapshot knows more.

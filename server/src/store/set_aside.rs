@@ -115,14 +115,19 @@ pub(super) fn free_stamp(disk: &dyn Disk, stamp: &str) -> io::Result<String> {
 /// A name under `set-aside/` that nothing has: numbers of frames and segments come again after a start that had to go back.
 pub(in crate::store) fn free_name(disk: &dyn Disk, stem: &str, end: &str) -> io::Result<String> {
     disk.make_dir(SET_ASIDE)?;
-    let taken = disk.list(SET_ASIDE)?;
-    let mut name = format!("{stem}.{end}");
+    let name = unused(stem, &format!(".{end}"), &disk.list(SET_ASIDE)?);
+    Ok(format!("{SET_ASIDE}/{name}"))
+}
+
+/// A name that is not taken: as it is, or with a number before its end.
+pub(in crate::store) fn unused(stem: &str, end: &str, taken: &[String]) -> String {
+    let mut name = format!("{stem}{end}");
     let mut again = 1;
     while taken.contains(&name) {
         again += 1;
-        name = format!("{stem}-{again}.{end}");
+        name = format!("{stem}-{again}{end}");
     }
-    Ok(format!("{SET_ASIDE}/{name}"))
+    name
 }
 
 /// Writes the note of a start: it goes on with frame `next`, without what `words` tell of.

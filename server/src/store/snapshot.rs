@@ -22,6 +22,7 @@ use bytes::Bytes;
 
 use super::engine::{BATCH_OPERATIONS, Direction, Engine, EngineError, EngineWrite};
 use super::keys;
+use super::little::{u32_at, u64_at};
 use super::log::disk::{Disk, DiskFile};
 use super::record;
 use super::set_aside::SetAside;
@@ -375,16 +376,6 @@ fn entry(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let (key, rest) = rest.split_at_checked(usize::from(u16::from_le_bytes([k0, k1])))?;
     let (value, rest) = rest.split_at_checked(u32::from_le_bytes([v0, v1, v2, v3]) as usize)?;
     Some((key, value, rest))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    let mut word = [0; 4];
-    word.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_le_bytes(word)
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
 /// Reads a snapshot to its end and believes only what checks. `store`: which store it must belong to.

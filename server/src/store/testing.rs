@@ -2,7 +2,7 @@
 //!
 //! Nothing here is used by the server itself. It is public because the simulator lives in a crate of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -134,6 +134,8 @@ struct Platter {
     fail_sync_in: Option<u64>,
     /// Counts down to a sync that is not done any more, because the power goes.
     cut_sync_in: Option<u64>,
+    /// Files that no byte can be read from.
+    unreadable: BTreeSet<u64>,
     /// Bytes that fit; `None`: any number.
     capacity: Option<u64>,
     syncs: u64,
@@ -252,6 +254,19 @@ impl MemoryDisk {
     /// The write after `writes` more fails, with any part of it done.
     pub fn fail_write_in(&self, writes: u64) {
         self.lock().fail_write_in = Some(writes);
+    }
+
+    /// From now on reading this file fails, as on a disk with a bad place, or no longer.
+    pub fn fail_reads(&self, name: &str, fails: bool) {
+        let mut platter = self.lock();
+        let Some(id) = platter.names.get(name).copied() else {
+            return;
+        };
+        if fails {
+            platter.unreadable.insert(id);
+        } else {
+            platter.unreadable.remove(&id);
+        }
     }
 
     /// The sync after `syncs` more fails. As on Linux, what it was to make safe is then forgotten: a later sync
@@ -497,6 +512,11 @@ impl DiskFile for MemoryFile {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.with(|platter, id| {
+            if platter.unreadable.contains(&id) {
+                return Err(io::Error::from_raw_os_error(
+                    rustix::io::Errno::IO.raw_os_error(),
+                ));
+            }
             let file = platter.file(id)?;
             let from = offset as usize;
             let bytes = file

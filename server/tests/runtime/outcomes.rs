@@ -345,6 +345,62 @@ async fn a_durable_outcome_is_announced_once_it_is_safe_and_survives_a_crash() {
 }
 
 #[tokio::test]
+async fn whoever_revokes_again_is_answered_when_the_first_outcome_is_safe() {
+    let settings = RuntimeSettings {
+        receipts_durable: true,
+        shards: 1,
+        ..settings()
+    };
+    let house = House::with(settings, Arc::default()).await;
+    let device = house.device("anna").await;
+    let other = house.device("otto").await;
+    let mut link = device.attach().await;
+    let mut others = other.attach().await;
+    let mut request = ping(Target::Device(device.id));
+    request.ttl_s = Some(0);
+    let id = house.handle.ping(request).await.unwrap().id;
+    link.notification().await;
+    house.store.set_mode(Mode::Hold);
+    let revoke = || {
+        let handle = house.handle.clone();
+        tokio::spawn(async move { handle.revoke_ping(APP, id).await })
+    };
+    let first = revoke();
+    until("the outcome to be handed to the disk", async || {
+        house.store.held() == 1
+    })
+    .await;
+    let second = revoke();
+    // These go the same ways after the second one.
+    for _ in 0..20 {
+        state(&house, id).await;
+        let mut request = ping(Target::Device(other.id));
+        request.ttl_s = Some(0);
+        house.handle.ping(request).await.unwrap();
+        others.notification().await;
+    }
+    assert!(!first.is_finished() && !second.is_finished());
+    house.store.set_mode(Mode::Commit);
+    assert_eq!(first.await.unwrap().unwrap().unwrap().revoked, 1);
+    assert_eq!(second.await.unwrap().unwrap().unwrap().ended, 1);
+}
+
+#[tokio::test]
+async fn a_history_that_cannot_be_read_does_not_keep_anybody_from_revoking() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let id = house
+        .handle
+        .ping(ping(Target::Device(device.id)))
+        .await
+        .unwrap()
+        .id;
+    house.store.disk(|disk| disk.history_fails = true);
+    let counts = house.handle.revoke_ping(APP, id).await.unwrap().unwrap();
+    assert_eq!((counts.revoked, counts.ended), (1, 0));
+}
+
+#[tokio::test]
 async fn without_it_the_disk_is_not_asked_and_a_crash_may_forget() {
     let house = House::open().await;
     let device = house.device("anna").await;

@@ -43,6 +43,8 @@ pub(crate) struct Disk {
     pub(crate) rows: BTreeMap<(DeviceId, u64), (RowMeta, Arc<Notification>)>,
     pub(crate) outcomes: BTreeMap<(PingId, DeviceId), (AppId, Outcome, u64)>,
     pub(crate) withdrawals: BTreeMap<(DeviceId, PingId), u64>,
+    /// Looks at the history fail.
+    pub(crate) history_fails: bool,
     run: u32,
 }
 
@@ -440,6 +442,9 @@ impl Store for FakeStore {
         limit: usize,
     ) -> Result<Vec<OutcomeRecord>, ReadError> {
         let state = self.0.lock().unwrap();
+        if state.disk.history_fails {
+            return Err(ReadError::Engine("the history cannot be read".to_owned()));
+        }
         let mut known = BTreeMap::new();
         for record in &state.history {
             if (record.app, record.ping) == (app, ping)

@@ -1,8 +1,6 @@
 //! `bellwire store convert`: from one engine to another while no server runs.
 
-use std::io::IsTerminal;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use bellwire_server::runtime::SystemClock;
 use bellwire_server::store::{
@@ -10,9 +8,9 @@ use bellwire_server::store::{
     convert, plan_conversion,
 };
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use super::super::progress::Progress;
 use super::super::{Console, Failure, Outcome};
 use super::{DirArg, json, size};
 
@@ -26,9 +24,6 @@ Stop the server first. The engine that is there is brought up to date with the l
 entries must be equal before the new engine counts. Broken off at any moment, it leaves the old engine or the new one, whole;
 run it again. The old one's directory is kept under a dated name: remove it when the server runs well. Then change the setting
 store.engine, or the next start builds the old kind again.";
-
-/// Time between two lines where there is no terminal.
-const LINE_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -95,9 +90,9 @@ pub(crate) fn run(args: &ConvertArgs) -> Outcome {
     let mut progress = Progress::new(args.json);
     let clock = Arc::new(SystemClock::new());
     let converted = convert(&settings, &*clock, &mut |step, done, of| {
-        progress.say(step, done, of);
+        progress.step(name(step), done, of);
     });
-    progress.end();
+    progress.done();
     print_converted(&converted.map_err(failure)?, args.json)
 }
 
@@ -235,79 +230,12 @@ fn print_converted(converted: &Converted, as_json: bool) -> Outcome {
     Ok(())
 }
 
-/// A bar on a terminal, a line now and then elsewhere.
-struct Progress {
-    terminal: bool,
-    /// Scripts want an answer, and people who read on a terminal a bar.
-    silent: bool,
-    bar: Option<(ConvertStep, ProgressBar)>,
-    said: Option<(ConvertStep, Instant)>,
-}
-
-impl Progress {
-    fn new(as_json: bool) -> Progress {
-        let terminal = std::io::stderr().is_terminal();
-        Progress {
-            terminal,
-            silent: as_json && !terminal,
-            bar: None,
-            said: None,
-        }
-    }
-
-    #[allow(
-        clippy::disallowed_methods,
-        reason = "how often a person is told has no part in what is done"
-    )]
-    fn say(&mut self, step: ConvertStep, done: u64, of: u64) {
-        let name = match step {
-            ConvertStep::Recover => "bringing the engine up to date",
-            ConvertStep::Count => "counting",
-            ConvertStep::Copy => "copying",
-            ConvertStep::Verify => "comparing",
-            ConvertStep::SetAside => "the new engine counts; setting the old one aside",
-        };
-        if self.silent {
-            return;
-        }
-        if self.terminal {
-            if self.bar.as_ref().is_none_or(|(shown, _)| *shown != step) {
-                self.end();
-                let bar = ProgressBar::new(of).with_message(name);
-                let template = if of > 0 {
-                    "{msg:32} {bar:40} {pos}/{len} {elapsed}"
-                } else {
-                    "{msg:32} {spinner} {pos} {elapsed}"
-                };
-                if let Ok(style) = ProgressStyle::with_template(template) {
-                    bar.set_style(style);
-                }
-                self.bar = Some((step, bar));
-            }
-            if let Some((_, bar)) = &self.bar {
-                bar.set_position(done);
-            }
-            return;
-        }
-        let now = Instant::now();
-        if self
-            .said
-            .is_some_and(|(said, at)| said == step && now - at < LINE_EVERY)
-        {
-            return;
-        }
-        self.said = Some((step, now));
-        let err = Console::err();
-        match (done, of) {
-            (0, _) => err.line(name),
-            (done, 0) => err.line(&format!("{name}: {done} entries")),
-            (done, of) => err.line(&format!("{name}: {done} of {of} entries")),
-        }
-    }
-
-    fn end(&mut self) {
-        if let Some((_, bar)) = self.bar.take() {
-            bar.finish_and_clear();
-        }
+fn name(step: ConvertStep) -> &'static str {
+    match step {
+        ConvertStep::Recover => "bringing the engine up to date",
+        ConvertStep::Count => "counting entries",
+        ConvertStep::Copy => "copying entries",
+        ConvertStep::Verify => "comparing entries",
+        ConvertStep::SetAside => "the new engine counts; setting the old one aside",
     }
 }

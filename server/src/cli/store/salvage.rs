@@ -182,6 +182,18 @@ fn print(saved: &Salvaged) {
             out.line(&format!("  {count} times: {kind}"));
         }
     }
+    if !saved.left.is_empty() {
+        heading("still does not fit");
+        for left in &saved.left {
+            out.line(&format!("  {}", plain(left)));
+        }
+    }
+    if !saved.passed_over.is_empty() {
+        heading("not used, because no note says from where the log went on without it");
+        for engine in &saved.passed_over {
+            out.line(&format!("  {}", plain(engine)));
+        }
+    }
     if !saved.unreadable.is_empty() {
         heading("could not be read, in whole or in part; all of it is where it was");
         for file in &saved.unreadable {

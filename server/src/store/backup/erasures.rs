@@ -12,7 +12,7 @@
 //!
 //! All records have the same length, so that a torn or rotten one spoils no other.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -98,6 +98,21 @@ pub(in crate::store) fn is_one(head: &[u8]) -> bool {
     head.starts_with(&MAGIC)
 }
 
+/// What an entry of the store erases; `None`: it is not one that can be read.
+pub(in crate::store) fn of_entry(key: &[u8], value: &[u8]) -> Option<Erasure> {
+    let (until_ms, what) = keys::parse_erasure(key)?;
+    record::erasure(key, until_ms, what, value).ok()
+}
+
+/// Of two erasures of one thing, what both say: the later one counts, because what was accepted between them went with it.
+pub(in crate::store) fn merged(one: Erasure, other: Erasure) -> Erasure {
+    Erasure {
+        at_ms: one.at_ms.max(other.at_ms),
+        until_ms: one.until_ms.max(other.until_ms),
+        ..one
+    }
+}
+
 /// What a file of erasures holds.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(in crate::store) struct Held {
@@ -174,10 +189,8 @@ impl Fresh {
             if key.first() != Some(&keys::ERASURES) {
                 continue;
             }
-            let erasure = keys::parse_erasure(key)
-                .and_then(|(until, what)| record::erasure(key, until, what, value).ok());
             let mut waiting = self.lock();
-            match erasure {
+            match of_entry(key, value) {
                 Some(erasure) if waiting.list.len() < WAITING_MAX => waiting.list.push(erasure),
                 Some(_) | None => waiting.lost = true,
             }
@@ -253,13 +266,19 @@ impl Mirror {
 
     /// Opens the file, made if there is none, and adds what it lacks.
     fn compare(&self, reader: &Reader, now_ms: u64) -> Result<Open, MirrorError> {
-        let mut known: HashSet<Erased> = HashSet::new();
+        let mut known: HashMap<Erased, Erasure> = HashMap::new();
+        let learn = |known: &mut HashMap<Erased, Erasure>, erasure: Erasure| {
+            let before = known.get(&erasure.what).copied();
+            let after = before.map_or(erasure, |before| merged(before, erasure));
+            known.insert(erasure.what, after);
+            before != Some(after)
+        };
         let mut open = match self.disk.open(FILE) {
             Ok(file) => {
                 let mut old = 0;
                 let held = read(&*file, &mut |erasure| {
                     old += u64::from(erasure.until_ms < now_ms);
-                    known.insert(erasure.what);
+                    learn(&mut known, erasure);
                 })?;
                 // A file with a damaged record is left as it is: nothing unreadable is deleted.
                 if held.damaged == 0 && held.erasures >= WORTH && old > held.erasures / 2 {
@@ -282,7 +301,7 @@ impl Mirror {
             let missing: Vec<Erasure> = page
                 .items
                 .into_iter()
-                .filter(|erasure| known.insert(erasure.what))
+                .filter(|erasure| learn(&mut known, *erasure))
                 .collect();
             open.append(&missing)?;
             after = page.next;

@@ -36,6 +36,7 @@ pub use self::restore::{
     Applied, Contents, ErasureSource, Restore, RestoreError, RestoreStep, Restored, UserHash,
     is_unfinished, restore,
 };
+pub(in crate::store) use self::restore::{BUILDING, REPLACED};
 #[cfg(test)]
 pub(in crate::store) use self::unpack::Unpack;
 pub(in crate::store) use self::write::{Copier, Tools};

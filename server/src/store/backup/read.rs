@@ -10,6 +10,7 @@ use super::{
     PROGRAM_MAX, TOTALS, VERSION, block_sum, header_sum, most,
 };
 use crate::ports::BackupSummary;
+use crate::store::little::{array_at, u32_at, u64_at};
 use crate::store::record::{self, Fault};
 use crate::store::write::{self, Write};
 
@@ -349,20 +350,6 @@ fn entry(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let (key, rest) = rest.split_at_checked(usize::from(u16::from_le_bytes([k0, k1])))?;
     let (value, rest) = rest.split_at_checked(u32::from_le_bytes([v0, v1, v2, v3]) as usize)?;
     Some((key, value, rest))
-}
-
-fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut array = [0; N];
-    array.copy_from_slice(&bytes[at..at + N]);
-    array
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(array_at(bytes, at))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(array_at(bytes, at))
 }
 
 /// Bytes that are read at a time.

@@ -37,9 +37,9 @@ use crate::store::{
 };
 
 /// Where the new store is built.
-const BUILDING: &str = "restoring";
+pub(in crate::store) const BUILDING: &str = "restoring";
 /// How the directory of a store begins that was replaced.
-const REPLACED: &str = "replaced-";
+pub(in crate::store) const REPLACED: &str = "replaced-";
 
 /// Files of a data directory that are not the store's: they stay where they are.
 const STAY: [&str; 11] = [
@@ -580,7 +580,7 @@ struct Gathered {
 impl Gathered {
     fn add(&mut self, erasure: Erasure) {
         let known = self.erasures.entry(erasure.what).or_insert(erasure);
-        known.until_ms = known.until_ms.max(erasure.until_ms);
+        *known = erasures::merged(*known, erasure);
     }
 
     fn put(&mut self, key: &[u8], value: &[u8]) -> bool {
@@ -588,9 +588,7 @@ impl Gathered {
             let run = record::number(key, value).unwrap_or(0);
             self.run = self.run.max(u32::try_from(run).unwrap_or(u32::MAX));
         }
-        let erasure = keys::parse_erasure(key)
-            .and_then(|(until, what)| record::erasure(key, until, what, value).ok());
-        match erasure {
+        match erasures::of_entry(key, value) {
             Some(erasure) => {
                 self.add(erasure);
                 true
@@ -810,7 +808,7 @@ impl Applier<'_> {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Applied, RestoreError> {
         let mut devices: BTreeSet<DeviceId> = BTreeSet::new();
-        let mut notifications: BTreeMap<DeviceId, BTreeSet<PingId>> = BTreeMap::new();
+        let mut notifications: BTreeMap<DeviceId, BTreeMap<PingId, u64>> = BTreeMap::new();
         let mut batches: Vec<Batch> = Vec::new();
         let mut users: BTreeMap<(AppId, [u8; 32]), u64> = BTreeMap::new();
         for (what, erasure) in erasures {
@@ -824,7 +822,8 @@ impl Applier<'_> {
                     }
                 }
                 Erased::Notification(ping, device) => {
-                    notifications.entry(device).or_default().insert(ping);
+                    let pings = notifications.entry(device).or_default();
+                    pings.insert(ping, erasure.at_ms);
                 }
                 Erased::User(hash) => drop(users.insert((erasure.app, hash), erasure.at_ms)),
             }
@@ -960,24 +959,35 @@ fn forget_device(house: &House, device: DeviceId, now_ms: u64) -> Result<Option<
     Ok(Some(batch))
 }
 
-/// What revoking these pings does in one mailbox.
+/// What revoking these pings at these times does in one mailbox. What was accepted after that, under the same id, stays.
 fn take_back(
     house: &House,
     device: DeviceId,
-    pings: &BTreeSet<PingId>,
+    pings: &BTreeMap<PingId, u64>,
     now_ms: u64,
 ) -> Result<(u64, Batch), ReadError> {
     let (Some(mut summary), rows) = mailbox(house, device)? else {
         return Ok((0, Vec::new()));
     };
     let mut batch = Vec::new();
+    let mut chores = Vec::new();
     for row in rows {
-        if pings.contains(&row.ping) {
+        let Some(at_ms) = pings.get(&row.ping) else {
+            continue;
+        };
+        let bodies = house.reader.bodies(device, &[row.key], &mut chores)?;
+        // One that cannot be read is taken back: nobody could show it was meant to stay.
+        let stays = bodies.iter().any(|(_, body)| {
+            body.as_ref()
+                .is_some_and(|notification| notification.accepted_ms > *at_ms)
+        });
+        if !stays {
             summary.count = summary.count.saturating_sub(1);
             summary.bytes = summary.bytes.saturating_sub(u64::from(row.size));
             batch.push(removal(summary.app, device, row, now_ms));
         }
     }
+    house.desk.chores(chores);
     let count = batch.len() as u64;
     batch.push(Op::Mailbox(Change::Summary { device, summary }));
     Ok((count, batch))

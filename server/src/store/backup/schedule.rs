@@ -5,6 +5,7 @@
 //! What goes has the name that the schedule gives, and says inside that it is of this very store. So a directory that several
 //! servers share, that holds backups of before a restore, or those that somebody made by hand, loses nothing of theirs.
 
+use std::cell::RefCell;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -186,7 +187,8 @@ impl Schedule {
     }
 
     /// Makes a backup, proves it, and lets go of old ones. Answers why one could not go, if so: there is a good backup all the same.
-    fn make(&self) -> Result<Option<io::Error>, Unmade> {
+    /// Calls `beside` again and again meanwhile.
+    fn make(&self, beside: &dyn Fn()) -> Result<Option<io::Error>, Unmade> {
         let mut made = self.made()?;
         let expected = made.last().map_or(0, |last| last.bytes);
         self.room(expected)?;
@@ -194,7 +196,7 @@ impl Schedule {
         let begun = self.clock.now();
         let name = format!("{}{}{ENDING}", self.prefix(), stamp(begun.unix_ms));
         let partial = format!("{name}{PARTIAL}");
-        let written = self.write(&partial);
+        let written = self.write(&partial, beside);
         let summary = match written {
             Ok(summary) => summary,
             Err(error) => {
@@ -232,18 +234,19 @@ impl Schedule {
         Ok(self.retire(made).err())
     }
 
-    fn write(&self, partial: &str) -> Result<BackupSummary, Unmade> {
+    fn write(&self, partial: &str, beside: &dyn Fn()) -> Result<BackupSummary, Unmade> {
         let file = self.disk.create(partial)?;
         let mut out = Out {
             file: &*file,
             at: 0,
         };
         let looked = std::cell::Cell::new(0);
-        let short = std::cell::RefCell::new(None);
+        let short = RefCell::new(None);
         let summary = self.copier.copy_gently(&mut out, &|progress| {
             if self.bell.closing() {
                 return ControlFlow::Break(());
             }
+            beside();
             if progress.bytes - looked.get() >= ROOM_EVERY {
                 looked.set(progress.bytes);
                 if let Err(error) = self.room(0) {
@@ -269,6 +272,7 @@ impl Schedule {
                 if self.bell.closing() {
                     return Err(BackupFault::Refused("the server goes down".to_owned()));
                 }
+                beside();
                 Ok(())
             },
             &mut |_| {},
@@ -331,20 +335,29 @@ impl Schedule {
 /// The turns of the thread, for whoever takes them.
 pub(in crate::store) struct Turns {
     schedule: Schedule,
-    mirror: Mirror,
+    mirror: RefCell<Mirroring>,
     due: Option<Mono>,
     failed: u32,
+}
+
+/// The file of erasures, and when it was looked at.
+struct Mirroring {
+    mirror: Mirror,
+    last: Mono,
     told: Option<Mono>,
 }
 
 impl Turns {
     pub(in crate::store) fn new(schedule: Schedule) -> Turns {
         Turns {
-            mirror: Mirror::new(Arc::clone(&schedule.disk), Arc::clone(&schedule.fresh)),
+            mirror: RefCell::new(Mirroring {
+                mirror: Mirror::new(Arc::clone(&schedule.disk), Arc::clone(&schedule.fresh)),
+                last: schedule.clock.now().mono,
+                told: None,
+            }),
             schedule,
             due: None,
             failed: 0,
-            told: None,
         }
     }
 
@@ -359,7 +372,7 @@ impl Turns {
         if now.mono < due {
             return;
         }
-        let wait = match self.schedule.make() {
+        let wait = match self.schedule.make(&|| self.mirror_in_time()) {
             Ok(left) => {
                 self.failed = 0;
                 let trouble = left.map(|error| {
@@ -437,13 +450,23 @@ impl Turns {
         now.mono + wait
     }
 
-    fn mirror(&mut self) {
+    /// While a backup is made, which may take hours, the thread has no turns.
+    fn mirror_in_time(&self) {
+        let last = self.mirror.borrow().last;
+        if self.schedule.clock.now().mono - last >= LOOK_EVERY {
+            self.mirror();
+        }
+    }
+
+    fn mirror(&self) {
         let now = self.schedule.clock.now();
-        match self.mirror.turn(&self.schedule.reader, now.unix_ms) {
-            Ok(()) => self.told = None,
+        let mut state = self.mirror.borrow_mut();
+        state.last = now.mono;
+        match state.mirror.turn(&self.schedule.reader, now.unix_ms) {
+            Ok(()) => state.told = None,
             Err(error) => {
-                if self.told.is_none_or(|told| now.mono - told >= TELL_EVERY) {
-                    self.told = Some(now.mono);
+                if state.told.is_none_or(|told| now.mono - told >= TELL_EVERY) {
+                    state.told = Some(now.mono);
                     tracing::error!(
                         %error,
                         directory = %self.schedule.plan.dir.display(),

@@ -189,3 +189,45 @@ fn sync_files(dir: &Path) -> io::Result<()> {
     }
     File::open(dir)?.sync_all()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    /// Batches as large as they may be.
+    const BATCHES: u64 = 120;
+
+    #[test]
+    fn what_sled_throws_away_is_freed_while_batches_follow_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = SledEngine::open(dir.path(), 16 << 20).unwrap();
+        let freed = Arc::new(AtomicU64::new(0));
+        let mut row = 0u64;
+        for _ in 0..BATCHES {
+            let batch: Vec<EngineWrite> = (0..BATCH_OPERATIONS)
+                .map(|_| {
+                    row += 1;
+                    let key = row.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
+                    EngineWrite {
+                        key: Bytes::copy_from_slice(&key),
+                        value: Some(vec![7; 64].into()),
+                    }
+                })
+                .collect();
+            // It stands in one row with what sled throws away in this batch, and is freed after it.
+            let freed = Arc::clone(&freed);
+            crossbeam_epoch::pin().defer(move || freed.fetch_add(1, Ordering::Relaxed));
+            engine.apply(&batch, None).unwrap();
+        }
+        let left = BATCHES - freed.load(Ordering::Relaxed);
+        assert!(
+            left < BATCHES / 4,
+            "the garbage of {left} of {BATCHES} batches is still there"
+        );
+    }
+}

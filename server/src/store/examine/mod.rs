@@ -308,7 +308,11 @@ pub fn inspect(ask: &Inspect) -> Result<Inspection, InspectError> {
     let snapshots = snapshots(&*disk, store)?;
     let format = format_seen(&identity, log.is_empty() && snapshots.is_empty());
     let (engines, pointer_trouble) = engines::engines(&*disk, &dir, ask, &probe)?;
-    let outcomes = outcomes_seen(&*disk, store)?;
+    // Nothing else depends on them.
+    let outcomes = outcomes_seen(&*disk, store).unwrap_or_else(|error| {
+        findings.push(format!("the outcomes cannot be listed: {error}"));
+        Vec::new()
+    });
     let set_aside = set_aside(&*disk, &dir, store)?;
     let numbers = Numbers::of(&log);
     let missing_frames = numbers.missing();
@@ -405,12 +409,8 @@ fn snapshots(disk: &dyn Disk, store: Option<[u8; 16]>) -> Result<Vec<SnapshotSee
         .collect())
 }
 
-fn outcomes_seen(
-    disk: &dyn Disk,
-    store: Option<[u8; 16]>,
-) -> Result<Vec<OutcomesSeen>, InspectError> {
-    let looks = outcomes::look(disk, store.unwrap_or_default())
-        .map_err(InspectError::io("the outcomes cannot be listed"))?;
+fn outcomes_seen(disk: &dyn Disk, store: Option<[u8; 16]>) -> io::Result<Vec<OutcomesSeen>> {
+    let looks = outcomes::look(disk, store.unwrap_or_default())?;
     Ok(looks
         .into_iter()
         .map(|look| OutcomesSeen {

@@ -8,8 +8,8 @@
 //! before the main line went on without them, and their numbers are used a second time by frames that came later. The note that a
 //! start writes beside what it sets aside (`set_aside.rs`) says from which number on.
 //!
-//! 1. *The main line.* The base that leaves the fewest frames missing is taken (an engine, an engine that was set aside before
-//!    the line went on, a snapshot, nothing), then every readable frame after it, also those behind a rotten place.
+//! 1. *The main line.* The base that leaves the fewest frames missing is taken (an engine, an engine that a note says was set aside
+//!    before the line went on, a snapshot, nothing), then every readable frame after it, also those behind a rotten place.
 //!    Frames write absolute values, so the newest wins by its number.
 //! 2. *The side lines*, the latest first. What they say of devices, apps and keys counts unless a later frame of
 //!    the main line wrote the same. An end counts, also against a row of the main line. A row counts if nothing
@@ -41,6 +41,8 @@ use super::{
 };
 use crate::delivery::{AppId, DeviceId, Notification, RowKey, Summary, Urgency};
 use crate::ports::{Clock, Entropy, Erased};
+use crate::store::backup::erasures;
+use crate::store::backup::{BUILDING, REPLACED};
 use crate::store::engine::{Direction, Engine, EngineWrite};
 use crate::store::identity::{FORMAT, read_identity, write_identity};
 use crate::store::log::disk::{Disk, RealDisk, make_private_dir};
@@ -79,12 +81,16 @@ pub struct Salvaged {
     pub lost_frames: Vec<Range>,
     /// What was set aside, the latest first.
     pub side_lines: Vec<SideLine>,
+    /// Engines that were moved aside and that no note tells the place of. They are not used: what they know may have ended long ago.
+    pub passed_over: Vec<String>,
     /// Records that could not be read where they were.
     pub rotten: u64,
     /// Those of them that were found somewhere else.
     pub found_elsewhere: u64,
     /// What did not fit and was put right, by kind.
     pub repaired: BTreeMap<&'static str, u64>,
+    /// What still does not fit after that, in words.
+    pub left: Vec<String>,
     /// What is in the new store: records by the first letter of their keys.
     pub records: BTreeMap<char, u64>,
     /// Files that could not be read, in whole or in part. All of them are where they were.
@@ -189,7 +195,11 @@ pub fn salvage(
     let segments: Vec<SegmentSeen> = inspection.log.clone();
     let groups = groups(&inspection);
     let numbers = Numbers::of(&segments);
-    let (bases, ahead) = bases(&inspection, &groups, store);
+    let Bases {
+        bases,
+        ahead,
+        passed_over,
+    } = bases(&inspection, &groups, store);
     let end = bases
         .iter()
         .map(|base| base.frame)
@@ -224,16 +234,11 @@ pub fn salvage(
     progress("making counters and indexes anew");
     let gaps = !lost.is_empty() || rotten.iter().any(|key| key.first() == Some(&b's'));
     let now_ms = clock.now().unix_ms;
-    let mut repairs = Audit::default();
-    cross_check(&*main.engine, Manner::Repair { now_ms, gaps }, &mut repairs)
-        .map_err(engine_error)?;
+    let repaired = repair(&*main.engine, Manner::Repair { now_ms, gaps })?;
     let run = work.raise_run(&*main.engine, now_ms)?;
     let mut after = Audit::default();
     read_all(&*main.engine, &mut after).map_err(engine_error)?;
     cross_check(&*main.engine, Manner::Check, &mut after).map_err(engine_error)?;
-    if let Some(left) = after.told.first() {
-        return Err(InspectError::engine(format!("a repair left something behind: {left}")).into());
-    }
     let unreadable = unreadable(&inspection);
     let mut salvaged = Salvaged {
         base: base.name,
@@ -243,7 +248,9 @@ pub fn salvage(
         side_lines,
         rotten: rotten.len() as u64,
         found_elsewhere,
-        repaired: repairs.kinds,
+        repaired,
+        left: after.told,
+        passed_over,
         records: after.records,
         unreadable,
         copied: Vec::new(),
@@ -265,6 +272,25 @@ pub fn salvage(
         )?;
     }
     Ok(salvaged)
+}
+
+/// Most passes of a repair; one finds what another one changed, but for a few kinds none does.
+const REPAIRS_MAX: usize = 8;
+
+/// Repairs until there is nothing more to repair; answers what was put right, by kind.
+fn repair(main: &dyn Engine, manner: Manner) -> Result<BTreeMap<&'static str, u64>, SalvageError> {
+    let mut repaired: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for _ in 0..REPAIRS_MAX {
+        let mut pass = Audit::default();
+        cross_check(main, manner, &mut pass).map_err(engine_error)?;
+        if pass.kinds.is_empty() {
+            break;
+        }
+        for (kind, count) in pass.kinds {
+            *repaired.entry(kind).or_default() += count;
+        }
+    }
+    Ok(repaired)
 }
 
 fn target_is_free(broken: &Path, into: &Path) -> Result<(), SalvageError> {
@@ -399,12 +425,27 @@ enum Origin {
     Engine(home::FileEngine),
 }
 
-/// Bases on the main line, and engines that left it: the second are ahead of where the main line went on without them.
-fn bases(
-    inspection: &Inspection,
-    groups: &[Group],
-    store: Option<[u8; 16]>,
-) -> (Vec<Base>, Vec<Ahead>) {
+/// What there is to begin with, and beside it.
+struct Bases {
+    /// On the main line.
+    bases: Vec<Base>,
+    /// Engines that left it: they are ahead of where it went on without them.
+    ahead: Vec<Ahead>,
+    /// Engines of which nobody knows which of the two they are.
+    passed_over: Vec<String>,
+}
+
+/// Whether the note of a start tells of an engine that was moved aside under this stamp.
+fn is_noted(groups: &[Group], stamp: &str) -> bool {
+    let tells = |group: &Group| {
+        let rest = stamp.strip_prefix(group.stamp.as_str());
+        // Two engines of one name and time have a number behind it.
+        group.cut.is_some() && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    };
+    groups.iter().any(tells)
+}
+
+fn bases(inspection: &Inspection, groups: &[Group], store: Option<[u8; 16]>) -> Bases {
     let mut bases = vec![Base {
         name: "nothing".to_owned(),
         frame: 1,
@@ -412,6 +453,7 @@ fn bases(
         unproven: false,
     }];
     let mut ahead = Vec::new();
+    let mut unnoted = Vec::new();
     for seen in inspection
         .snapshots
         .iter()
@@ -442,8 +484,13 @@ fn bases(
             from: Origin::Engine(kind),
             unproven: matches!(engine.state, EngineState::Unproven { .. }),
         };
+        let stamp = engine.dir.split_once(home::ASIDE).map(|(_, stamp)| stamp);
+        if engine.aside && stamp.is_some_and(|stamp| !is_noted(groups, stamp)) {
+            unnoted.push(base);
+            continue;
+        }
         // The first start from that one on which went on from before this engine's place counts.
-        let left = engine.dir.split_once(".aside-").and_then(|(_, stamp)| {
+        let left = stamp.and_then(|stamp| {
             let after = groups
                 .iter()
                 .enumerate()
@@ -461,7 +508,21 @@ fn bases(
             Some(_) | None => bases.push(base),
         }
     }
-    (bases, ahead)
+    let something = bases.len() > 1
+        || !ahead.is_empty()
+        || inspection.log.iter().any(|segment| segment.range.is_some());
+    let mut passed_over = Vec::new();
+    if something {
+        passed_over = unnoted.into_iter().map(|base| base.name).collect();
+    } else {
+        // There is no line that it could contradict.
+        bases.append(&mut unnoted);
+    }
+    Bases {
+        bases,
+        ahead,
+        passed_over,
+    }
 }
 
 fn missing(numbers: &Numbers, from: u64, end: u64) -> Vec<Range> {
@@ -749,17 +810,20 @@ impl Work<'_> {
             main,
             later: &*later.engine,
         };
-        // An erasure stays one, whichever line it is from.
-        each_of(
-            &*delta.engine,
-            keys::ERASURES,
-            &mut |key, value| match value.split_first() {
-                Some((&WRITTEN, value)) if merge.get(key)?.is_none() => {
-                    merge.write(&[put(key, value.to_vec())])
-                }
-                Some(_) | None => Ok(()),
-            },
-        )?;
+        // An erasure stays one, whichever line it is from, and the later of two counts.
+        each_of(&*delta.engine, keys::ERASURES, &mut |key, value| {
+            let Some((&WRITTEN, value)) = value.split_first() else {
+                return Ok(());
+            };
+            let known = merge
+                .get(key)?
+                .and_then(|known| erasures::of_entry(key, &known));
+            match (known, erasures::of_entry(key, value)) {
+                (Some(known), Some(new)) if erasures::merged(known, new) == known => Ok(()),
+                (_, Some(_)) | (None, None) => merge.write(&[put(key, value.to_vec())]),
+                (Some(_), None) => Ok(()),
+            }
+        })?;
         for room in REGISTRATIONS {
             each_of(&*delta.engine, room, &mut |key, value| {
                 merge.registration(key, value, line)
@@ -952,13 +1016,10 @@ fn erase(main: &dyn Engine) -> Result<(), SalvageError> {
         value: None,
     };
     each_of(main, keys::ERASURES, &mut |key, value| {
-        let Some((until_ms, what)) = keys::parse_erasure(key) else {
+        let Some(erasure) = erasures::of_entry(key, value) else {
             return Ok(());
         };
-        let Ok(erasure) = record::erasure(key, until_ms, what, value) else {
-            return Ok(());
-        };
-        match what {
+        match erasure.what {
             // Its rows end with it: a repair ends what has lost its device.
             Erased::Device(device) => {
                 gone.push(delete(&keys::device(device)));
@@ -1184,8 +1245,9 @@ impl Merge<'_> {
 
 // ---- The new store -------------------------------------------------------------------------------------------------
 
-/// Files at the top of a data directory that belong to a process or to the old store's files, and are not copied.
-const NOT_COPIED: [&str; 4] = ["lock", "server.lock", "listen.json", FORMAT];
+/// Files at the top of a data directory that belong to a process or to the old store's files, and are not copied. Nor is a store
+/// that a restore is making.
+const NOT_COPIED: [&str; 5] = ["lock", "server.lock", "listen.json", FORMAT, BUILDING];
 
 fn write_store(
     ask: &Salvage,
@@ -1234,7 +1296,9 @@ fn copy_others(inspection: &Inspection, into: &Path) -> io::Result<Vec<String>> 
     let mut copied = Vec::new();
     for other in &inspection.other {
         let from = inspection.dir.join(&other.name);
-        let skip = NOT_COPIED.contains(&other.name.as_str()) || other.name.contains(".aside");
+        let skip = NOT_COPIED.contains(&other.name.as_str())
+            || other.name.contains(".aside")
+            || other.name.starts_with(REPLACED);
         if skip {
             continue;
         }

@@ -109,7 +109,7 @@ pub fn verify(
         }
         snapshots.push(records);
     }
-    let outcomes = check_outcomes(&inspection, &disk, store, progress, &mut wrong)?;
+    let outcomes = check_outcomes(&inspection, &disk, store, progress, &mut wrong);
     let base = match inspection.start.plan {
         Plan::Engine { frame, .. } => {
             let engine = inspection.engines.iter().find(|engine| engine.counts);
@@ -172,16 +172,26 @@ fn check_outcomes(
     store: Option<[u8; 16]>,
     progress: Progress<'_>,
     wrong: &mut Vec<String>,
-) -> Result<Vec<OutcomesRecords>, InspectError> {
+) -> Vec<OutcomesRecords> {
     let usable = inspection.outcomes.iter().filter(|seen| seen.why.is_none());
     let mut bad = Vec::new();
     for seen in usable {
         progress(&format!("checking {}", seen.file));
-        let checked = outcomes::check(disk, store.unwrap_or_default(), seen.number)
-            .map_err(InspectError::io(format!("{} cannot be read", seen.file)))?;
-        // Dropped by a running server meanwhile.
-        let Some(checked) = checked else {
-            continue;
+        let checked = match outcomes::check(disk, store.unwrap_or_default(), seen.number) {
+            Ok(Some(checked)) => checked,
+            // Dropped by a running server meanwhile.
+            Ok(None) => continue,
+            // Nothing else depends on it, and there is more to look at.
+            Err(error) => {
+                wrong.push(format!("{} cannot be read: {error}", seen.file));
+                bad.push(OutcomesRecords {
+                    file: seen.file.clone(),
+                    records: 0,
+                    rotten: seen.records,
+                    index_fits: false,
+                });
+                continue;
+            }
         };
         if checked.rotten > 0 {
             wrong.push(format!(
@@ -204,5 +214,5 @@ fn check_outcomes(
             });
         }
     }
-    Ok(bad)
+    bad
 }

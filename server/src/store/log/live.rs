@@ -7,6 +7,7 @@ use std::io;
 
 use bytes::Bytes;
 
+use super::disk::DiskFile;
 use super::frame::{self, Place};
 use super::segment::{self, Header};
 use super::{SegmentInfo, Segments};
@@ -99,6 +100,47 @@ impl Segments {
         Ok(())
     }
 
+    /// Whether every frame of a segment can be read, up to but not including `end`. Whatever else is in it was never a frame.
+    pub(super) fn is_whole(&self, info: &SegmentInfo, end: u64) -> bool {
+        let file = match self.disk.open(&segment::name(info.number)) {
+            Ok(file) => file,
+            // There is nothing to keep.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return true,
+            Err(_) => return false,
+        };
+        let mut window = Window {
+            file: &*file,
+            begin: 0,
+            bytes: Vec::new(),
+        };
+        let mut walk = || -> io::Result<bool> {
+            let length = file.length()?;
+            let head = window.at(0, segment::HEADER as usize)?;
+            let Ok(header) = Header::decode(head) else {
+                return Ok(false);
+            };
+            let (mut number, mut at) = (header.first_frame, segment::HEADER);
+            while number < end {
+                let head = window.at(at, frame::HEADER)?;
+                let Some(head) = head.first_chunk() else {
+                    return Ok(false);
+                };
+                let whole = frame::HEADER + frame::head(head).0;
+                if whole > frame::HEADER + frame::FRAME_MAX || at + whole as u64 > length {
+                    return Ok(false);
+                }
+                match frame::look(window.at(at, whole)?, 0, header.seed()) {
+                    Place::Frame(found) if found.number == number => {}
+                    Place::Frame(_) | Place::Empty | Place::Bad => return Ok(false),
+                }
+                number += 1;
+                at += (whole as u64).next_multiple_of(frame::ALIGNMENT as u64);
+            }
+            Ok(number == end)
+        };
+        walk().unwrap_or(false)
+    }
+
     /// A segment with a bad place among frames that nobody needs any more: searched as at a start, in memory.
     fn frames_around_damage<E>(
         &self,
@@ -122,5 +164,38 @@ impl Segments {
             }
         }
         Ok(())
+    }
+}
+
+/// Bytes of a file that are read at once, or as many as a frame has.
+const WINDOW: u64 = 1 << 20;
+
+/// A part of a file in memory, for whoever reads it from its beginning to its end.
+struct Window<'a> {
+    file: &'a dyn DiskFile,
+    begin: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window<'_> {
+    /// So many bytes from this place on.
+    fn at(&mut self, at: u64, count: usize) -> io::Result<&[u8]> {
+        let inside = |window: &Window<'_>| {
+            let from = usize::try_from(at.checked_sub(window.begin)?).ok()?;
+            Some((from, from.checked_add(count)?)).filter(|(_, to)| *to <= window.bytes.len())
+        };
+        if inside(self).is_none() {
+            let left = self.file.length()?.saturating_sub(at);
+            let length = WINDOW.max(count as u64).min(left);
+            if length < count as u64 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+            }
+            // At most the largest frame, or a window.
+            self.bytes.resize(length as usize, 0);
+            self.file.read_at(&mut self.bytes, at)?;
+            self.begin = at;
+        }
+        let (from, to) = inside(self).unwrap_or_default();
+        Ok(&self.bytes[from..to])
     }
 }

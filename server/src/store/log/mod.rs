@@ -555,22 +555,28 @@ impl Segments {
     }
 
     /// Deletes the segments whose frames are all below `frame` and that nobody [holds](Segments::hold); the last one
-    /// always stays. One in which the start found bad places is kept aside. Answers how many went.
+    /// always stays. Each is read first, on the caller's thread: one with a place in it that cannot be read is kept aside, because
+    /// what is there may be wanted by whoever salvages. Answers how many went.
     pub(in crate::store) fn release(&self, frame: u64) -> io::Result<usize> {
         let mut released = 0;
         loop {
-            let oldest = {
+            let (oldest, end) = {
                 let list = self.lock();
                 // Looked at each time: a hold may begin between two segments.
                 let held = self.holds().iter().map(|(frame, _)| *frame).min();
                 let needed = held.map_or(frame, |held| frame.min(held));
                 match list.as_slice() {
-                    [oldest, next, ..] if next.first_frame <= needed => *oldest,
+                    [oldest, next, ..] if next.first_frame <= needed => (*oldest, next.first_frame),
                     _ => break,
                 }
             };
             let name = segment::name(oldest.number);
-            let gone = if oldest.damaged {
+            let damaged = oldest.damaged || !self.is_whole(&oldest, end);
+            let gone = if damaged {
+                tracing::error!(
+                    file = name,
+                    "a log segment that is not needed any more cannot be read in whole and is kept under set-aside/; have the disk checked"
+                );
                 // Not under a name like those that a start gives: its frames are no history of their own.
                 let stem = format!("released-{:010}", oldest.number);
                 let to = free_name(&*self.disk, &stem, "segment")?;

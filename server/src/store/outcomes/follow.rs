@@ -106,8 +106,19 @@ impl Walk<'_> {
                 let begins = position(segment.number, 0);
                 self.absent(at, begins);
             }
-            if let Some(next) = self.segment(disk, segment, &mut place)? {
-                return Ok(self.until(next, true));
+            match self.segment(disk, segment, &mut place) {
+                Ok(Some(next)) => return Ok(self.until(next, true)),
+                Ok(None) => {}
+                Err(error) => {
+                    segment.skip(error)?;
+                    let next = if matches!(segment.kind, Kind::Open(_)) {
+                        place = segment.length();
+                        position(segment.number, place)
+                    } else {
+                        position(segment.number.saturating_add(1), 0)
+                    };
+                    self.gap(next, OutcomeGap::Unreadable);
+                }
             }
             at = match &segment.kind {
                 Kind::Open(_) => position(segment.number, place),

@@ -460,3 +460,26 @@ fn random_histories_tell_everything_or_say_that_they_do_not() {
         }
     }
 }
+
+#[test]
+fn what_the_disk_does_not_give_is_a_gap_and_the_rest_is_told() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 5);
+    let history = bench.open();
+    write(&history, (1..16).map(record));
+    bench.disk.fail_reads("outcomes/0000000002.out", true);
+    let expected: Vec<Seen> = (1..6)
+        .map(Record)
+        .chain([Gap(Unreadable)])
+        .chain((11..16).map(Record))
+        .collect();
+    assert_eq!(Follower::new().read(&history), expected);
+    // The one that grows, too, and what comes to it later.
+    write(&history, (16..18).map(record));
+    bench.disk.fail_reads("outcomes/0000000004.out", true);
+    let mut follower = Follower::new();
+    let last = [Gap(Unreadable)];
+    assert!(follower.read(&history).ends_with(&last));
+    bench.disk.fail_reads("outcomes/0000000004.out", false);
+    write(&history, (18..20).map(record));
+    assert_eq!(follower.read(&history), [18, 19].map(Record));
+}

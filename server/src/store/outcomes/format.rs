@@ -23,6 +23,7 @@
 
 use crate::delivery::{AppId, DeviceId, PingId};
 use crate::ports::{OutcomePosition, OutcomeRecord};
+use crate::store::little::{array_at, u32_at, u64_at};
 use crate::store::record;
 
 /// Where the files are.
@@ -110,28 +111,6 @@ fn open(header: &[u8; HEADER], magic: [u8; 8]) -> Result<(), Unusable> {
     Ok(())
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes
-        .get(at..)
-        .and_then(<[u8]>::first_chunk::<4>)
-        .map_or(0, |chunk| u32::from_le_bytes(*chunk))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes
-        .get(at..)
-        .and_then(<[u8]>::first_chunk::<8>)
-        .map_or(0, |chunk| u64::from_le_bytes(*chunk))
-}
-
-fn id_at(bytes: &[u8], at: usize) -> [u8; 16] {
-    bytes
-        .get(at..)
-        .and_then(<[u8]>::first_chunk::<16>)
-        .copied()
-        .unwrap_or_default()
-}
-
 /// The header of a segment.
 pub(super) fn header(store: [u8; 16], number: u32, made_ms: u64) -> [u8; HEADER] {
     let mut header = [0; HEADER];
@@ -151,7 +130,7 @@ pub(super) fn check_header(
     number: u32,
 ) -> Result<(), Unusable> {
     open(header, MAGIC)?;
-    if id_at(header, 32) != store {
+    if array_at(header, 32) != store {
         return Err(Unusable::Foreign);
     }
     if u32_at(header, 16) != number {
@@ -283,8 +262,8 @@ impl Slots {
         };
         Slot::Record(OutcomeRecord {
             app: AppId(u32_at(slot, 48)),
-            ping: PingId(id_at(slot, 16)),
-            device: DeviceId(id_at(slot, 32)),
+            ping: PingId(array_at(slot, 16)),
+            device: DeviceId(array_at(slot, 32)),
             outcome,
             at_ms: u64_at(slot, 0),
             accepted_ms: Some(u64_at(slot, 8)).filter(|at| *at > 0),
@@ -345,7 +324,7 @@ pub(super) fn check_index_header(
     number: u32,
 ) -> Result<Summary, Unusable> {
     open(header, INDEX_MAGIC)?;
-    if id_at(header, 48) != store {
+    if array_at(header, 48) != store {
         return Err(Unusable::Foreign);
     }
     if u32_at(header, 16) != number {

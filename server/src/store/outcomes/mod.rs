@@ -176,6 +176,11 @@ impl Queue {
     fn wakes(&self) -> usize {
         if self.followed { 1 } else { QUEUE_WAKES }
     }
+
+    /// Whether the writer does not wait for its second. If it could not write just now, only the end is a reason.
+    fn is_due(&self, able: bool) -> bool {
+        self.closing || (able && self.records.len() >= self.wakes())
+    }
 }
 
 /// What only the writer uses.
@@ -196,6 +201,8 @@ struct Writing {
     write_told: Option<Mono>,
     write_not_before: Mono,
     index_not_before: Mono,
+    /// Segments that could not be read to make their index, and when each is tried again.
+    unread_until: BTreeMap<u32, Mono>,
     remove_not_before: Mono,
 }
 
@@ -271,6 +278,7 @@ impl History {
                 write_told: None,
                 write_not_before: now.mono,
                 index_not_before: now.mono,
+                unread_until: BTreeMap::new(),
                 remove_not_before: now.mono,
             }),
             begun_ms: now.unix_ms,
@@ -319,13 +327,12 @@ impl History {
 
     /// The writer's thread; ends after [`History::close`] with everything written.
     pub(super) fn run(&self) {
+        let mut able = true;
         loop {
             let queue = self.queue();
             let (queue, _) = self
                 .wake
-                .wait_timeout_while(queue, WRITE_EVERY, |queue| {
-                    !queue.closing && queue.records.len() < queue.wakes()
-                })
+                .wait_timeout_while(queue, WRITE_EVERY, |queue| !queue.is_due(able))
                 .unwrap_or_else(PoisonError::into_inner);
             let closing = queue.closing;
             let gathers = queue.followed && !closing;
@@ -333,7 +340,8 @@ impl History {
             if gathers {
                 std::thread::sleep(WRITE_SOON);
             }
-            self.turn();
+            // What cannot be written now does not wake it again before its second is over.
+            able = self.turn();
             if closing {
                 self.seal();
                 return;
@@ -347,15 +355,13 @@ impl History {
         self.wake.notify_all();
     }
 
-    /// One turn of the writer: writes what waits, makes an index, drops what is too old or too much.
-    pub(super) fn turn(&self) {
+    /// One turn of the writer: writes what waits, makes an index, drops what is too old or too much. Answers whether it could
+    /// write.
+    pub(super) fn turn(&self) -> bool {
         let mut writing = self.writing();
-        if !(self.no_room)() && self.clock.now().mono >= writing.write_not_before {
-            let records = {
-                let mut queue = self.queue();
-                let spare = Vec::with_capacity(queue.records.len().min(QUEUE_KEEPS));
-                std::mem::replace(&mut queue.records, spare)
-            };
+        let able = self.is_able(&writing);
+        if able {
+            let records = self.take_queue();
             if records.len() < QUEUE_WAKES {
                 self.overflow_told.store(false, Ordering::Relaxed);
             }
@@ -373,11 +379,30 @@ impl History {
         }
         self.mend(&mut writing);
         self.drop_old(&mut writing);
+        able
     }
 
-    /// Seals the open segment, so that the next start finds everything in order.
+    fn is_able(&self, writing: &Writing) -> bool {
+        !(self.no_room)() && self.clock.now().mono >= writing.write_not_before
+    }
+
+    fn take_queue(&self) -> Vec<OutcomeRecord> {
+        let mut queue = self.queue();
+        let spare = Vec::with_capacity(queue.records.len().min(QUEUE_KEEPS));
+        std::mem::replace(&mut queue.records, spare)
+    }
+
+    /// Seals the open segment, so that the next start finds everything in order. What waited and could not be written is lost.
     fn seal(&self) {
         let mut writing = self.writing();
+        let left = self.take_queue();
+        if !left.is_empty() {
+            self.failed.fetch_add(left.len() as u64, Ordering::Relaxed);
+            tracing::error!(
+                outcomes = left.len(),
+                "outcomes could not be written to their history before the end and are left out of it"
+            );
+        }
         self.seal_open(&mut writing);
         self.mend(&mut writing);
         let told = writing.missing_told == self.missing() && !writing.owes_crash;
@@ -619,33 +644,49 @@ impl History {
 
     /// Makes one index that is missing or damaged.
     fn mend(&self, writing: &mut Writing) {
-        if self.clock.now().mono < writing.index_not_before || (self.no_room)() {
-            return;
-        }
-        let wanting = |segment: &&Arc<Segment>| match &segment.kind {
-            Kind::Bare(_) => true,
-            Kind::Sealed(_) => segment.is_doubted(),
-            Kind::Open(_) | Kind::Unusable(_) => false,
-        };
-        // The latest first: it is asked for most.
-        let Some(segment) = self.list().iter().rev().find(wanting).map(Arc::clone) else {
+        let Some(segment) = self.wanting(writing) else {
             return;
         };
         let torn = matches!(&segment.kind, Kind::Bare(bare) if bare.torn);
+        // If it cannot be read the others must not wait for it.
+        let later = self.clock.now().mono + RETRY_AFTER;
         match segment::read_all(&*self.disk, &segment, torn) {
             Ok(Some((keys, summary))) => {
                 self.write_index(writing, segment.number, keys, &summary);
             }
-            Ok(None) => {}
+            Ok(None) => {
+                writing.unread_until.insert(segment.number, later);
+            }
             Err(error) => {
-                tracing::warn!(
-                    %error,
-                    file = segment_name(segment.number),
-                    "a file of outcomes could not be read; it is tried again"
-                );
-                writing.index_not_before = self.clock.now().mono + RETRY_AFTER;
+                writing.unread_until.insert(segment.number, later);
+                if let Err(error) = segment.skip(error) {
+                    tracing::warn!(
+                        %error,
+                        file = segment_name(segment.number),
+                        "a file of outcomes could not be read; it is tried again"
+                    );
+                }
             }
         }
+    }
+
+    /// The segment whose index is to be made next.
+    fn wanting(&self, writing: &Writing) -> Option<Arc<Segment>> {
+        let now = self.clock.now().mono;
+        if now < writing.index_not_before || (self.no_room)() {
+            return None;
+        }
+        let wanting = |segment: &&Arc<Segment>| {
+            let later = writing.unread_until.get(&segment.number);
+            later.is_none_or(|later| now >= *later)
+                && match &segment.kind {
+                    Kind::Bare(_) => true,
+                    Kind::Sealed(_) => segment.is_doubted(),
+                    Kind::Open(_) | Kind::Unusable(_) => false,
+                }
+        };
+        // The latest first: it is asked for most.
+        self.list().iter().rev().find(wanting).map(Arc::clone)
     }
 
     // ---- Dropping ------------------------------------------------------------------------------------------------
@@ -708,7 +749,9 @@ impl History {
             }
             removed = !old.is_empty();
         }
-        let segments = self.list();
+        let mut segments = self.list();
+        // What can be read does not give way to what cannot, and nothing unreadable is dropped before its age says so.
+        segments.retain(|segment| segment.goes_by_size() || matches!(segment.kind, Kind::Open(_)));
         let mut bytes: u64 = segments.iter().map(|segment| segment.bytes()).sum();
         let mut count = segments.len();
         let mut surplus = Vec::new();
@@ -717,14 +760,10 @@ impl History {
             if bytes <= self.rules.max_bytes && count <= SEGMENTS_MAX {
                 break;
             }
-            match &segment.kind {
-                Kind::Sealed(_) | Kind::Bare(_) => {
-                    bytes -= segment.bytes();
-                    count -= 1;
-                    surplus.push(Arc::clone(segment));
-                }
-                // Nothing unreadable is dropped before its age says so.
-                Kind::Open(_) | Kind::Unusable(_) => {}
+            if segment.goes_by_size() {
+                bytes -= segment.bytes();
+                count -= 1;
+                surplus.push(Arc::clone(segment));
             }
         }
         self.note_dropped(writing, &surplus);
@@ -765,6 +804,23 @@ impl History {
         Ok(())
     }
 
+    /// Whether nothing in it can be read, so that nobody but an operator may remove it.
+    fn is_kept(&self, segment: &Arc<Segment>) -> bool {
+        match &segment.kind {
+            // Nobody has looked into it yet.
+            Kind::Bare(bare) if bare.slots > 0 && bare.span.is_none() => {
+                match segment::read_all(&*self.disk, segment, bare.torn) {
+                    Ok(Some((_, summary))) => summary.slots > 0 && summary.latest_ms == 0,
+                    Ok(None) => false,
+                    Err(_) => true,
+                }
+            }
+            Kind::Open(_) | Kind::Sealed(_) | Kind::Bare(_) | Kind::Unusable(_) => {
+                segment.says_nothing()
+            }
+        }
+    }
+
     /// Drops a segment. What is reading it reads on or finds nothing.
     fn remove(&self, writing: &mut Writing, segment: &Arc<Segment>, why: &str) {
         let number = segment.number;
@@ -772,7 +828,7 @@ impl History {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         };
-        let records = if segment.says_nothing() {
+        let records = if self.is_kept(segment) {
             gone(self.set_aside(number))
         } else {
             gone(self.disk.remove(&segment_name(number)))
@@ -783,6 +839,7 @@ impl History {
                     .write()
                     .unwrap_or_else(PoisonError::into_inner)
                     .remove(&number);
+                writing.unread_until.remove(&number);
                 self.dropped.fetch_add(1, Ordering::Relaxed);
                 tracing::debug!(number, why, "dropped a segment of outcomes");
             }
@@ -881,15 +938,15 @@ impl History {
         mut page: impl FnMut(u64, Option<C>) -> Result<EnginePage<C>, String>,
     ) {
         // With an index a look is cheap.
-        loop {
-            let before = self.unindexed();
-            if before == 0 {
-                break;
-            }
+        let wanting = || {
+            let writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            self.wanting(&writing).map(|segment| segment.number)
+        };
+        let mut wanted = wanting();
+        while let Some(number) = wanted {
             self.turn();
-            if self.unindexed() >= before {
-                break;
-            }
+            // One that is still to be made cannot be made now.
+            wanted = wanting().filter(|next| *next != number);
         }
         let segments = self.list();
         let last_ms = segments
@@ -953,11 +1010,6 @@ impl History {
                 "outcomes of an earlier run were written again to the history"
             );
         }
-    }
-
-    fn unindexed(&self) -> usize {
-        let bare = |segment: &&Arc<Segment>| matches!(segment.kind, Kind::Bare(_));
-        self.list().iter().filter(bare).count()
     }
 
     fn has(&self, segments: &[Arc<Segment>], record: &OutcomeRecord) -> io::Result<bool> {

@@ -86,8 +86,13 @@ pub(super) fn list(
 }
 
 impl Listing<'_> {
-    /// Adds what fits of one segment, from a place on. `false`: the page is complete.
+    /// Adds what fits of one segment, from a place on. `false`: the page is complete. What the disk does not give is left out.
     fn segment(&mut self, segment: &Segment, start: u32) -> io::Result<bool> {
+        self.walk(segment, start)
+            .or_else(|error| segment.skip(error).map(|()| true))
+    }
+
+    fn walk(&mut self, segment: &Segment, start: u32) -> io::Result<bool> {
         if !segment.may_hold(self.query.from_ms, self.query.to_ms) {
             return Ok(true);
         }
@@ -274,7 +279,7 @@ enum Walked {
 }
 
 /// What is known of a ping, from segments by rising number: its records by device, those after `after`, at most `limit`. The
-/// first verdict wins.
+/// first verdict wins. What the disk does not give is left out.
 ///
 /// # Errors
 /// `WouldBlock`: too much of the history has no index at the moment.
@@ -302,18 +307,18 @@ pub(super) fn of_ping(
         fits
     };
     let mut unindexed = 0;
-    for segment in segments {
+    let mut look = |segment: &Segment| -> io::Result<()> {
         if !segment.may_hold(from_ms, u64::MAX) {
-            continue;
+            return Ok(());
         }
         let places = segment.of_ping(disk, ping)?;
         if let Found::Places(places) = &places
             && places.is_empty()
         {
-            continue;
+            return Ok(());
         }
         let Some(mut records) = segment.records_of(disk)? else {
-            continue;
+            return Ok(());
         };
         match places {
             Found::Places(places) => {
@@ -358,6 +363,14 @@ pub(super) fn of_ping(
                     first += count;
                 }
             }
+        }
+        Ok(())
+    };
+    for segment in segments {
+        match look(segment) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
+            Err(error) => segment.skip(error)?,
+            Ok(()) => {}
         }
     }
     Ok(known.into_values().collect())

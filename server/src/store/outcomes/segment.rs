@@ -12,6 +12,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
+use rustix::io::Errno;
+
 use super::format::{
     self, Entry, HEADER, PAGE, SLOT, Slot, Slots, Summary, Unusable, fences_length, page_offset,
     prefix, slot_offset, slots_in,
@@ -36,6 +38,8 @@ pub(super) struct Segment {
     rot: Mutex<BTreeSet<u32>>,
     /// The index was found wanting and is to be made again.
     doubted: AtomicBool,
+    /// The disk did not give its records.
+    failing: AtomicBool,
 }
 
 pub(super) enum Kind {
@@ -107,6 +111,7 @@ impl Segment {
             kind,
             rot: Mutex::default(),
             doubted: AtomicBool::new(false),
+            failing: AtomicBool::new(false),
         }
     }
 
@@ -202,7 +207,7 @@ impl Segment {
         }
     }
 
-    /// Whether there are bytes and not one record that can be read.
+    /// Whether there are bytes and, as far as is known, not one record that can be read.
     pub(super) fn says_nothing(&self) -> bool {
         match &self.kind {
             Kind::Unusable(_) => true,
@@ -237,6 +242,34 @@ impl Segment {
             Kind::Sealed(sealed) => met.max(u64::from(sealed.summary.rotten)),
             Kind::Open(_) | Kind::Bare(_) => met,
             Kind::Unusable(_) => 1,
+        }
+        .max(u64::from(self.failing.load(Ordering::Relaxed)))
+    }
+
+    /// Whoever asks goes on without this segment, because the disk does not give its records; told once.
+    ///
+    /// # Errors
+    /// The same again if it is this process that has no memory or too many files open: that says nothing of the file.
+    pub(super) fn skip(&self, error: io::Error) -> io::Result<()> {
+        if !is_of_the_file(&error) {
+            return Err(error);
+        }
+        if !self.failing.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                %error,
+                file = format::segment_name(self.number),
+                "outcomes cannot be read and are left out; have the disk checked"
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether size may drop it: what nobody can read goes by age.
+    pub(super) fn goes_by_size(&self) -> bool {
+        match &self.kind {
+            Kind::Open(_) | Kind::Unusable(_) => false,
+            Kind::Sealed(_) => !self.says_nothing(),
+            Kind::Bare(_) => true,
         }
     }
 
@@ -430,6 +463,10 @@ impl Segment {
                 }
                 return Ok(None);
             }
+            Err(error) if is_of_the_file(&error) => {
+                self.doubt("the file cannot be opened");
+                return Ok(None);
+            }
             Err(error) => return Err(error),
         };
         let pages = format::pages(sealed.summary.entries);
@@ -528,10 +565,19 @@ impl IndexFile<'_> {
         let number = self.first + page as u32;
         match self.file.read_at(&mut self.buffer, page_offset(number)) {
             Ok(()) => Ok(format::page(self.slots, number, &self.buffer)),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) if is_of_the_file(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
+}
+
+/// Whether an error says that a file is cut short or cannot be read, and not that this process has no memory or too many
+/// files open.
+fn is_of_the_file(error: &io::Error) -> bool {
+    let ours = [Errno::NOMEM, Errno::NFILE, Errno::MFILE];
+    !error
+        .raw_os_error()
+        .is_some_and(|code| ours.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 fn read_fences(
@@ -543,7 +589,7 @@ fn read_fences(
     let mut bytes = vec![0; 2 * length];
     match file.read_at(&mut bytes, page_offset(2 * pages)) {
         Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) if is_of_the_file(&error) => return Ok(None),
         Err(error) => return Err(error),
     }
     let (by_ping, by_device) = bytes.split_at(length);
@@ -737,7 +783,14 @@ pub(super) fn read_all(
         }
         first += count;
     }
-    summary.slots = if torn { end } else { length };
+    summary.slots = match end {
+        // Nothing was torn off: nothing was ever whole.
+        0 if torn && faults.is_empty() => 0,
+        // If not one can be read, all that is there stays until its time is over.
+        0 => length,
+        end if torn => end,
+        _ => length,
+    };
     faults.retain(|place| *place < summary.slots);
     for place in &faults {
         segment.rotten(*place);

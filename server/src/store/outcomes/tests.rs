@@ -316,6 +316,83 @@ fn what_was_torn_off_at_the_end_is_cut_off_and_nobody_is_alarmed() {
 }
 
 #[test]
+fn what_the_disk_does_not_give_is_left_out_and_the_rest_is_told() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 5);
+    let history = bench.open();
+    write(&history, (0..15).map(record));
+    bench.disk.fail_reads("outcomes/0000000002.out", true);
+    bench.disk.fail_reads("outcomes/0000000003.idx", true);
+    let left: Vec<_> = (0..5).chain(10..15).map(record).collect();
+    assert_eq!(all(&history), left);
+    for n in 0..15 {
+        let found = history.of_ping(APP, ping(n), None, 9).unwrap();
+        let expected: Vec<_> = left.iter().filter(|left| left.ping == ping(n)).collect();
+        assert_eq!(found.iter().collect::<Vec<_>>(), expected, "ping {n}");
+    }
+    assert_eq!(walk(&history, of_device(1)), [1, 11].map(record));
+    assert_eq!(history.stats().unreadable, 1);
+    // The index is made again, in other places of the disk.
+    history.turn();
+    assert!(!history.list()[2].is_doubted());
+    assert_eq!(walk(&history, of_device(1)), [1, 11].map(record));
+    // A disk that thinks better of it is asked again.
+    bench.disk.fail_reads("outcomes/0000000002.out", false);
+    assert_eq!(all(&history), (0..15).map(record).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_index_is_made_although_a_later_segment_cannot_be_read() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 5);
+    write(&bench.open(), (0..15).map(record));
+    let indexes = [1, 2, 3].map(index_name);
+    for name in &indexes {
+        Disk::remove(&bench.disk, name).unwrap();
+    }
+    let history = bench.open();
+    bench.disk.fail_reads(&segment_name(3), true);
+    bench.disk.fail_reads(&segment_name(2), true);
+    for _ in 0..3 {
+        history.turn();
+    }
+    let there = |name: &String| bench.disk.names().contains(name);
+    assert_eq!(indexes.each_ref().map(there), [true, false, false]);
+    // A start makes what can be made before it compares.
+    Disk::remove(&bench.disk, &indexes[0]).unwrap();
+    bench.disk.fail_reads(&segment_name(3), false);
+    bench.disk.fail_reads(&segment_name(2), false);
+    let history = bench.open();
+    bench.disk.fail_reads(&segment_name(3), true);
+    history.backfill(|_, _: Option<()>| Ok((Vec::new(), None)));
+    assert_eq!(indexes.each_ref().map(there), [true, true, false]);
+    bench.disk.fail_reads(&segment_name(3), false);
+    bench.advance(60_000);
+    history.turn();
+    assert_eq!(indexes.each_ref().map(there), [true, true, true]);
+}
+
+#[test]
+fn an_unfinished_segment_in_which_nothing_can_be_read_is_kept_until_its_time_and_then_set_aside() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 100);
+    write(&bench.open(), (0..3).map(record));
+    bench.disk.kill();
+    for place in 0..3 {
+        assert!(bench.disk.flip(&segment_name(1), slot_offset(place), 1));
+    }
+    let whole = bench.bytes(&segment_name(1));
+    let history = bench.open();
+    write(&history, [record(5)]);
+    assert_eq!(all(&history), [record(5)]);
+    assert_eq!(history.stats().unreadable, 3);
+    assert_eq!(bench.bytes(&segment_name(1)), whole);
+    bench.advance(DAY_MS + SLACK_MS + 1_000);
+    history.turn();
+    history.turn();
+    let aside = "set-aside/outcomes-0000000001.out";
+    assert!(bench.disk.names().contains(&aside.to_owned()));
+    assert_eq!(bench.bytes(aside), whole);
+}
+
+#[test]
 fn a_record_at_another_place_is_not_believed() {
     let slots = Slots::new(STORE, 1);
     let mut bytes = Vec::new();
@@ -353,6 +430,37 @@ fn below_the_reserve_nothing_is_written_and_above_it_what_waited_is() {
     bench.full.store(false, Ordering::Relaxed);
     history.turn();
     assert_eq!(all(&history).len(), 4);
+}
+
+#[test]
+fn a_writer_that_cannot_write_waits_for_its_second_however_much_waits_for_it() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 1 << 18);
+    let history = bench.open();
+    history.record(&mut (0..QUEUE_WAKES as u64).map(record).collect());
+    let due = |able| history.queue().is_due(able);
+    bench.full.store(true, Ordering::Relaxed);
+    assert!(!due(history.turn()), "no room");
+    bench.full.store(false, Ordering::Relaxed);
+    bench.disk.fail_write_in(0);
+    assert!(history.turn());
+    history.record(&mut (0..QUEUE_WAKES as u64).map(record).collect());
+    assert!(!due(history.turn()), "a write has just failed");
+    history.close();
+    assert!(due(false));
+}
+
+#[test]
+fn what_could_not_be_written_before_the_end_is_counted() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 5);
+    let history = bench.open();
+    write(&history, [record(0)]);
+    bench.full.store(true, Ordering::Relaxed);
+    history.record(&mut (1..5).map(record).collect());
+    history.close();
+    history.run();
+    let stats = history.stats();
+    assert_eq!((stats.written, stats.failed), (1, 4));
+    assert_eq!(all(&bench.open()), [record(0)]);
 }
 
 #[test]
@@ -542,6 +650,62 @@ fn by_size_the_oldest_segments_go() {
             .collect::<Vec<_>>()
     );
     assert_eq!(bench.used(), stats.bytes);
+}
+
+#[test]
+fn by_size_what_can_be_read_is_dropped_although_nobody_has_looked_at_it_yet() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 5);
+    write(&bench.open(), (0..20).map(record));
+    for number in 1..=4 {
+        Disk::remove(&bench.disk, &index_name(number)).unwrap();
+    }
+    // In the second not one can.
+    for place in 0..5 {
+        assert!(bench.disk.flip(&segment_name(2), slot_offset(place), 1));
+    }
+    let tight = Bench {
+        rules: Rules {
+            max_bytes: 1,
+            ..bench.rules
+        },
+        ..bench
+    };
+    let history = tight.open();
+    history.turn();
+    assert_eq!(all(&history), (15..20).map(record).collect::<Vec<_>>());
+    assert_eq!(
+        tight.disk.names(),
+        [
+            &index_name(4),
+            &segment_name(4),
+            "set-aside/outcomes-0000000002.out"
+        ]
+    );
+}
+
+#[test]
+fn by_size_what_can_be_read_does_not_give_way_to_what_cannot() {
+    let bench = Bench::new(DAY_MS, 1 << 30, 1_000);
+    let history = bench.open();
+    write(&history, (0..1_000).map(record));
+    // Of another store, and larger than all that may be kept.
+    let file = Disk::open(&bench.disk, &segment_name(1)).unwrap();
+    file.write_at(&format::header([8; 16], 1, START_MS), 0)
+        .unwrap();
+    write(&history, (1_000..1_010).map(record));
+    history.seal();
+    let tight = Bench {
+        rules: Rules {
+            max_bytes: 30_000,
+            segment_places: 5,
+            ..bench.rules
+        },
+        ..bench
+    };
+    let history = tight.open();
+    write(&history, (1_010..1_015).map(record));
+    let left: Vec<_> = (1_000..1_015).map(record).collect();
+    assert_eq!(all(&history), left);
 }
 
 // ---- Walks -------------------------------------------------------------------------------------------------------

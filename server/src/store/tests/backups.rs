@@ -405,3 +405,58 @@ fn a_header_that_was_changed_with_its_checksum_is_seen_by_the_digest() {
     let fault = verify(&mut bytes.as_slice(), &mut |_| {}).unwrap_err();
     assert!(fault.to_string().contains("digest"), "{fault}");
 }
+
+#[test]
+fn a_store_that_is_opened_to_be_copied_stays_as_it_is_whatever_the_settings_say() {
+    for engine in [EngineKind::Sled, EngineKind::Fjall] {
+        let shop = super::examining::posted(engine, 20);
+        let (house, _) = shop.open();
+        house.record_outcomes(&mut vec![
+            OutcomeRecord {
+                app: AppId::DEFAULT,
+                ping: ping_id(2),
+                device: device_id(1),
+                outcome: Outcome::Acknowledged,
+                at_ms: 1_699_000_000_000,
+                accepted_ms: None,
+            };
+            100
+        ]);
+        drop(house);
+        let outcomes = super::examining::portrait(&shop.data().join("outcomes"));
+        let directories = || -> Vec<String> {
+            let entries = std::fs::read_dir(shop.data()).unwrap().map(Result::unwrap);
+            let mut names: Vec<String> = entries
+                .filter(|entry| entry.path().is_dir())
+                .map(|entry| entry.file_name().into_string().unwrap())
+                .collect();
+            names.sort_unstable();
+            names
+        };
+        let before = directories();
+        let other = match engine {
+            EngineKind::Sled => EngineKind::Fjall,
+            EngineKind::Fjall | EngineKind::Memory => EngineKind::Sled,
+        };
+        // Outcomes are long past this keeping time.
+        let settings = StoreSettings {
+            outcomes_keep: std::time::Duration::from_secs(60),
+            outcomes_max_bytes: 1,
+            ..settings(&shop.data(), other)
+        };
+        let opened = open_as_it_is(
+            &settings,
+            Arc::new(ManualClock::new(1_700_000_000_000)),
+            Arc::new(SeededEntropy::new(5)),
+        )
+        .unwrap();
+        assert_eq!(opened.report.rebuilt, None);
+        let mut bytes = Vec::new();
+        opened.store.backup(&mut bytes, &go_on).unwrap();
+        opened.store.close();
+        drop(opened);
+        assert_eq!(directories(), before);
+        assert!(outcomes == super::examining::portrait(&shop.data().join("outcomes")));
+        verify(&mut &*bytes, &mut |_| {}).unwrap();
+    }
+}

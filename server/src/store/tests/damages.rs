@@ -292,3 +292,60 @@ fn files_of_another_store_are_never_mixed_in() {
     assert!(matches!(refused, OpenError::Mixed(_)), "{refused}");
     assert!(before == contents(&shop));
 }
+
+#[test]
+fn a_history_that_cannot_be_opened_keeps_no_store_from_starting() {
+    let shop = posted(EngineKind::Sled, 3);
+    let outcomes = shop.data().join(outcomes::DIR);
+    fs::remove_dir_all(&outcomes).unwrap();
+    fs::write(&outcomes, "not a directory").unwrap();
+    let (house, _) = shop.open();
+    post(&house, 4..=5);
+    acknowledge_at(&house, 2, 1_699_999_999_000);
+    house.record_outcomes(&mut vec![
+        OutcomeRecord {
+            app: AppId::DEFAULT,
+            ping: ping_id(2),
+            device: device_id(1),
+            outcome: crate::delivery::Outcome::Acknowledged,
+            at_ms: 1_699_999_999_000,
+            accepted_ms: None,
+        };
+        3
+    ]);
+    assert_eq!(house.stats().outcomes.failed, 3);
+    let none = house.outcomes_of_ping(AppId::DEFAULT, ping_id(2), None, 1);
+    assert_eq!(none.unwrap(), []);
+    assert_eq!(waiting(&house), [1, 3, 4, 5]);
+    drop(house);
+    assert_eq!(fs::read(&outcomes).unwrap(), b"not a directory");
+    let found = super::examining::checked(&shop.data());
+    let told = |wrong: &String| wrong.contains("the outcomes cannot be listed");
+    assert!(found.wrong.iter().any(told), "{:?}", found.wrong);
+}
+
+#[test]
+fn rot_that_came_while_the_server_ran_is_kept_when_its_segment_is_not_needed_any_more() {
+    let shop = posted(EngineKind::Sled, 3);
+    let (house, _) = shop.open();
+    post(&house, 11..=80);
+    let segments = shop.segments();
+    assert!(segments.len() > 3);
+    let rotten = &segments[rot(&shop, 30)];
+    let (name, bytes) = (rotten.file_name().unwrap(), fs::read(rotten).unwrap());
+    for pings in [81..=120, 121..=160] {
+        post(&house, pings);
+        settle(&house);
+        assert!(house.keeper.take_snapshot().unwrap().is_some());
+    }
+    let left = shop.segments();
+    assert!(
+        !left.iter().any(|path| segments[..3].contains(path)),
+        "{left:?}"
+    );
+    let kept = files(&shop.data().join("set-aside"), ".segment");
+    let number = name.to_str().unwrap().strip_suffix(".seg").unwrap();
+    assert_eq!(kept.len(), 1, "only that one: {kept:?}");
+    assert!(kept[0].ends_with(format!("set-aside/released-{number}.segment")));
+    assert_eq!(fs::read(&kept[0]).unwrap(), bytes);
+}

@@ -364,6 +364,99 @@ fn what_only_an_engine_ahead_of_the_log_knew_is_saved_from_where_it_was_moved() 
 }
 
 #[test]
+fn what_only_an_engine_ahead_of_the_log_knew_is_saved_after_a_conversion_too() {
+    let kinds = [EngineKind::Sled, EngineKind::Fjall];
+    for (from, to) in [(kinds[0], kinds[1]), (kinds[1], kinds[0])] {
+        let mut shop = posted(from, 90);
+        let segments = shop.segments();
+        for segment in &segments[segments.len() / 2..] {
+            fs::remove_file(segment).unwrap();
+        }
+        let settings = StoreSettings {
+            segment_bytes: 8 << 10,
+            ..settings(&shop.data(), to)
+        };
+        let clock = testing::ManualClock::new(1_700_000_000_000);
+        let converted = convert(&settings, &clock, &mut |_, _, _| {}).unwrap();
+        let rebuilt = converted.report.rebuilt.unwrap();
+        assert!(rebuilt.why.contains("ahead of the log"), "{}", rebuilt.why);
+        // The log takes the numbers that the engine knew a second time, and more.
+        shop.engine = to;
+        let (house, _) = shop.open();
+        post(&house, 101..=180);
+        acknowledge(&house, 2);
+        drop(house);
+        let (room, salvaged) = saved(&shop);
+        assert_eq!(salvaged.passed_over, [""; 0]);
+        let expected: Vec<u64> = (1..=90).chain(101..=180).filter(|n| *n != 2).collect();
+        assert_eq!(waiting(&opened(&room, to)), expected);
+    }
+}
+
+#[test]
+fn an_engine_that_no_note_tells_of_is_passed_over_while_there_is_anything_else() {
+    let shop = posted(EngineKind::Sled, 20);
+    let old = shop.data().join("sled.aside-20230101T000000Z");
+    copy_tree(&shop.engine_dir(), &old);
+    let (house, _) = shop.open();
+    acknowledge(&house, 3);
+    drop(house);
+    fs::remove_dir_all(shop.engine_dir()).unwrap();
+    fs::remove_file(&shop.segments()[0]).unwrap();
+    let salvaged = try_salvage(&shop, None).unwrap();
+    assert_eq!(salvaged.passed_over, ["sled.aside-20230101T000000Z"]);
+    assert_eq!(salvaged.base, "nothing");
+    // It is all there is.
+    for segment in shop.segments() {
+        fs::remove_file(segment).unwrap();
+    }
+    let (room, salvaged) = saved(&shop);
+    assert_eq!(salvaged.base, "sled.aside-20230101T000000Z");
+    assert_eq!(salvaged.passed_over, [""; 0]);
+    let expected: Vec<u64> = (1..=20).collect();
+    assert_eq!(waiting(&opened(&room, EngineKind::Sled)), expected);
+}
+
+#[test]
+fn a_repair_goes_on_until_nothing_is_left() {
+    let shop = posted(EngineKind::Sled, 3);
+    let (house, _) = shop.open();
+    // A second row of one notification, and what knows of them rots wherever it is.
+    let device = device_id(DEVICE);
+    let twice = vec![insert(device, 4, &note(2)), summary(device, 4, 1_200, 5)];
+    commit(&house, twice).unwrap();
+    settle(&house);
+    damage(&house, &keys::pair(ping_id(2), device));
+    for pings in [11..=60, 61..=110, 111..=112] {
+        post(&house, pings);
+        settle(&house);
+        assert!(house.keeper.take_snapshot().unwrap().is_some());
+    }
+    drop(house);
+    let (room, salvaged) = saved(&shop);
+    assert_eq!(salvaged.left, [""; 0]);
+    assert_eq!(salvaged.repaired["a second row of one notification"], 1);
+    let expected: Vec<u64> = (1..=3).chain(11..=112).collect();
+    assert_eq!(waiting(&opened(&room, EngineKind::Sled)), expected);
+}
+
+#[test]
+fn a_salvage_takes_no_other_store_along() {
+    let shop = posted(EngineKind::Memory, 3);
+    for other in ["replaced-20230101T000000Z", "restoring"] {
+        copy_tree(
+            &shop.data().join("log"),
+            &shop.data().join(other).join("log"),
+        );
+    }
+    fs::write(shop.data().join("hash.key"), [7; 32]).unwrap();
+    let (room, salvaged) = saved(&shop);
+    assert_eq!(salvaged.copied, ["hash.key"]);
+    assert!(room.path().join("new/hash.key").exists());
+    assert!(!room.path().join("new/restoring").exists());
+}
+
+#[test]
 fn a_rotten_record_of_the_engine_is_found_in_the_log() {
     for engine in [EngineKind::Sled, EngineKind::Fjall] {
         let shop = posted(engine, 20);

@@ -746,3 +746,38 @@ fn a_conversion_that_has_no_room_says_so_before_it_begins() {
     trial.disk.set_capacity(None);
     assert_eq!(trial.starts(FileEngine::Fjall).rebuilt, None);
 }
+
+#[test]
+fn no_engine_gets_another_name_before_a_note_says_where_the_log_goes_on() {
+    for number in 0.. {
+        let trial = Trial::new(7, FileEngine::Sled);
+        trial.work(40);
+        trial.store.catch_up();
+        // The log loses its end, and the engine alone knows what was there.
+        let mut segments = trial.disk.names();
+        segments.retain(|name| name.starts_with("log/") && name.ends_with(".seg"));
+        assert!(segments.len() > 3, "{segments:?}");
+        for lost in &segments[2..] {
+            trial.disk.remove(lost).unwrap();
+        }
+        trial.disk.fail_write_in(number);
+        let opened = SyncStore::open_in(
+            &trial.disk,
+            SyncSettings::default(),
+            Arc::new(ManualClock::new(1_700_000_000_000)),
+            Arc::new(SeededEntropy::new(1)),
+            trial.rack.home(FileEngine::Sled),
+        );
+        let aside = trial.rack.names().iter().any(|name| name.contains("aside"));
+        let told = |name: &String| name.starts_with("set-aside/") && name.ends_with(".txt");
+        let told = trial.disk.names().iter().any(told);
+        assert!(told || !aside, "write {number}");
+        if let Ok((_, report)) = opened {
+            let rebuilt = report.rebuilt.unwrap();
+            assert!(rebuilt.why.contains("ahead of the log"), "{}", rebuilt.why);
+            assert!(aside && rebuilt.moved_to.is_some());
+            assert!(number >= 2, "it was broken off before: {number}");
+            return;
+        }
+    }
+}

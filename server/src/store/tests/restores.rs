@@ -242,6 +242,59 @@ fn erasures_are_taken_from_newer_backups_and_damaged_stores() {
 }
 
 #[test]
+fn what_was_accepted_again_after_it_was_revoked_stays() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| -> PathBuf { place.path().join(name) };
+    let opened = open_at(&at("data"), EngineKind::Memory);
+    let sent = |accepted_ms| {
+        notification(ping_id(7), |note| {
+            note.accepted_ms = accepted_ms;
+            note.expires_ms = NOW + 7 * DAY;
+        })
+    };
+    let revoked = |n, accepted_ms, at_ms| {
+        let gone = Erased::Notification(ping_id(7), device_id(n));
+        let erasure = Erasure {
+            app: AppId::DEFAULT,
+            what: gone,
+            at_ms,
+            // Each of them lasts as long as what it erased.
+            until_ms: NOW + 7 * DAY + at_ms % 10,
+        };
+        let batch = vec![
+            remove(device_id(n), 1, &sent(accepted_ms), Outcome::Revoked, at_ms),
+            Op::Erase(erasure),
+        ];
+        commit(&*opened.store, batch).unwrap();
+    };
+    let accept = |n, order, accepted_ms| {
+        let batch = vec![
+            insert(device_id(n), order, &sent(accepted_ms)),
+            summary(device_id(n), 1, 5, order + 1),
+        ];
+        commit(&*opened.store, batch).unwrap();
+    };
+    for n in 1..=2 {
+        commit(&*opened.store, vec![register(device_id(n), "ada")]).unwrap();
+        accept(n, 1, NOW - 10);
+        revoked(n, NOW - 10, NOW - 8);
+        accept(n, 2, NOW - 5);
+    }
+    back_up(&*opened.store, &at("backup"));
+    // That of the second device goes as well, in the end.
+    revoked(2, NOW - 5, NOW - 3);
+    drop(opened);
+    let done = restored(&at("backup"), &at("new"), EngineKind::Memory, |request| {
+        request.erasures = vec![at("data")];
+    })
+    .unwrap();
+    assert_eq!((done.applied.notifications, done.contents.waiting), (1, 1));
+    let store = open_at(&at("new"), EngineKind::Memory).store;
+    let first = store.read_mailbox(&everything(device_id(1))).unwrap();
+    assert_eq!((first.rows.len(), first.summary.unwrap().count), (1, 1));
+}
+
+#[test]
 fn an_erased_user_stays_erased_without_being_named() {
     let place = tempfile::tempdir().unwrap();
     let at = |name: &str| -> PathBuf { place.path().join(name) };

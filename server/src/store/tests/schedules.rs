@@ -13,7 +13,7 @@ use crate::ports::{BackupStats, Erased, Erasure};
 const HOUR: Duration = Duration::from_secs(3600);
 
 struct Scene {
-    store: SyncStore,
+    store: Arc<SyncStore>,
     clock: Arc<ManualClock>,
     disk: MemoryDisk,
     turns: Turns,
@@ -45,7 +45,7 @@ impl Scene {
         let disk = MemoryDisk::new();
         let (turns, figures) = store.schedule(Arc::new(disk.clone()), plan());
         Scene {
-            store,
+            store: Arc::new(store),
             clock,
             disk,
             turns,
@@ -74,24 +74,32 @@ impl Scene {
     }
 
     fn revoke(&self, n: u64) {
-        let erasure = Erasure {
-            app: AppId::DEFAULT,
-            what: Erased::Device(device_id(n)),
-            at_ms: 5,
-            until_ms: 1_800_000_000_000,
-        };
-        commit_now(&self.store, vec![Op::Erase(erasure)])
-            .unwrap()
-            .unwrap();
+        revoke(&self.store, n);
     }
 
     fn erased(&self) -> (Vec<Erased>, u64) {
-        let mut found = Vec::new();
-        let file = self.disk.open(erasures::FILE).unwrap();
-        let held = erasures::read(&*file, &mut |erasure| found.push(erasure.what)).unwrap();
-        found.sort_unstable();
-        (found, held.damaged)
+        erased(&self.disk)
     }
+}
+
+fn revoke(store: &SyncStore, n: u64) {
+    let erasure = Erasure {
+        app: AppId::DEFAULT,
+        what: Erased::Device(device_id(n)),
+        at_ms: 5,
+        until_ms: 1_800_000_000_000,
+    };
+    commit_now(store, vec![Op::Erase(erasure)])
+        .unwrap()
+        .unwrap();
+}
+
+fn erased(disk: &MemoryDisk) -> (Vec<Erased>, u64) {
+    let mut found = Vec::new();
+    let file = disk.open(erasures::FILE).unwrap();
+    let held = erasures::read(&*file, &mut |erasure| found.push(erasure.what)).unwrap();
+    found.sort_unstable();
+    (found, held.damaged)
 }
 
 #[test]
@@ -225,6 +233,99 @@ fn what_is_erased_is_noted_beside_the_backups() {
     scene.revoke(4);
     scene.turns.turn();
     assert_eq!(scene.erased(), (devices(1..=4), 2));
+}
+
+/// A disk on which something else happens before a file is made or gets its name.
+struct Meanwhile {
+    disk: MemoryDisk,
+    happens: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+impl Disk for Meanwhile {
+    fn make_dir(&self, name: &str) -> std::io::Result<()> {
+        self.disk.make_dir(name)
+    }
+
+    fn create(&self, name: &str) -> std::io::Result<Box<dyn log::disk::DiskFile>> {
+        (self.happens)(name);
+        self.disk.create(name)
+    }
+
+    fn open(&self, name: &str) -> std::io::Result<Box<dyn log::disk::DiskFile>> {
+        self.disk.open(name)
+    }
+
+    fn list(&self, dir: &str) -> std::io::Result<Vec<String>> {
+        self.disk.list(dir)
+    }
+
+    fn rename(&self, from: &str, to: &str) -> std::io::Result<()> {
+        (self.happens)(to);
+        self.disk.rename(from, to)
+    }
+
+    fn remove(&self, name: &str) -> std::io::Result<()> {
+        self.disk.remove(name)
+    }
+
+    fn sync_dir(&self, dir: &str) -> std::io::Result<()> {
+        self.disk.sync_dir(dir)
+    }
+
+    fn free(&self) -> std::io::Result<u64> {
+        self.disk.free()
+    }
+}
+
+#[test]
+fn what_is_erased_while_a_backup_is_made_is_noted_before_it_is_done() {
+    let scene = Scene::new();
+    scene.revoke(1);
+    let noted = Arc::new(Mutex::new(Vec::new()));
+    let (store, clock) = (Arc::clone(&scene.store), scene.clock.clone());
+    let (beside, seen) = (scene.disk.clone(), Arc::clone(&noted));
+    let disk = Meanwhile {
+        disk: scene.disk.clone(),
+        happens: Box::new(move |name| {
+            if name.ends_with(".partial") {
+                revoke(&store, 2);
+                clock.advance(Duration::from_secs(1));
+            } else if name.ends_with(".backup") {
+                seen.lock().unwrap().push(erased(&beside));
+            }
+        }),
+    };
+    let (mut turns, _) = scene.store.schedule(Arc::new(disk), plan());
+    turns.turn();
+    let both = [1, 2].map(|n| Erased::Device(device_id(n))).to_vec();
+    assert_eq!(*noted.lock().unwrap(), [(both, 0)]);
+}
+
+#[test]
+fn of_two_erasures_of_one_notification_the_later_one_is_noted() {
+    let mut scene = Scene::new();
+    let what = Erased::Notification(ping_id(1), device_id(1));
+    let erase = |scene: &Scene, at_ms, until_ms| {
+        let erasure = Erasure {
+            app: AppId::DEFAULT,
+            what,
+            at_ms,
+            until_ms,
+        };
+        commit_now(&scene.store, vec![Op::Erase(erasure)])
+            .unwrap()
+            .unwrap();
+    };
+    erase(&scene, 5, 1_800_000_000_000);
+    scene.turns.turn();
+    // While nobody mirrors.
+    erase(&scene, 7, 1_800_000_000_001);
+    scene.restart();
+    scene.turns.turn();
+    let file = scene.disk.open(erasures::FILE).unwrap();
+    let mut latest = 0;
+    erasures::read(&*file, &mut |erasure| latest = latest.max(erasure.at_ms)).unwrap();
+    assert_eq!(latest, 7);
 }
 
 #[test]
