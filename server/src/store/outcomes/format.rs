@@ -163,7 +163,7 @@ pub(super) fn mark(store: [u8; 16], mark: Mark) -> [u8; HEADER] {
 /// What a mark says.
 pub(super) fn parse_mark(bytes: &[u8; HEADER], store: [u8; 16]) -> Result<Mark, Unusable> {
     open(bytes, MARK_MAGIC)?;
-    if id_at(bytes, 32) != store {
+    if array_at(bytes, 32) != store {
         return Err(Unusable::Foreign);
     }
     Ok(Mark {
