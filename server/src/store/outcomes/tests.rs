@@ -354,7 +354,7 @@ fn an_index_is_made_although_a_later_segment_cannot_be_read() {
     for _ in 0..3 {
         history.turn();
     }
-    let there = |name: &String| bench.disk.names().contains(name);
+    let there = |name: &String| bench.names().contains(name);
     assert_eq!(indexes.each_ref().map(there), [true, false, false]);
     // A start makes what can be made before it compares.
     Disk::remove(&bench.disk, &indexes[0]).unwrap();
@@ -674,7 +674,7 @@ fn by_size_what_can_be_read_is_dropped_although_nobody_has_looked_at_it_yet() {
     history.turn();
     assert_eq!(all(&history), (15..20).map(record).collect::<Vec<_>>());
     assert_eq!(
-        tight.disk.names(),
+        tight.names(),
         [
             &index_name(4),
             &segment_name(4),
