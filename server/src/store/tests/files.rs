@@ -383,7 +383,11 @@ fn an_engine_is_converted_there_and_back_and_nothing_is_lost() {
     let mut digests = Vec::new();
     for (from, to, kept) in [
         ("sled", EngineKind::Fjall, "sled.aside-20231114T221320Z"),
-        ("fjall", EngineKind::Sled, "fjall.2.aside-20231114T221320Z-2"),
+        (
+            "fjall",
+            EngineKind::Sled,
+            "fjall.2.aside-20231114T221320Z-2",
+        ),
     ] {
         let (converted, steps) = convert_to(&shop, to);
         let converted = converted.unwrap();
