@@ -31,6 +31,9 @@ const BLAME_WITHIN_MS: u64 = 60_000;
 /// Pause before the next race when the app says that the network changed, at most, in milliseconds.
 const AFTER_CHANGE_MS: u64 = 200;
 
+/// How long the disk may take for what is only advice.
+const NOTE_MAX: Duration = Duration::from_secs(1);
+
 /// Keeps a session up.
 pub(crate) struct Keeper {
     /// As it will be said; `attempt` and `seen` change.
@@ -327,8 +330,14 @@ impl Keeper {
                 .unwrap_or_else(PoisonError::into_inner)
                 .append(&[Record::Confirmed])
         });
-        if let Ok(Err(error)) = noted.await {
-            tracing::debug!(%error, "cannot note that the server has every verdict");
+        match tokio::time::timeout(NOTE_MAX, noted).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => {
+                tracing::debug!(%error, "cannot note that the server has every verdict");
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::debug!("the disk does not take it that the server has every verdict");
+            }
         }
     }
 }

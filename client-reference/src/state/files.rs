@@ -9,15 +9,24 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 
 use super::StateError;
 
-/// Makes the directory, with its parents, readable by its owner only. One that is there stays as it is.
+/// Makes the directory, with its parents, readable by its owner only, and waits until a power cut cannot take it away with all
+/// that will be in it. One that is there stays as it is.
 pub(crate) fn make_directory(path: &Path) -> Result<(), StateError> {
+    let missing: Vec<&Path> = path
+        .ancestors()
+        .take_while(|directory| !directory.as_os_str().is_empty() && !directory.exists())
+        .collect();
     let mut builder = DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
     builder.mode(0o700);
     builder
         .create(path)
-        .map_err(StateError::io("make the directory", path))
+        .map_err(StateError::io("make the directory", path))?;
+    for made in missing {
+        sync_directory_of(made).map_err(StateError::io("make the directory", made))?;
+    }
+    Ok(())
 }
 
 /// Options for a file that only its owner may read.
@@ -52,6 +61,8 @@ pub(super) fn replace(path: &Path, bytes: &[u8], sync: bool) -> io::Result<File>
 /// Makes a rename or a new name in the directory of `path` durable.
 pub(super) fn sync_directory_of(path: &Path) -> io::Result<()> {
     match path.parent() {
+        #[cfg(unix)]
+        Some(parent) if parent.as_os_str().is_empty() => File::open(".")?.sync_all(),
         #[cfg(unix)]
         Some(parent) => File::open(parent)?.sync_all(),
         _ => Ok(()),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use bellwire_client::{Code, GoawayReason};
-use bellwire_protocol::{DeviceFrame, ErrorFrame, Goaway, Notify, ServerFrame};
+use bellwire_protocol::{DeviceFrame, ErrorFrame, Goaway, Notify, ServerFrame, Topics, Withdraw};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
@@ -512,4 +512,54 @@ async fn memory_stays_where_it_is_however_much_comes() {
     let grown_kib = most[119] - most[9];
     assert!(grown_kib < 3 * 1_024, "{grown_kib} KiB more: {most:?}");
     child.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_program_asks_for_topics_and_prints_what_came_of_it_and_what_was_withdrawn() {
+    let mut world = World::new().await;
+    let topics = ["--subscribe", "news", "--subscribe", "staff"];
+    let mut program = world.start(
+        Which::Rust,
+        &[&topics[..], &["--unsubscribe", "old"]].concat(),
+    );
+    let mut peer = world.server.accept().await;
+    peer.welcome().await;
+    let of = |names: &[&str]| Topics {
+        topics: names.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    // The one who left has room for the ones that come.
+    assert_eq!(
+        peer.hear().await,
+        Ok(DeviceFrame::Unsubscribe(of(&["old"])))
+    );
+    peer.say([ServerFrame::Subscribed(of(&[]))]).await;
+    let asked = Ok(DeviceFrame::Subscribe(of(&["news", "staff"])));
+    assert_eq!(peer.hear().await, asked);
+    peer.say([
+        ServerFrame::Subscribed(of(&["news"])),
+        ServerFrame::Withdraw(Withdraw { ids: vec![id(4)] }),
+    ])
+    .await;
+    assert_eq!(
+        program.event("subscribed").await["refused"],
+        serde_json::json!([])
+    );
+    let answer = program.event("subscribed").await;
+    assert_eq!(answer["topics"], serde_json::json!(["news"]));
+    assert_eq!(answer["refused"], serde_json::json!(["staff"]));
+    let withdrawn = program.event("withdrawn").await;
+    assert_eq!(withdrawn["ids"], serde_json::json!([id(4).to_string()]));
+    let pid = rustix::process::Pid::from_raw(program.child.id().unwrap() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    peer.goodbye().await;
+    program.ended_with(0).await;
+
+    let status = Command::new(env!("CARGO_BIN_EXE_bellwire-device"))
+        .args(["status", "--state-dir"])
+        .arg(world.state())
+        .output()
+        .await
+        .unwrap();
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains("topics   news"), "{status}");
 }
