@@ -61,6 +61,7 @@ impl ModelStore {
                         "removal of what is not there"
                     );
                 }
+                Change::Withdraw { withdrawal, .. } => self.withdraw(withdrawal),
                 Change::Summary { summary, .. } => self.summary = Some(summary),
                 Change::Forget { .. } => self.summary = None,
                 Change::Cleared { .. } => {}
@@ -85,6 +86,11 @@ impl ModelStore {
         } else {
             assert!(self.rows.is_empty(), "a mailbox that is forgotten is empty");
         }
+    }
+
+    fn withdraw(&mut self, withdrawal: Withdrawal) {
+        self.withdrawals.retain(|one| one.ping != withdrawal.ping);
+        self.withdrawals.push(withdrawal);
     }
 
     fn read(&self, request: &MailboxRead) -> MailboxView {
@@ -129,10 +135,7 @@ impl ModelStore {
             summary: self.summary,
             rows: rows.into_values().collect(),
             complete: request.all,
-            withdrawals: match request.all {
-                true => self.withdrawals.clone(),
-                false => Vec::new(),
-            },
+            withdrawals: request.withdrawals.then(|| self.withdrawals.clone()),
         }
     }
 }
@@ -293,15 +296,7 @@ impl World {
             Effect::Rejected {
                 ticket, ping, why, ..
             } => format!("rejected t{} {} {why:?}", ticket.0, name(*ping)),
-            Effect::RevokeAnswered {
-                ticket,
-                revoked,
-                sent,
-            } => format!(
-                "revoke t{} {revoked}{}",
-                ticket.0,
-                if *sent { " sent" } else { "" }
-            ),
+            Effect::RevokeAnswered { ticket, revoked } => format!("revoke t{} {revoked}", ticket.0),
             Effect::Wiped {
                 ticket, revoked, ..
             } => format!("wiped t{} {revoked}", ticket.0),
@@ -355,6 +350,9 @@ impl World {
                 if let Some(lowest) = request.lowest {
                     write!(line, " lowest={}/{}", lowest.count, lowest.bytes).unwrap();
                 }
+                if request.withdrawals && !request.all {
+                    line.push_str(" withdrawals");
+                }
                 if !request.rows.is_empty() {
                     write!(line, " rows={}", request.rows.len()).unwrap();
                 }
@@ -373,6 +371,9 @@ impl World {
                 Change::Insert { notification, .. } => format!("+{}", name(notification.ping)),
                 Change::Remove { row, outcome, .. } => {
                     format!("-{} {}", name(row.ping), outcome.as_str())
+                }
+                Change::Withdraw { withdrawal, .. } => {
+                    format!("withdraw {}", name(withdrawal.ping))
                 }
                 Change::Summary { summary, .. } => format!("n={}", summary.count),
                 Change::Forget { .. } => "forget".to_owned(),
@@ -503,10 +504,7 @@ impl World {
                     ping: ping(words[1]),
                     until_ms: START_MS + u64::try_from(span(words[2]).as_millis()).unwrap(),
                 };
-                self.store
-                    .withdrawals
-                    .retain(|one| one.ping != withdrawal.ping);
-                self.store.withdrawals.push(withdrawal);
+                self.store.withdraw(withdrawal);
                 self.event(Event::Withdraw(withdrawal));
             }
             "wipe" => {

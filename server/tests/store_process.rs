@@ -157,6 +157,7 @@ fn rows(store: &dyn Store) -> (u64, Vec<u64>) {
             collapse: None,
             lowest: None,
             rows: Vec::new(),
+            withdrawals: false,
         })
         .unwrap();
     let keys: Vec<_> = view.rows.iter().map(|row| row.key).collect();

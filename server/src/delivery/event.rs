@@ -273,8 +273,6 @@ pub enum Effect {
         ticket: Ticket,
         /// Whether something was taken back.
         revoked: bool,
-        /// The device may have it: whoever takes it back should [withdraw](Event::Withdraw) it as well.
-        sent: bool,
     },
     /// The answer to [`Event::Wipe`], given once everything is safe.
     Wiped {
@@ -441,6 +439,8 @@ pub struct MailboxRead {
     pub lowest: Option<Lowest>,
     /// These rows, as far as they exist.
     pub rows: Vec<RowKey>,
+    /// What the device is to take off the screen.
+    pub withdrawals: bool,
 }
 
 /// The lowest ranking rows ([`RowKey`] order), until both are reached.
@@ -461,8 +461,8 @@ pub struct MailboxView {
     pub rows: Vec<RowMeta>,
     /// `rows` is every row of the mailbox.
     pub complete: bool,
-    /// What the device is to take off the screen; read with all rows only.
-    pub withdrawals: Vec<Withdrawal>,
+    /// What the device is to take off the screen, if that was asked for.
+    pub withdrawals: Option<Vec<Withdrawal>>,
 }
 
 /// One thing that must reach the disk. Values are absolute, so that applying one twice changes nothing.
@@ -491,6 +491,16 @@ pub enum Change {
         outcome: Outcome,
         /// When, Unix milliseconds.
         at_ms: u64,
+    },
+    /// A device may show what was revoked, and is to be told so. In the frame of the removal, so that neither is without the
+    /// other.
+    Withdraw {
+        /// Whose app.
+        app: AppId,
+        /// Which device.
+        device: DeviceId,
+        /// What, and how long it is told.
+        withdrawal: Withdrawal,
     },
     /// The mailbox as a whole.
     Summary {

@@ -168,6 +168,8 @@ struct Departure {
     at_ms: u64,
     tickets: Vec<Ticket>,
     revokers: Vec<Ticket>,
+    /// Those who wanted it revoked when it had ended already: answered when that is safe.
+    late: Vec<Ticket>,
     /// It may have been sent.
     sent: bool,
     /// The order of the row whose acceptance pushed this one out, once both are sealed.
@@ -240,8 +242,10 @@ pub(super) struct Mailbox {
     departures: Vec<Departure>,
     sealed: Vec<Departure>,
     backlog: VecDeque<Event>,
-    /// What the device is to take off the screen, as far as it is known here: all of it while a session is attached.
+    /// What the device is to take off the screen, as far as it is known here.
     withdrawals: Vec<Told>,
+    /// That is all of it.
+    withdrawals_known: bool,
     /// Orders that went while a read was under way: the read may still show them.
     gone: Vec<u64>,
     /// When a failed read is tried again.
@@ -282,6 +286,7 @@ impl Mailbox {
             sealed: Vec::new(),
             backlog: VecDeque::new(),
             withdrawals: Vec::new(),
+            withdrawals_known: false,
             gone: Vec::new(),
             read_again_at: None,
             fetch_again_at: None,
@@ -430,13 +435,26 @@ impl Mailbox {
             collapse: None,
             lowest: None,
             rows: Vec::new(),
+            withdrawals: false,
         };
+        if self.known == Known::All && !self.withdrawals_known && matches!(event, Event::Attach(_))
+        {
+            return Some(MailboxRead {
+                withdrawals: true,
+                ..nothing
+            });
+        }
         if matches!(self.known, Known::All | Known::Absent) {
             return None;
         }
         match event {
             Event::Enqueue(enqueue) => self.missing_to_enqueue(enqueue, nothing, cx),
-            Event::Attach(_) | Event::Wipe { .. } | Event::Clear { .. } => Some(MailboxRead {
+            Event::Attach(_) => Some(MailboxRead {
+                all: true,
+                withdrawals: true,
+                ..nothing
+            }),
+            Event::Wipe { .. } | Event::Clear { .. } => Some(MailboxRead {
                 all: true,
                 ..nothing
             }),

@@ -33,6 +33,9 @@ pub struct Policy {
     pub replacements: u8,
     /// The span in which replacements are counted, and for which newcomers are then refused. Default 60 s.
     pub replacement_span: Duration,
+    /// How long a device that comes back is told what it is to take off the screen. Default 7 days; zero: only a device that
+    /// is attached is told.
+    pub withdrawals_keep: Duration,
     /// The number of this run, kept by the store and raised at each start: a row of another run may have been sent.
     pub run: u32,
 }
@@ -48,6 +51,7 @@ impl Default for Policy {
             ack_timeout: Duration::from_secs(300),
             replacements: 3,
             replacement_span: Duration::from_secs(60),
+            withdrawals_keep: Duration::from_secs(7 * 86_400),
             run: 1,
         }
     }

@@ -31,6 +31,7 @@ fn cost(changes: &[Change]) -> u64 {
         .map(|change| match change {
             Change::Insert { notification, .. } => CHANGE_COST + u64::from(notification.size),
             Change::Remove { .. }
+            | Change::Withdraw { .. }
             | Change::Summary { .. }
             | Change::Forget { .. }
             | Change::Cleared { .. } => CHANGE_COST,
@@ -194,7 +195,7 @@ impl Shard {
                 continue;
             }
             let before = changes.len();
-            mailbox.seal(device, self.policy.run, &mut changes);
+            mailbox.seal(device, &self.policy, &mut changes);
             let cost = cost(&changes[before..]);
             self.offering.charge(app, cost);
             spent += cost;
@@ -342,7 +343,7 @@ mod tests {
                 summary: Some(Summary::new(app)),
                 rows: Vec::new(),
                 complete: true,
-                withdrawals: Vec::new(),
+                withdrawals: None,
             };
             shard.handle(device, Event::Read(Ok(Box::new(view))), NOW, &mut effects);
         }
@@ -356,6 +357,7 @@ mod tests {
             .filter_map(|change| match change {
                 Change::Insert { notification, .. } => Some(notification.app),
                 Change::Remove { .. }
+                | Change::Withdraw { .. }
                 | Change::Summary { .. }
                 | Change::Forget { .. }
                 | Change::Cleared { .. } => None,

@@ -110,6 +110,25 @@ impl Users {
         &self.locks[usize::from(device.0[15]) % DEVICE_LOCKS]
     }
 
+    /// The locks of several devices. Everybody who takes more than one takes them in this order, so nobody waits in a
+    /// circle.
+    pub(super) async fn changing_all(
+        &self,
+        devices: &[DeviceId],
+    ) -> Vec<tokio::sync::MutexGuard<'_, ()>> {
+        let mut places: Vec<usize> = devices
+            .iter()
+            .map(|device| usize::from(device.0[15]) % DEVICE_LOCKS)
+            .collect();
+        places.sort_unstable();
+        places.dedup();
+        let mut guards = Vec::with_capacity(places.len());
+        for place in places {
+            guards.push(self.locks[place].lock().await);
+        }
+        guards
+    }
+
     fn gate(&self, app: AppId, user: &str) -> usize {
         #[expect(clippy::cast_possible_truncation, reason = "any bits of a hash do")]
         let hash = self.hasher.hash_one((app, user)) as usize;
@@ -661,6 +680,7 @@ impl Inner {
                         collapse: None,
                         lowest: None,
                         rows: Vec::new(),
+                        withdrawals: false,
                     })?;
                     waiting.push(view.summary.map_or(0, |summary| summary.count));
                 }
@@ -918,7 +938,7 @@ impl Inner {
     }
 
     /// As [`Inner::commit`], however long it takes: for whoever must know how it ended.
-    async fn commit_fully(
+    pub(super) async fn commit_fully(
         &self,
         batch: Batch,
         safe: impl FnOnce() + Send + 'static,

@@ -590,7 +590,8 @@ impl Inner {
         self.revoke_except(app, ping, &HashSet::new()).await
     }
 
-    /// Takes a ping back where it waits, but not from `except`. Devices that may have it all the same are told so.
+    /// Takes a ping back where it waits, but not from `except`. The mailboxes see to it that devices that may have it all the
+    /// same are told.
     pub(super) async fn revoke_except(
         self: &Arc<Inner>,
         app: AppId,
@@ -599,7 +600,6 @@ impl Inner {
     ) -> Result<Option<RevokeCounts>, RuntimeError> {
         let mut counts = RevokeCounts::default();
         let mut answers = Vec::new();
-        let mut shown = Vec::new();
         let mut after = None;
         loop {
             let page = self.ping_view(app, ping, after, REVOKE_PAGE, Depth::HistoryIfReadable);
@@ -618,7 +618,7 @@ impl Inner {
                             ping,
                             answer,
                         });
-                        answers.push((pair.device, answered));
+                        answers.push(answered);
                     }
                 }
             }
@@ -628,23 +628,16 @@ impl Inner {
             after = page.next;
         }
         let settled = async {
-            for (device, answered) in answers {
-                let taken = answered.await.map_err(|_| RuntimeError::Draining)?;
-                if taken.revoked {
+            for answered in answers {
+                if answered.await.map_err(|_| RuntimeError::Draining)? {
                     counts.revoked += 1;
                 } else {
                     counts.ended += 1;
-                }
-                if taken.sent {
-                    shown.push(device);
                 }
             }
             Ok(())
         };
         self.in_time(settled).await?;
-        for page in shown.chunks(REVOKE_PAGE) {
-            self.withdraw_from(app, ping, page.to_vec()).await?;
-        }
         self.shared
             .meters
             .revocations

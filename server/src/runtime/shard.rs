@@ -83,7 +83,7 @@ pub(super) enum Input {
         app: AppId,
         device: DeviceId,
         ping: PingId,
-        answer: oneshot::Sender<TakenBack>,
+        answer: oneshot::Sender<bool>,
     },
     /// Revoke everything that waits in a mailbox, and write `ops` in the same frame. One at a time for a device.
     Empty {
@@ -160,20 +160,11 @@ pub(super) struct Emptied {
     pub(super) written: bool,
 }
 
-/// What a revocation did to one device's notification.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct TakenBack {
-    /// It waited, and is revoked.
-    pub(super) revoked: bool,
-    /// The device may have it all the same.
-    pub(super) sent: bool,
-}
-
 /// Somebody who waits for an answer of the core.
 pub(super) enum Waiter {
     One(oneshot::Sender<Settled>),
     Part(Arc<Gather>),
-    Revoke(oneshot::Sender<TakenBack>),
+    Revoke(oneshot::Sender<bool>),
     Empty(DeviceId, oneshot::Sender<Emptied>),
     /// Was answered without the core; the core's answer is heard by nobody.
     Gone,
@@ -376,7 +367,7 @@ enum Held {
     Ended(Ended),
     Revoked {
         ticket: Ticket,
-        done: TakenBack,
+        revoked: bool,
     },
     Emptied {
         ticket: Ticket,
@@ -827,7 +818,10 @@ impl ShardTask {
                     self.owed.get(device).cloned()
                 }
                 Change::Cleared { device } => self.owed.get(device).cloned(),
-                Change::Insert { .. } | Change::Remove { .. } | Change::Summary { .. } => None,
+                Change::Insert { .. }
+                | Change::Remove { .. }
+                | Change::Withdraw { .. }
+                | Change::Summary { .. } => None,
             };
             batch.push(Op::Mailbox(change));
             batch.extend(owed.into_iter().flatten());
@@ -879,7 +873,7 @@ impl ShardTask {
     fn release(&mut self, held: Held, result: Committed) {
         match held {
             Held::Ended(ended) => self.announce(ended, result),
-            Held::Revoked { ticket, done } => self.revoked(ticket, done),
+            Held::Revoked { ticket, revoked } => self.revoked(ticket, revoked),
             Held::Emptied {
                 ticket,
                 revoked,
@@ -986,13 +980,8 @@ impl ShardTask {
                 }
             }
             // The outcomes that it caused come right before it.
-            Effect::RevokeAnswered {
-                ticket,
-                revoked,
-                sent,
-            } => {
-                let done = TakenBack { revoked, sent };
-                self.after_outcomes(Held::Revoked { ticket, done });
+            Effect::RevokeAnswered { ticket, revoked } => {
+                self.after_outcomes(Held::Revoked { ticket, revoked });
             }
             Effect::Wiped {
                 ticket,
@@ -1057,13 +1046,13 @@ impl ShardTask {
         }
     }
 
-    fn revoked(&mut self, ticket: Ticket, done: TakenBack) {
+    fn revoked(&mut self, ticket: Ticket, revoked: bool) {
         if let Some(Slot {
             waiter: Waiter::Revoke(answer),
             ..
         }) = self.waiters.take(ticket)
         {
-            reply(answer, done);
+            reply(answer, revoked);
         }
     }
 

@@ -1,9 +1,9 @@
 //! Taking delivered notifications off the screen.
 //!
-//! What still waits is revoked. A device that may have it is told: at once if it is attached, and otherwise when it comes
-//! back, for which the store keeps a withdrawal until the device has shown that it heard, or `limits.withdrawals_keep` is
-//! over (`docs/decisions/0036`). The store hears of it before the mailbox does, so that a device that attaches in between
-//! is told by one or the other; being told twice does no harm.
+//! What still waits is revoked, and its mailbox sees to it that a device that may have it all the same is told. Devices that
+//! have acknowledged it are found through outcomes: for each the store keeps a withdrawal until the device has shown that it
+//! heard, or `limits.withdrawals_keep` is over (`docs/decisions/0036`). The store hears of it before the mailbox does, so
+//! that a device that attaches in between is told by one or the other; being told twice does no harm.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -72,8 +72,8 @@ impl Inner {
         Ok(Some(counts))
     }
 
-    /// Has these devices told to take a ping off the screen. Answers how many of them there are.
-    pub(super) async fn withdraw_from(
+    /// Has these devices told to take off the screen what they have acknowledged. Answers how many of them there are.
+    async fn withdraw_from(
         &self,
         app: AppId,
         ping: PingId,
@@ -90,13 +90,15 @@ impl Inner {
                 _ => self.shared.clock.now().unix_ms.saturating_add(keep_ms),
             },
         };
+        // Neither a device that goes nor another withdrawal comes between what is read and what is written.
+        let _alone = self.users.changing_all(&devices).await;
         let (devices, batch) = self
             .shared
             .reading
             .read(move |store| plan(store, app, withdrawal, &devices))
             .await?;
         if !batch.is_empty() {
-            self.commit(batch, || {}).await?;
+            self.commit_fully(batch, || {}).await?;
         }
         for &device in &devices {
             let told = Input::Event(device, Event::Withdraw(withdrawal));

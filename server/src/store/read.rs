@@ -384,9 +384,9 @@ impl Look<'_> {
             summary,
             rows: rows.into_values().collect(),
             complete,
-            withdrawals: match (request.all, summary) {
-                (true, Some(_)) => self.withdrawals(device)?,
-                (true, None) | (false, _) => Vec::new(),
+            withdrawals: match request.withdrawals {
+                true => Some(self.withdrawals(device)?),
+                false => None,
             },
         })
     }

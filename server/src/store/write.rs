@@ -271,6 +271,11 @@ impl FrameBuilder {
             Op::Mailbox(Change::Forget { device }) => self.delete(&keys::summary(*device)),
             // Says what else is in the frame; nothing to write by itself.
             Op::Mailbox(Change::Cleared { .. }) => {}
+            Op::Mailbox(Change::Withdraw {
+                app,
+                device,
+                withdrawal,
+            }) => self.put_withdrawal(*app, *device, *withdrawal)?,
             Op::PutApp(app) => {
                 self.put(&keys::app(app.id), |key, out| {
                     record::put_app(key, out, app)
@@ -318,13 +323,8 @@ impl FrameBuilder {
             Op::PutWithdrawal {
                 app,
                 device,
-                withdrawal: Withdrawal { ping, until_ms },
-            } => {
-                self.put(&keys::withdrawal(*device, *ping), |key, out| {
-                    record::put_withdrawal(key, out, *app, *until_ms);
-                })?;
-                self.put_empty(&keys::withdrawal_end(*until_ms, *device, *ping))?;
-            }
+                withdrawal,
+            } => self.put_withdrawal(*app, *device, *withdrawal)?,
             Op::DropWithdrawal { device, withdrawal } => {
                 self.drop_withdrawal(*device, *withdrawal, true);
             }
@@ -431,6 +431,19 @@ impl FrameBuilder {
             })?;
         }
         Ok(())
+    }
+
+    fn put_withdrawal(
+        &mut self,
+        app: AppId,
+        device: DeviceId,
+        withdrawal: Withdrawal,
+    ) -> Result<(), Unwritable> {
+        let Withdrawal { ping, until_ms } = withdrawal;
+        self.put(&keys::withdrawal(device, ping), |key, out| {
+            record::put_withdrawal(key, out, app, until_ms);
+        })?;
+        self.put_empty(&keys::withdrawal_end(until_ms, device, ping))
     }
 
     fn drop_withdrawal(&mut self, device: DeviceId, withdrawal: Withdrawal, record: bool) {

@@ -146,6 +146,12 @@ impl Disk {
             Change::Summary { device, summary } => drop(self.summaries.insert(device, summary)),
             Change::Forget { device } => drop(self.summaries.remove(&device)),
             Change::Cleared { .. } => {}
+            Change::Withdraw {
+                device, withdrawal, ..
+            } => {
+                self.withdrawals
+                    .insert((device, withdrawal.ping), withdrawal.until_ms);
+            }
         }
     }
 }
@@ -316,7 +322,9 @@ impl Store for FakeStore {
             summary: state.disk.summaries.get(&request.device).copied(),
             rows,
             complete: true,
-            withdrawals: state.disk.withdrawals(request.device),
+            withdrawals: request
+                .withdrawals
+                .then(|| state.disk.withdrawals(request.device)),
         })
     }
 

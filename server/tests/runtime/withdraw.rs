@@ -1,12 +1,14 @@
 //! What was delivered and is taken off the screen again.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use bellwire_server::delivery::{DeviceId, PingId, WITHDRAWALS_MAX};
 use bellwire_server::runtime::{Out, Target, WithdrawCounts};
 
 use crate::house::{APP, Device, House, Link, ping, settings, until};
-use crate::store::FakeStore;
+use crate::store::{FakeStore, Mode};
+use bellwire_server::ports::PairState;
 
 fn anna() -> Target {
     Target::Users(vec!["anna".to_owned()])
@@ -85,7 +87,9 @@ async fn what_still_waits_is_revoked_and_what_ended_otherwise_is_counted() {
     until("the verdict", async || {
         let counts = house.handle.ping_view(APP, id, None, 10).await;
         let devices = counts.unwrap().unwrap().devices;
-        devices.iter().any(|pair| pair.device == shows.id)
+        devices
+            .iter()
+            .any(|pair| pair.device == shows.id && matches!(pair.state, PairState::Ended { .. }))
     })
     .await;
     let counts = withdraw(&house, id, &[]).await;
@@ -98,6 +102,32 @@ async fn what_still_waits_is_revoked_and_what_ended_otherwise_is_counted() {
     let mut late = absent.attach().await;
     let next = delivered(&house, Target::Device(absent.id), &mut [&mut late]).await;
     assert_ne!(next, id);
+}
+
+#[tokio::test]
+async fn one_that_is_being_acknowledged_is_taken_off_the_screen_once_that_is_safe() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    // It is stored: its removal needs the disk.
+    let id = house.handle.ping(ping(anna())).await.unwrap().id;
+    let mut link = device.attach().await;
+    let (_, seq, _) = link.notification().await;
+    house.store.set_mode(Mode::Hold);
+    link.acknowledge(seq);
+    until("the removal", async || house.store.held() > 0).await;
+    let handle = house.handle.clone();
+    let asked = tokio::spawn(async move { handle.withdraw_ping(APP, id, HashSet::new()).await });
+    let revoke = house.handle.revoke_ping(APP, id);
+    assert!(
+        tokio::time::timeout(Duration::from_millis(50), revoke)
+            .await
+            .is_err(),
+        "answered before the end of the notification was safe"
+    );
+    house.store.set_mode(Mode::Commit);
+    let counts = asked.await.unwrap().unwrap().unwrap();
+    assert_eq!((counts.revoked, counts.withdrawn, counts.ended), (0, 1, 0));
+    assert_eq!(told(&mut link).await, [id]);
 }
 
 #[tokio::test]
@@ -153,7 +183,7 @@ async fn a_device_keeps_no_more_withdrawals_than_the_limit_and_none_when_it_is_g
         withdraw(&house, id, &[]).await;
         first.get_or_insert(id);
         last = Some(id);
-        house.clock.advance(std::time::Duration::from_millis(1));
+        house.clock.advance(Duration::from_millis(1));
     }
     assert_eq!(kept(&house), WITHDRAWALS_MAX);
     let mut link = device.attach().await;
@@ -188,7 +218,8 @@ async fn next_notification(house: &House, device: &Device, link: &mut Link) -> P
 #[tokio::test]
 async fn without_a_time_to_keep_them_only_those_who_are_there_are_told() {
     let mut settings = settings();
-    settings.limits.withdrawals_keep = std::time::Duration::ZERO;
+    settings.limits.withdrawals_keep = Duration::ZERO;
+    settings.policy.withdrawals_keep = Duration::ZERO;
     let house = House::with(settings, std::sync::Arc::new(FakeStore::default())).await;
     let (here, away) = (house.device("anna").await, house.device("anna").await);
     let (mut one, mut two) = (here.attach().await, away.attach().await);

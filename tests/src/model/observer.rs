@@ -284,9 +284,7 @@ impl Observer {
             Effect::Rejected {
                 ticket, ping, why, ..
             } => self.rejected(*ticket, *ping, *why),
-            Effect::RevokeAnswered {
-                ticket, revoked, ..
-            } => match self.waiting.remove(ticket) {
+            Effect::RevokeAnswered { ticket, revoked } => match self.waiting.remove(ticket) {
                 Some(Waiting::Revoke(ping)) => {
                     if *revoked && store.has(ping) {
                         self.complain(format!("{} is revoked and still on disk", name(ping)));

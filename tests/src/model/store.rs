@@ -69,6 +69,7 @@ impl ModelStore {
                     }
                     self.outcomes.insert(row.ping, outcome);
                 }
+                Change::Withdraw { withdrawal, .. } => self.withdraw(withdrawal),
                 Change::Summary { summary, .. } => self.summary = Some(summary),
                 Change::Forget { .. } => {
                     self.summary = None;
@@ -158,10 +159,7 @@ impl ModelStore {
             summary: self.summary,
             rows: rows.into_values().collect(),
             complete: request.all,
-            withdrawals: match request.all && self.summary.is_some() {
-                true => self.withdrawals.clone(),
-                false => Vec::new(),
-            },
+            withdrawals: request.withdrawals.then(|| self.withdrawals.clone()),
         }
     }
 

@@ -389,7 +389,8 @@ impl World {
                     answers.push(Event::Bodies(Ok(self.store.bodies(rows))));
                 }
                 Effect::WithdrawalsHeard { heard, .. } => {
-                    self.store.withdrawals.retain(|one| !heard.contains(one));
+                    let withdrawals = &mut self.store.withdrawals;
+                    withdrawals.retain(|one| !heard.iter().any(|heard| heard.ping == one.ping));
                 }
                 _ => {}
             }

@@ -582,6 +582,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             },
             defer_max: checked.store.defer_max,
             ack_timeout: limits.ack_timeout,
+            withdrawals_keep: limits.withdrawals_keep,
             ..Policy::default()
         },
         link: LinkSettings {

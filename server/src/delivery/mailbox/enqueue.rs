@@ -306,6 +306,7 @@ impl Mailbox {
             at_ms: cx.now.unix_ms,
             tickets: row.tickets,
             revokers: Vec::new(),
+            late: Vec::new(),
             sent: row.sent,
             because: None,
         });
@@ -421,6 +422,12 @@ impl Mailbox {
                 for ticket in departure.tickets {
                     cx.reject(ticket, departure.meta.ping, why);
                 }
+                for ticket in departure.late {
+                    cx.emit(Effect::RevokeAnswered {
+                        ticket,
+                        revoked: false,
+                    });
+                }
                 return;
             }
         };
@@ -448,6 +455,7 @@ impl Mailbox {
             self.sealed_rows += 1;
         }
         let sent = departure.meta.run != cx.policy.run || order <= self.summary.sent_up_to;
+        let (ping, late) = (departure.meta.ping, departure.late);
         let mut tickets = departure.tickets;
         if stage == Stage::Stored {
             // They joined it on its way out; it stays, and it is safe.
@@ -471,6 +479,10 @@ impl Mailbox {
             // Never sent in this session, or it would have been in flight: let the cursor meet it again. What lies
             // between is in flight or was passed over, and neither is sent twice.
             session.cursor = session.cursor.min(order - 1);
+        }
+        // It did not end after all.
+        for ticket in late {
+            self.revoke(ticket, ping, cx);
         }
     }
 

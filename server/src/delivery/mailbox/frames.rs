@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use super::withdraw::withdrawal;
 use super::{Asked, Context, Departure, Insert, Known, Mailbox, READ_RETRY, Row, Stage};
 use crate::delivery::event::{
     Change, CommitFailure, Disk, Effect, Event, MailboxView, Notice, Outcome, Refusal, Rejection,
 };
 use crate::delivery::ids::DeviceId;
+use crate::delivery::policy::Policy;
 
 impl Mailbox {
     pub(super) fn handle_read(
@@ -27,7 +29,9 @@ impl Mailbox {
             self.known = Known::Absent;
             return;
         };
-        self.learn(&view.withdrawals);
+        if let Some(withdrawals) = &view.withdrawals {
+            self.learn(withdrawals);
+        }
         if self.known == Known::Nothing {
             self.summary = summary;
             self.known = Known::Some;
@@ -118,9 +122,10 @@ impl Mailbox {
     pub(in crate::delivery) fn seal(
         &mut self,
         device: DeviceId,
-        run: u32,
+        policy: &Policy,
         changes: &mut Vec<Change>,
     ) {
+        let (run, app) = (policy.run, self.summary.app);
         let before = changes.len();
         let mut left = self.unsealed.count;
         for row in self.rows.iter_mut().rev() {
@@ -169,11 +174,21 @@ impl Mailbox {
                 self.summary.count = self.summary.count.saturating_sub(1);
                 self.summary.bytes = self.summary.bytes.saturating_sub(u64::from(size));
                 changes.push(Change::Remove {
-                    app: self.summary.app,
+                    app,
                     device,
                     row: departure.meta.clone(),
                     outcome: departure.outcome,
                     at_ms: departure.at_ms,
+                });
+            }
+            if departure.may_be_shown()
+                && self.wipe.is_none()
+                && let Some(withdrawal) = withdrawal(&departure, policy)
+            {
+                changes.push(Change::Withdraw {
+                    app,
+                    device,
+                    withdrawal,
                 });
             }
             self.sealed.push(departure);

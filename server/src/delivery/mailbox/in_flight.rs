@@ -322,10 +322,13 @@ impl Mailbox {
             at_ms,
             tickets: row.tickets,
             revokers: revoker.into_iter().collect(),
+            late: Vec::new(),
             sent: row.sent,
             because: None,
         };
         match row.stage {
+            // The device may show it, and must hear that it was taken back: that is safe before anybody else hears of it.
+            Stage::Transient if departure.may_be_shown() => self.departures.push(departure),
             Stage::Transient => self.announce(departure, cx),
             Stage::Held | Stage::Offered => {
                 self.unsealed.remove(departure.meta.size);
@@ -336,6 +339,7 @@ impl Mailbox {
                 self.take_predecessors(&departure.meta, &mut rides);
                 if rides.iter().any(|ride| ride.insert != Insert::Never)
                     || self.predecessor_leaves(&departure.meta)
+                    || departure.may_be_shown()
                 {
                     // The removals that it caused must be safe before anybody hears of it.
                     self.departures.extend(rides);
@@ -404,21 +408,35 @@ impl Mailbox {
             cx.emit(Effect::RevokeAnswered {
                 ticket,
                 revoked: true,
-                sent: departure.sent,
+            });
+        }
+        for ticket in departure.late {
+            cx.emit(Effect::RevokeAnswered {
+                ticket,
+                revoked: false,
             });
         }
     }
 
     pub(super) fn revoke(&mut self, ticket: Ticket, ping: PingId, cx: &mut Context<'_>) {
         let Some(index) = self.position_of(ping) else {
-            return cx.emit(Effect::RevokeAnswered {
-                ticket,
-                revoked: false,
-                sent: false,
-            });
+            // Until its end is safe, the store says that it waits: whoever asks is answered then.
+            let rides = self.rows.iter_mut().flat_map(|row| row.rides.iter_mut());
+            let mut going = self
+                .departures
+                .iter_mut()
+                .chain(&mut self.sealed)
+                .chain(rides);
+            return match going.find(|departure| departure.meta.ping == ping) {
+                Some(departure) => departure.late.push(ticket),
+                None => cx.emit(Effect::RevokeAnswered {
+                    ticket,
+                    revoked: false,
+                }),
+            };
         };
         if self.rows[index].sent {
-            self.withdraw_now(ping, cx);
+            self.withdraw_now(vec![ping], cx);
         }
         self.end(index, Outcome::Revoked, cx.now.unix_ms, Some(ticket), cx);
         self.pump(cx);
@@ -442,6 +460,10 @@ impl Mailbox {
             });
             self.detach(cx);
         }
+        // Nobody is left to take anything off a screen.
+        for row in &mut self.rows {
+            row.sent = false;
+        }
         let revoked = self.revoke_all(cx);
         self.wipe = Some(Box::new(Wipe {
             tickets: vec![ticket],
@@ -458,13 +480,9 @@ impl Mailbox {
                 known: false,
             });
         }
-        if let Some(session) = self.session.as_ref().map(|session| session.id) {
-            let sent = self.rows.iter().filter(|row| row.sent);
-            let pings: Vec<PingId> = sent.map(|row| row.meta.ping).collect();
-            if !pings.is_empty() {
-                cx.emit(Effect::Withdraw { session, pings });
-            }
-        }
+        let sent = self.rows.iter().filter(|row| row.sent);
+        let pings: Vec<PingId> = sent.map(|row| row.meta.ping).collect();
+        self.withdraw_now(pings, cx);
         let revoked = self.revoke_all(cx);
         let clearing = self.clearing.get_or_insert_with(|| {
             Box::new(Clearing {

@@ -1,8 +1,9 @@
 //! What was delivered and is to be taken off the screen.
 
-use super::{Context, Mailbox, Told};
-use crate::delivery::event::{Effect, Withdrawal};
+use super::{Context, Departure, Mailbox, Told};
+use crate::delivery::event::{Effect, Outcome, Withdrawal};
 use crate::delivery::ids::PingId;
+use crate::delivery::policy::Policy;
 
 /// Most withdrawals that a mailbox tells a device that comes back; of more, the newest. As many as fit one frame of the
 /// link twice over, and far more than a screen shows.
@@ -11,6 +12,7 @@ pub const WITHDRAWALS_MAX: usize = 256;
 impl Mailbox {
     /// What the store knows joins what is known here.
     pub(super) fn learn(&mut self, stored: &[Withdrawal]) {
+        self.withdrawals_known = true;
         for &what in stored {
             if !self
                 .withdrawals
@@ -55,34 +57,41 @@ impl Mailbox {
             .iter_mut()
             .find(|told| told.what.ping == what.ping);
         match known {
-            Some(told) => told.what = what,
+            Some(told) => told.what.until_ms = told.what.until_ms.max(what.until_ms),
             None => self.keep(Told { what, after: None }),
         }
         self.tell(what.ping, cx);
     }
 
-    /// One that is revoked while the device may have it: told at once, whatever the disk can do.
-    pub(super) fn withdraw_now(&mut self, ping: PingId, cx: &mut Context<'_>) {
-        let Some(session) = self.session.as_ref() else {
+    /// These are revoked while the device may have them: a session is told at once, whatever the disk can do. The store
+    /// hears of it in the frame of their removal.
+    pub(super) fn withdraw_now(&mut self, pings: Vec<PingId>, cx: &mut Context<'_>) {
+        if pings.is_empty() {
             return;
-        };
-        let (session, after) = (session.id, Some(session.seq));
-        // The store hears of it from whoever revoked; until then nothing of it is to be kept there.
-        let known = self
-            .withdrawals
-            .iter_mut()
-            .find(|told| told.what.ping == ping);
-        match known {
-            Some(told) => told.after = after,
-            None => self.keep(Told {
-                what: Withdrawal { ping, until_ms: 0 },
-                after,
-            }),
         }
-        cx.emit(Effect::Withdraw {
-            session,
-            pings: vec![ping],
-        });
+        let session = self
+            .session
+            .as_ref()
+            .map(|session| (session.id, session.seq));
+        let after = session.map(|(_, seq)| seq);
+        let until_ms = until(cx.now.unix_ms, cx.policy);
+        for &ping in &pings {
+            let known = self
+                .withdrawals
+                .iter_mut()
+                .find(|told| told.what.ping == ping);
+            let what = Withdrawal { ping, until_ms };
+            match known {
+                Some(told) => {
+                    told.what.until_ms = told.what.until_ms.max(until_ms);
+                    told.after = after;
+                }
+                None => self.keep(Told { what, after }),
+            }
+        }
+        if let Some((session, _)) = session {
+            cx.emit(Effect::Withdraw { session, pings });
+        }
     }
 
     fn keep(&mut self, told: Told) {
@@ -116,9 +125,18 @@ impl Mailbox {
         if self.withdrawals.is_empty() {
             return;
         }
+        let going: Vec<PingId> = self
+            .departures
+            .iter()
+            .chain(&self.sealed)
+            .filter(|departure| departure.may_be_shown())
+            .map(|departure| departure.meta.ping)
+            .collect();
         let mut heard = Vec::new();
         self.withdrawals.retain(|told| {
-            let arrived = told.after.is_some_and(|after| after < seq);
+            // One that is not in the store yet would come there after it was forgotten.
+            let arrived =
+                told.after.is_some_and(|after| after < seq) && !going.contains(&told.what.ping);
             if arrived {
                 heard.push(told.what);
             }
@@ -139,5 +157,29 @@ impl Mailbox {
         for told in &mut self.withdrawals {
             told.after = None;
         }
+    }
+}
+
+impl Departure {
+    /// It was taken back, and the device may have it all the same.
+    pub(super) fn may_be_shown(&self) -> bool {
+        self.outcome == Outcome::Revoked && self.sent
+    }
+}
+
+/// What the store is to keep of a departure that may be shown; `None`: nothing is kept.
+pub(super) fn withdrawal(departure: &Departure, policy: &Policy) -> Option<Withdrawal> {
+    (!policy.withdrawals_keep.is_zero()).then(|| Withdrawal {
+        ping: departure.meta.ping,
+        until_ms: until(departure.at_ms, policy),
+    })
+}
+
+/// Until when a device that comes back is told, Unix milliseconds; 0: it is not.
+fn until(now_ms: u64, policy: &Policy) -> u64 {
+    match u64::try_from(policy.withdrawals_keep.as_millis()) {
+        Ok(0) => 0,
+        Ok(keep_ms) => now_ms.saturating_add(keep_ms),
+        Err(_) => u64::MAX,
     }
 }

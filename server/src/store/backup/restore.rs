@@ -922,6 +922,7 @@ fn mailbox(house: &House, device: DeviceId) -> Result<(Option<Summary>, Vec<RowM
             collapse: None,
             lowest: None,
             rows: Vec::new(),
+            withdrawals: false,
         },
         &mut chores,
     )?;

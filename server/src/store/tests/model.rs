@@ -78,6 +78,12 @@ impl Model {
                 self.summaries.remove(device);
             }
             Op::Mailbox(Change::Cleared { .. }) => {}
+            Op::Mailbox(Change::Withdraw {
+                device, withdrawal, ..
+            }) => {
+                self.withdrawals
+                    .insert((*device, withdrawal.ping), withdrawal.until_ms);
+            }
             Op::PutDevice { record, fresh, .. } => {
                 self.users.insert(record.id, record.user.clone());
                 if *fresh {
@@ -214,10 +220,7 @@ impl Model {
             ));
             let seen = store.seen(&[device]).unwrap().remove(0);
             lines.push(format!("{device} seen {seen:?}"));
-            let mut withdrawals = match view.summary {
-                Some(_) => view.withdrawals,
-                None => store.withdrawals(device).unwrap(),
-            };
+            let mut withdrawals = view.withdrawals.unwrap();
             withdrawals.sort_by_key(|one| one.ping);
             for Withdrawal { ping, until_ms } in withdrawals {
                 lines.push(format!("{device} withdraws {ping} {until_ms}"));
@@ -458,10 +461,18 @@ impl Script {
                 if old.is_none() || self.dice.roll(2) == 0 {
                     // No sweep of a history comes that far.
                     let until_ms = u64::MAX - self.dice.roll(1_000);
-                    batch.push(Op::PutWithdrawal {
-                        app: AppId::DEFAULT,
-                        device,
-                        withdrawal: Withdrawal { ping, until_ms },
+                    let (app, withdrawal) = (AppId::DEFAULT, Withdrawal { ping, until_ms });
+                    batch.push(match self.dice.roll(2) {
+                        0 => Op::PutWithdrawal {
+                            app,
+                            device,
+                            withdrawal,
+                        },
+                        _ => Op::Mailbox(Change::Withdraw {
+                            app,
+                            device,
+                            withdrawal,
+                        }),
                     });
                 }
             }

@@ -135,6 +135,7 @@ pub(super) fn everything(device: DeviceId) -> MailboxRead {
         collapse: None,
         lowest: None,
         rows: Vec::new(),
+        withdrawals: true,
     }
 }
 

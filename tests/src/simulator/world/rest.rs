@@ -62,6 +62,7 @@ impl World {
                 collapse: None,
                 lowest: None,
                 rows: Vec::new(),
+                withdrawals: false,
             })
             .ok()
     }
