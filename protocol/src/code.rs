@@ -245,7 +245,7 @@ codes! {
         "The request is well-formed, but impossible; the detail says why.";
         "Change what the detail names.";
     CallbackNotAllowed = "callback_not_allowed", Operator, 422, -, Never;
-        "The operator's settings do not allow posting outcomes there. Without a detail: callbacks are off, because `callbacks.allow` names no host and no network.";
+        "The operator's settings do not allow posting outcomes there.";
         "Ask the operator to add the host, and the network if its addresses are not public, to `callbacks.allow`.";
     NotAvailable = "not_available", Publisher, 422, -, Never;
         "The request is right and asks for something that this version does not have yet.";

@@ -145,6 +145,17 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
                 number("/history/lost"),
             ),
         ),
+        (
+            "callbacks",
+            match (number("/callbacks/set"), number("/callbacks/dead_letters")) {
+                (0, 0) => "none".to_owned(),
+                (set, letters) => format!(
+                    "{set} set, {} failing, {} gone; {letters} dead letters",
+                    number("/callbacks/failing"),
+                    number("/callbacks/gone"),
+                ),
+            },
+        ),
         ("clock", text("/clock/state")),
     ]
 }

@@ -249,7 +249,10 @@ fn problem(error: CallbackError) -> Problem {
         Problem::new(code, detail).at(Place::Body(pointer.to_owned()))
     };
     match error {
-        CallbackError::Off => Problem::plain(Code::CallbackNotAllowed),
+        CallbackError::Off => Problem::new(
+            Code::CallbackNotAllowed,
+            "Callbacks are off: the operator's `callbacks.allow` names no host and no network.",
+        ),
         CallbackError::NotAllowed(why) => at(
             Code::CallbackNotAllowed,
             format!("This address is not allowed: {why}."),

@@ -35,6 +35,8 @@ pub fn records(data: &[u8]) {
         let _ = record::seen(key, value);
         let _ = record::app(key, value).map(drop);
         let _ = record::api_key(key, value).map(drop);
+        let _ = record::callback(key, value).map(drop);
+        let _ = record::dead_letter(key, AppId(1), 1, value).map(drop);
         let _ = record::idempotency(key, AppId(1), [0; 32], value);
         let _ = record::number(key, value);
     }
@@ -53,6 +55,7 @@ pub fn records(data: &[u8]) {
     let _ = keys::parse_ended(data);
     let _ = keys::parse_collapse(data);
     let _ = keys::parse_device(data);
+    let _ = keys::parse_dead_letter(data);
     let _ = keys::parse_idempotency_age(data);
 }
 

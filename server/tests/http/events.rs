@@ -265,3 +265,32 @@ async fn a_stream_ends_in_good_order_when_the_server_goes_down() {
     assert!(ended, "{:?}", stream.text);
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_reader_that_takes_nothing_holds_nobody_up() {
+    let server = start().await;
+    let path = "/v1/events?from=oldest";
+    let mut slow = Stream::open(&server, &server.key, path, "").await;
+    let mut other = Stream::open(&server, &server.key, path, "").await;
+    // Some megabytes: far more than what lies between the two ends of a connection.
+    let count = 20_000;
+    for first in (0..count).step_by(1_000) {
+        let mut some = (first..first + 1_000)
+            .map(|n| OutcomeRecord {
+                at_ms: 1_000 + n,
+                ..record(AppId::DEFAULT, 1)
+            })
+            .collect();
+        server.store.record_outcomes(&mut some);
+    }
+    let last = format!("\"at_ms\":{}", 1_000 + count - 1);
+    assert!(other.until(|text| text.contains(&last)).await);
+    assert_eq!(
+        numbers(&events(&other.text)),
+        (0..count).collect::<Vec<_>>()
+    );
+    // What it did not take waits for it.
+    assert!(slow.until(|text| text.contains(&last)).await);
+    assert_eq!(numbers(&events(&slow.text)), (0..count).collect::<Vec<_>>());
+    server.stop().await;
+}
