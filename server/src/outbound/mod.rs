@@ -1,7 +1,7 @@
 //! The way out of the process: posts to addresses that the operator's settings allow, and to no others.
 //!
 //! By default there is none: no connection, not even a name looked up. [`rules`] has what is allowed, as the settings say it;
-//! [`line`] is one connection at a time to one receiver. An address is checked when it is registered, and again whenever a connection
+//! [`mod@line`] is one connection at a time to one receiver. An address is checked when it is registered, and again whenever a connection
 //! is made, against the very address that is then connected to: a name that turns to another address later (DNS rebinding) gains
 //! nothing, and a rule that the operator takes back holds at once.
 

@@ -1,7 +1,7 @@
 //! Outcomes posted to where an app wants them.
 //!
 //! A callback is a position in the history of outcomes, like a stream of events, that outlives the process: nothing is copied until a
-//! batch is given up. One [poster](poster) an app walks the history from there, one post at a time, so that the order is kept
+//! batch is given up. One poster an app ([`poster`]) walks the history from there, one post at a time, so that the order is kept
 //! and nobody's slowness is anybody else's. The end of a batch is safe before the batch is first posted, and its id is made of
 //! the two positions: however often it is posted, over crashes too, it is the same one.
 
