@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bellwire_client::{Builder, Client, Event, Id, Trust, Verdict};
@@ -21,7 +22,17 @@ use bellwire_client::{Builder, Client, Event, Id, Trust, Verdict};
 const NOTICES_MAX: usize = 20;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let [server, ca, credentials, topics @ ..] = &arguments[..] else {
         return Err("usage: noticeboard SERVER CA.pem CREDENTIALS.json [TOPIC...]".into());

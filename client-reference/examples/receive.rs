@@ -13,6 +13,7 @@
 
 use std::error::Error;
 use std::path::Path;
+use std::process::ExitCode;
 
 use bellwire_client::{Builder, Client, Event, Notification, Trust, Verdict};
 
@@ -24,7 +25,17 @@ struct Credentials {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let [server, ca, credentials] = &arguments[..] else {
         return Err("usage: receive SERVER CA.pem CREDENTIALS.json".into());

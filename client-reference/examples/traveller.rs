@@ -4,6 +4,8 @@
 //! ```sh
 //! cargo run -p bellwire-client --example traveller -- push.example.org anna.json http://proxy.example.org:3128
 //! ```
+//!
+//! With the authority of a server for development as a fourth argument it runs against that one.
 
 #![allow(
     clippy::wildcard_enum_match_arm,
@@ -12,19 +14,32 @@
 
 use std::error::Error;
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
-use bellwire_client::{Builder, Client, Event, Notification, PresenceState, Proxy, Verdict};
+use bellwire_client::{
+    Builder, Client, Disconnect, Event, Notification, PresenceState, Proxy, Trust, Verdict,
+};
 use tokio::sync::mpsc;
 
 /// Notifications that wait for the slow work. When it is full the next callback waits, and behind it the server.
 const WORK_MAX: usize = 16;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let [server, credentials, proxy] = &arguments[..] else {
-        return Err("usage: traveller SERVER CREDENTIALS.json PROXY".into());
+    let [server, credentials, proxy, ca @ ..] = &arguments[..] else {
+        return Err("usage: traveller SERVER CREDENTIALS.json PROXY [CA.pem]".into());
     };
     let credentials: serde_json::Value = serde_json::from_slice(&std::fs::read(credentials)?)?;
     let text = |name: &str| {
@@ -33,10 +48,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
             .ok_or("no credentials")
             .map(str::to_owned)
     };
-    // The authorities of the machine are trusted, since no other ones are named.
-    let builder = Client::builder()
+    let mut builder = Client::builder()
         .server(server)
         .device(text("device")?.parse()?, text("secret")?);
+    // Otherwise the authorities of the machine are trusted.
+    if let [ca] = ca {
+        builder = builder.trust(Trust::File(ca.into()));
+    }
     let (work, mut todo) = mpsc::channel(WORK_MAX);
     let app = app(builder, Path::new("traveller-state"), proxy.parse()?, work);
     let client = app.network("office").start().await?;
@@ -80,12 +98,18 @@ fn app(builder: Builder, state: &Path, proxy: Proxy, work: mpsc::Sender<Notifica
 fn status_line(event: &Event) -> Option<String> {
     match event {
         Event::Connected { .. } => Some("online".to_owned()),
-        // The client comes back by itself; a person is told only what a person can change.
         Event::Disconnected {
-            retry_in: None,
-            why,
-        } => Some(format!("stopped: {why}. {}", why.advice())),
-        Event::Disconnected { .. } => Some("offline".to_owned()),
+            why: Disconnect::Left,
+            ..
+        } => None,
+        Event::Disconnected { why, retry_in } => {
+            // The client comes back by itself, unless something must be changed first.
+            let state = match retry_in {
+                Some(_) => "offline",
+                None => "stopped",
+            };
+            Some(format!("{state}: {why}. {}", why.advice()))
+        }
         Event::Woke { slept } if *slept > Duration::from_secs(60) => Some("checking".to_owned()),
         Event::Trouble { what } => Some(what.clone()),
         _ => None,
