@@ -171,6 +171,20 @@ pub struct Limits {
     pub ttl_default: Duration,
     /// Longest TTL.
     pub ttl_max: Duration,
+    /// In flight in a session whose device does not ask.
+    pub in_flight: u32,
+    /// In flight at most.
+    pub in_flight_max: u32,
+    /// Wait for acknowledgements when a ping does not say.
+    pub wait_default: Duration,
+    /// Longest wait for acknowledgements.
+    pub wait_max: Duration,
+    /// Body of a request.
+    pub body_bytes: u64,
+    /// Body of a batch.
+    pub batch_bytes: u64,
+    /// Lines of a batch.
+    pub batch_lines: u32,
     /// TLS and hello together.
     pub hello_deadline: Duration,
     /// A send that the peer's transport does not take.
@@ -524,7 +538,48 @@ fn api_access(source: &Source, address: SocketAddr) -> ApiAccess {
     ApiAccess::Loopback
 }
 
+/// Two settings of which one must not be above the other.
+fn ordered(least: (&dyn AnyKey, u64), most: (&dyn AnyKey, u64), source: &Source) {
+    if least.1 <= most.1 {
+        return;
+    }
+    let (key, other) = if source.is_set(least.0) {
+        (least.0, most.0)
+    } else {
+        (most.0, least.0)
+    };
+    source.note(
+        key,
+        &format!("{} is above {}", least.0.name(), most.0.name()),
+        &format!(
+            "set {} no higher than {} (look at {})",
+            least.0.name(),
+            most.0.name(),
+            other.name()
+        ),
+    );
+}
+
 fn limits(source: &Source) -> Limits {
+    ordered(
+        (&keys::LIMITS_IN_FLIGHT, source.get(&keys::LIMITS_IN_FLIGHT)),
+        (
+            &keys::LIMITS_IN_FLIGHT_MAX,
+            source.get(&keys::LIMITS_IN_FLIGHT_MAX),
+        ),
+        source,
+    );
+    ordered(
+        (
+            &keys::LIMITS_WAIT_DEFAULT,
+            source.get(&keys::LIMITS_WAIT_DEFAULT).as_secs(),
+        ),
+        (
+            &keys::LIMITS_WAIT_MAX,
+            source.get(&keys::LIMITS_WAIT_MAX).as_secs(),
+        ),
+        source,
+    );
     let ttl_default = source.get(&keys::LIMITS_TTL_DEFAULT);
     let ttl_max = source.get(&keys::LIMITS_TTL_MAX);
     if ttl_default > ttl_max {
@@ -555,6 +610,13 @@ fn limits(source: &Source) -> Limits {
         mailbox_full: source.get(&keys::LIMITS_MAILBOX_FULL),
         ttl_default,
         ttl_max,
+        in_flight: clamp(source.get(&keys::LIMITS_IN_FLIGHT)),
+        in_flight_max: clamp(source.get(&keys::LIMITS_IN_FLIGHT_MAX)),
+        wait_default: source.get(&keys::LIMITS_WAIT_DEFAULT),
+        wait_max: source.get(&keys::LIMITS_WAIT_MAX),
+        body_bytes: source.get(&keys::LIMITS_BODY),
+        batch_bytes: source.get(&keys::LIMITS_BATCH),
+        batch_lines: clamp(source.get(&keys::LIMITS_BATCH_LINES)),
         hello_deadline: source.get(&keys::LIMITS_HELLO),
         write_deadline: source.get(&keys::LIMITS_WRITE),
         ack_timeout: source.get(&keys::LIMITS_ACK),

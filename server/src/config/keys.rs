@@ -129,6 +129,20 @@ keys! {
     LIMITS_TTL_DEFAULT: SpanSetting = "limits.ttl_default", span(0, 365 * DAY), "7d";
     /// Longest time a notification may wait; a longer TTL is lowered, and the granted one is returned.
     LIMITS_TTL_MAX: SpanSetting = "limits.ttl_max", span(SECOND, 365 * DAY), "30d";
+    /// Notifications that may be in flight in a session whose device asks for no number of its own; further ones wait.
+    LIMITS_IN_FLIGHT: CountSetting = "limits.in_flight", count(1, 256), "32";
+    /// Most notifications in flight that a device is granted, whatever it asks for.
+    LIMITS_IN_FLIGHT_MAX: CountSetting = "limits.in_flight_max", count(1, 256), "256";
+    /// How long `?wait=acknowledged` waits when it names no `timeout_s`. In whole seconds.
+    LIMITS_WAIT_DEFAULT: SpanSetting = "limits.wait_default", span(0, MINUTE), "10s";
+    /// Longest `timeout_s`; a longer one is answered 400.
+    LIMITS_WAIT_MAX: SpanSetting = "limits.wait_max", span(SECOND, MINUTE), "60s";
+    /// Largest body of a request, and largest line of a batch; above it 413.
+    LIMITS_BODY: BytesSetting = "limits.body_bytes", bytes(128 * KIB, 16 * MIB), "1MiB";
+    /// Largest body of a batch; above it 413, and nothing of it happens.
+    LIMITS_BATCH: BytesSetting = "limits.batch_bytes", bytes(128 * KIB, 64 * MIB), "8MiB";
+    /// Most pings of a batch; above it 413, and nothing of it happens.
+    LIMITS_BATCH_LINES: CountSetting = "limits.batch_lines", count(1, 10_000), "1000";
     /// TLS handshake and hello together.
     LIMITS_HELLO: SpanSetting = "limits.hello_deadline", span(SECOND, 5 * MINUTE), "10s";
     /// A send that the device's transport has not taken for so long ends the session.

@@ -48,10 +48,6 @@ use crate::runtime::{
 };
 use crate::telemetry::metrics as names;
 
-/// Largest body of a batch, bytes.
-pub(crate) const BATCH_BODY_MAX: usize = 8 << 20;
-/// Most pings of a batch: so many are answered by one sync of the disk, and no more are in doubt if the connection breaks.
-pub(crate) const BATCH_LINES_MAX: usize = 1_000;
 /// Pings of one batch under way at the same time.
 const UNDER_WAY_MAX: usize = 512;
 /// Lines that are read ahead of those under way; their users are looked up together.
@@ -182,13 +178,14 @@ async fn take(who: &Principal, backend: Backend, request: Request) -> Result<Res
         backend.handle.hold_body(who.app(), size)
     })
     .await?;
-    let lines = lines(&bytes)?;
+    let lines = lines(&bytes, limits.batch_lines_max)?;
     let (pieces, answer) = mpsc::channel(PIECES_MAX);
     let cut = parts.extensions.get::<Cut>().cloned();
     // An HTTP/2 connection carries other calls as well, and one that nobody reads holds only its own stream there.
     let cut = cut.filter(|_| parts.version < Version::HTTP_2);
     let batch = Batch {
-        stall: backend.handle.batch_stall(),
+        line_max: limits.body_max,
+        stall: limits.batch_stall,
         handle: backend.handle,
         who: who.clone(),
         origin: parts.extensions.get::<Origin>().cloned().map(Arc::new),
@@ -230,16 +227,16 @@ fn no_key_for_all(headers: &HeaderMap) -> Result<(), Problem> {
 }
 
 /// Where the lines are that have something on them, with their numbers.
-pub(super) fn lines(bytes: &[u8]) -> Result<VecDeque<(u32, Range<usize>)>, Problem> {
+pub(super) fn lines(bytes: &[u8], most: usize) -> Result<VecDeque<(u32, Range<usize>)>, Problem> {
     let mut lines = VecDeque::new();
     let mut start = 0;
     for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
         let end = start + line.len();
         if !line.trim_ascii().is_empty() {
-            if lines.len() == BATCH_LINES_MAX {
+            if lines.len() == most {
                 return Err(Problem::new(
                     Code::BodyTooLarge,
-                    format!("The batch has more than {BATCH_LINES_MAX} lines."),
+                    format!("The batch has more than {most} lines."),
                 ));
             }
             // What stands at the end of a line belongs to no line: its hash must not depend on it.
@@ -330,6 +327,8 @@ struct Batch {
     who: Principal,
     /// The trace that the batch belongs to, if it is traced.
     origin: Option<Arc<Origin>>,
+    /// Longest line, bytes.
+    line_max: usize,
     /// How long nobody may take a piece of the answer.
     stall: Duration,
     bytes: Bytes,
@@ -482,10 +481,10 @@ impl Batch {
     fn read(&self, place: Range<usize>) -> Result<PingRequest, Problem> {
         let line = &self.bytes[place];
         self.handle.admit(&self.who)?;
-        if line.len() > body::BODY_MAX {
+        if line.len() > self.line_max {
             return Err(Problem::new(
                 Code::BodyTooLarge,
-                format!("The line is longer than {} bytes.", body::BODY_MAX),
+                format!("The line is longer than {} bytes.", self.line_max),
             ));
         }
         let (ping, key) = ping_body::read_line(line)?;
@@ -548,8 +547,10 @@ mod tests {
 
     use super::*;
 
+    const MOST: usize = 1_000;
+
     fn found(text: &str) -> Vec<(u32, &str)> {
-        lines(text.as_bytes())
+        lines(text.as_bytes(), MOST)
             .unwrap()
             .into_iter()
             .map(|(number, place)| (number, &text[place]))
@@ -566,7 +567,7 @@ mod tests {
         );
         for nothing in ["", "\n", " \r\n\t"] {
             assert_eq!(
-                lines(nothing.as_bytes()).unwrap_err().code(),
+                lines(nothing.as_bytes(), MOST).unwrap_err().code(),
                 Code::Malformed
             );
         }
@@ -574,10 +575,10 @@ mod tests {
 
     #[test]
     fn a_line_too_many_refuses_all_of_them() {
-        let most = "{}\n".repeat(BATCH_LINES_MAX);
-        assert_eq!(found(&most).len(), BATCH_LINES_MAX);
-        assert_eq!(found(&format!("{most}\n\n")).len(), BATCH_LINES_MAX);
-        let refused = lines(format!("{most}{{}}").as_bytes()).unwrap_err();
+        let most = "{}\n".repeat(MOST);
+        assert_eq!(found(&most).len(), MOST);
+        assert_eq!(found(&format!("{most}\n\n")).len(), MOST);
+        let refused = lines(format!("{most}{{}}").as_bytes(), MOST).unwrap_err();
         assert_eq!(refused.code(), Code::BodyTooLarge);
     }
 

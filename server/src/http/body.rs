@@ -13,9 +13,6 @@ use hyper::body::Body as _;
 use super::error::{Place, Problem};
 use crate::runtime::RuntimeError;
 
-/// Largest request body, bytes: room for the largest content in base64, a list of 1,000 names, and escapes.
-pub(crate) const BODY_MAX: usize = 1 << 20;
-
 /// How long a body may take to arrive. Slower than 35 KB/s for the largest one is a defect or an attack.
 const BODY_TIME: Duration = Duration::from_secs(30);
 
@@ -116,13 +113,13 @@ pub(super) async fn read_reserved<S>(
     }
 }
 
-/// Reads a body of at most [`BODY_MAX`] bytes.
-pub(crate) async fn read(mut body: Body) -> Result<Bytes, BodyError> {
+/// Reads a body of at most `most` bytes.
+pub(crate) async fn read(mut body: Body, most: usize) -> Result<Bytes, BodyError> {
     // What says at the outset that it is too large is not even invited (`Expect: 100-continue`).
-    if body.size_hint().lower() > BODY_MAX as u64 {
-        return Err(BodyError::TooLarge(BODY_MAX));
+    if body.size_hint().lower() > most as u64 {
+        return Err(BodyError::TooLarge(most));
     }
-    match tokio::time::timeout(BODY_TIME, collect(&mut body)).await {
+    match tokio::time::timeout(BODY_TIME, collect(&mut body, most)).await {
         Ok(Err(BodyError::TooLarge(max))) => {
             drain(&mut body).await;
             Err(BodyError::TooLarge(max))
@@ -132,15 +129,15 @@ pub(crate) async fn read(mut body: Body) -> Result<Bytes, BodyError> {
     }
 }
 
-async fn collect(body: &mut Body) -> Result<Bytes, BodyError> {
+async fn collect(body: &mut Body, most: usize) -> Result<Bytes, BodyError> {
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(|_| BodyError::Broken)?.into_data() else {
             continue;
         };
-        if first.len() + rest.len() + data.len() > BODY_MAX {
-            return Err(BodyError::TooLarge(BODY_MAX));
+        if first.len() + rest.len() + data.len() > most {
+            return Err(BodyError::TooLarge(most));
         }
         // Nearly every body comes in one piece and is not copied.
         if first.is_empty() {

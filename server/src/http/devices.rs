@@ -191,7 +191,7 @@ pub(super) async fn create(
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
     body::expect_json(&parts.headers)?;
-    let new: NewDevice = json::read(&body::read(body).await?)?;
+    let new: NewDevice = json::read(&body::read(body, backend.handle.limits().body_max).await?)?;
     let user = new.user.ok_or_else(|| json::missing("/user", NAME))?;
     let registered = backend
         .handle
@@ -411,7 +411,7 @@ pub(super) async fn change(
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
     body::expect_merge_patch(&parts.headers)?;
-    let change: Change = json::read(&body::read(body).await?)?;
+    let change: Change = json::read(&body::read(body, backend.handle.limits().body_max).await?)?;
     if change.waiting.is_some() && change.user.is_none() {
         return Err(Problem::new(
             Code::Unprocessable,
@@ -505,7 +505,7 @@ pub(super) async fn rotate(
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
-    let bytes = body::read(body).await?;
+    let bytes = body::read(body, backend.handle.limits().body_max).await?;
     let rotation = if bytes.is_empty() {
         Rotation::default()
     } else {

@@ -9,7 +9,7 @@ pub fn ping_body(bytes: &[u8]) {
 
 /// Finds the lines of a batch.
 pub fn batch(bytes: &[u8]) {
-    let _ = super::batch::lines(bytes);
+    let _ = super::batch::lines(bytes, 1_000);
 }
 
 /// Reads the query of a ping and of a list.

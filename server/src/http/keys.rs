@@ -137,7 +137,7 @@ pub(super) async fn create(
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
     body::expect_json(&parts.headers)?;
-    let new: NewKey = json::read(&body::read(body).await?)?;
+    let new: NewKey = json::read(&body::read(body, backend.handle.limits().body_max).await?)?;
     let name = new.name.ok_or_else(|| json::missing("/name", NAME))?;
     let scopes = new
         .scopes

@@ -3,6 +3,7 @@
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
+use bellwire_protocol::limits::DEVICE_FRAME_MAX_BYTES;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
@@ -13,6 +14,7 @@ use super::document::refusals;
 use super::error::Problem;
 use super::loaded::SettingsReport;
 use super::{Backend, answer};
+use crate::delivery::OverflowRule;
 use crate::runtime::{CallbackFigures, ClockState, Status, StoreHealth};
 
 /// How the server is.
@@ -43,6 +45,8 @@ pub(super) struct StatusReport {
     backup: Option<BackupReport>,
     clock: ClockReport,
     limits: LimitsReport,
+    /// What apps may use and do use, by name.
+    apps: Vec<AppReport>,
     settings: SettingsReport,
 }
 
@@ -214,6 +218,69 @@ struct LimitsReport {
     devices_per_ping: u32,
     /// How long a device's old secret stays good after a rotation that names no time, seconds.
     secret_overlap_s: u64,
+    /// Notifications in one mailbox.
+    mailbox_notifications: u32,
+    /// Content bytes in one mailbox.
+    mailbox_bytes: u64,
+    /// What a full mailbox does: `evict` or `refuse`.
+    mailbox_full: &'static str,
+    /// Notifications in flight in a session whose device asks for no number.
+    in_flight: u16,
+    /// Most notifications in flight that a device is granted.
+    in_flight_max: u16,
+    /// Largest frame from a device, bytes. A part of version 1 of the protocol, not a setting.
+    frame_max: usize,
+    /// TLS and hello together, seconds.
+    hello_deadline_s: u64,
+    /// Advised keep-alive over QUIC, seconds, least and most. A link is dropped after 2.5 times the most without a sign.
+    keep_alive_quic_s: (u32, u32),
+    /// Advised keep-alive over WebSocket, seconds, least and most.
+    keep_alive_websocket_s: (u32, u32),
+    /// Connections of one address that have not said hello.
+    connections_per_address: u32,
+    /// Connections in all that have not said hello.
+    unauthenticated_connections: u32,
+    /// Wait for acknowledgements of a ping that names none, seconds.
+    wait_default_s: u64,
+    /// Longest wait for acknowledgements, seconds.
+    wait_max_s: u64,
+    /// Largest body of a request, bytes.
+    body_max: usize,
+    /// Largest body of a batch, bytes.
+    batch_body_max: usize,
+    /// Most pings of a batch.
+    batch_lines_max: usize,
+    /// Pings of one API key in a second, in the long run.
+    pings_per_second: u32,
+    /// Pings of one API key at once.
+    ping_burst: u32,
+    /// Pings to one device in a second, in the long run; 0: no limit.
+    device_pings_per_second: u32,
+    /// Pings to one device at once.
+    device_ping_burst: u32,
+    /// Bodies in flight, bytes; `memory.reserve_bytes` of it are used.
+    memory_reserve: u64,
+    /// How far the engine may be behind the log, bytes; `store.lag_bytes` is how far it is.
+    lag_bytes_max: u64,
+    /// The same as a time, milliseconds.
+    lag_ms_max: u64,
+    /// Free space that is kept, bytes; `store.free_bytes` is what there is.
+    disk_reserve: u64,
+}
+
+/// What one app may use and does use.
+#[derive(Serialize, ToSchema)]
+struct AppReport {
+    /// Its name.
+    name: String,
+    /// Pings that it may send in 24 hours; 0: as many as it likes.
+    pings_per_day: u64,
+    /// Of those, what is left now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pings_left: Option<u64>,
+    /// Its bodies in flight, bytes.
+    reserve_bytes: u64,
 }
 
 impl StatusReport {
@@ -315,7 +382,44 @@ impl StatusReport {
                 ttl_max_s: status.limits.ttl_max_s,
                 devices_per_ping: status.limits.devices_max,
                 secret_overlap_s: status.limits.secret_overlap.as_secs(),
+                mailbox_notifications: status.policy.mailbox_notifications,
+                mailbox_bytes: status.policy.mailbox_bytes,
+                mailbox_full: match status.policy.overflow {
+                    OverflowRule::Evict => "evict",
+                    OverflowRule::Refuse => "refuse",
+                },
+                in_flight: status.link.window_default,
+                in_flight_max: status.link.window_max,
+                frame_max: DEVICE_FRAME_MAX_BYTES,
+                hello_deadline_s: status.link.hello_deadline.as_secs(),
+                keep_alive_quic_s: status.link.keep_alive_quic_s,
+                keep_alive_websocket_s: status.link.keep_alive_websocket_s,
+                connections_per_address: status.link.per_address,
+                unauthenticated_connections: status.link.unauthenticated,
+                wait_default_s: status.limits.wait_default.as_secs(),
+                wait_max_s: status.limits.wait_max.as_secs(),
+                body_max: status.limits.body_max,
+                batch_body_max: status.limits.batch_body_max,
+                batch_lines_max: status.limits.batch_lines_max,
+                pings_per_second: status.limits.pings_per_second,
+                ping_burst: status.limits.ping_burst,
+                device_pings_per_second: status.limits.device_pings_per_second,
+                device_ping_burst: status.limits.device_ping_burst,
+                memory_reserve: status.limits.memory_reserve,
+                lag_bytes_max: store.lag_bytes_max,
+                lag_ms_max: store.lag_ms_max,
+                disk_reserve: store.reserve_bytes,
             },
+            apps: status
+                .apps
+                .iter()
+                .map(|app| AppReport {
+                    name: app.name.clone(),
+                    pings_per_day: app.quota.pings_per_day,
+                    pings_left: app.pings_left,
+                    reserve_bytes: app.reserve_bytes,
+                })
+                .collect(),
             settings,
         }
     }

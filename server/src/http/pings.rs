@@ -22,11 +22,6 @@ use crate::runtime::{
     Content, Origin, PairState, PairView, PingAnswer, PingRequest, Principal, sha256,
 };
 
-/// Longest wait for acknowledgements.
-const WAIT_MAX_S: u64 = 60;
-/// Wait for acknowledgements when the caller does not say how long.
-const WAIT_DEFAULT_S: u64 = 10;
-
 /// What became of a ping that was accepted: everything in it is promised.
 #[derive(Serialize, ToSchema)]
 pub(super) struct Accepted {
@@ -227,10 +222,10 @@ async fn publish(
     request: Request,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
-    let wait = wait(parts.uri.query())?;
+    let wait = wait(parts.uri.query(), &backend.handle.limits())?;
     let key = idempotency_key(&parts.headers)?;
     body::expect_json(&parts.headers)?;
-    let bytes = body::read(body).await?;
+    let bytes = body::read(body, backend.handle.limits().body_max).await?;
     // After the body, or the connection could not be used again.
     backend.handle.admit(who)?;
     let ping = ping_body::read(&bytes)?;
@@ -295,18 +290,20 @@ fn accepted(answered: &PingAnswer, waited: bool) -> Response {
 }
 
 /// How long to wait, from the query.
-pub(super) fn wait(query: Option<&str>) -> Result<Option<Duration>, Problem> {
+pub(super) fn wait(query: Option<&str>, limits: &Limits) -> Result<Option<Duration>, Problem> {
     let query = Query::read(query, &["wait", "timeout_s"])?;
     let asked = query.parsed("wait", "`acknowledged`", |text| {
         (text == "acknowledged").then_some(())
     })?;
-    let timeout_s = query.parsed("timeout_s", "an integer from 0 to 60", |text| {
-        text.parse().ok().filter(|seconds| *seconds <= WAIT_MAX_S)
+    let most = limits.wait_max.as_secs();
+    let takes = format!("an integer from 0 to {most}");
+    let timeout_s = query.parsed("timeout_s", &takes, |text| {
+        text.parse().ok().filter(|seconds| *seconds <= most)
     })?;
     match (asked, timeout_s) {
-        (Some(()), timeout_s) => Ok(Some(Duration::from_secs(
-            timeout_s.unwrap_or(WAIT_DEFAULT_S),
-        ))),
+        (Some(()), timeout_s) => Ok(Some(
+            timeout_s.map_or(limits.wait_default, Duration::from_secs),
+        )),
         (None, None) => Ok(None),
         (None, Some(_)) => Err(query::wrong("timeout_s", "used with `wait=acknowledged`")),
     }

@@ -23,7 +23,7 @@ use super::allowance;
 use super::error::{Place, Problem};
 use super::traceparent;
 use crate::runtime::{Handle, Origin, Trace};
-use crate::telemetry::metrics::{HTTP_REQUESTS_TOTAL, HTTP_SECONDS};
+use crate::telemetry::metrics::{HTTP_REFUSALS_TOTAL, HTTP_REQUESTS_TOTAL, HTTP_SECONDS};
 
 /// The header that names a request, in both directions.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -89,6 +89,7 @@ impl Site {
         if method == Method::OPTIONS && response.status() == StatusCode::METHOD_NOT_ALLOWED {
             response = options(&response);
         } else if let Some(problem) = problem {
+            metrics::counter!(HTTP_REFUSALS_TOTAL, "code" => problem.code().name()).increment(1);
             // What is true of the call whatever became of it.
             let mut before = std::mem::take(response.headers_mut());
             response = problem.render(id.to_str().unwrap_or_default());

@@ -176,6 +176,12 @@ pub struct StoreStats {
     pub engine: &'static str,
     /// The number of this run, raised at each start.
     pub run: u32,
+    /// How far the engine may be behind before new work waits.
+    pub lag_bytes_max: u64,
+    /// The same as a time, milliseconds.
+    pub lag_ms_max: u64,
+    /// Free space below which new notifications are refused.
+    pub reserve_bytes: u64,
     /// Frames written in this run.
     pub frames: u64,
     /// Syncs done in this run.

@@ -142,6 +142,10 @@ pub struct LinkSettings {
     pub keep_alive_websocket_s: (u32, u32),
     /// Largest content of one notification, bytes. Default 4,096.
     pub content_max: u32,
+    /// Notifications in flight for a device that asks for no number. Default 32.
+    pub window_default: u16,
+    /// Most notifications in flight that a device is granted. Default 256.
+    pub window_max: u16,
 }
 
 impl Default for LinkSettings {
@@ -156,6 +160,8 @@ impl Default for LinkSettings {
             keep_alive_quic_s: (20, 120),
             keep_alive_websocket_s: (60, 900),
             content_max: 4_096,
+            window_default: 32,
+            window_max: 256,
         }
     }
 }

@@ -34,7 +34,9 @@ use super::shard::{Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
 use super::traces::{Origin, Trace};
 use super::turn::Turn;
-use crate::delivery::{Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, SessionId};
+use crate::delivery::{
+    Acknowledged, AppId, Attach, DeviceId, Event, Now, PingId, Policy, SessionId,
+};
 use crate::ports::{
     Carrier, DeadLetter, Entropy, OutcomePage, OutcomeQuery, Page, Scopes, StoreHealth,
 };
@@ -58,6 +60,8 @@ pub(super) struct Inner {
     pub(super) reserve: Arc<Reserve>,
     pub(super) limits: ArcSwap<Limits>,
     pub(super) link: ArcSwap<LinkSettings>,
+    /// What the shards were told last.
+    pub(super) policy: ArcSwap<Policy>,
     /// How long it is known what was erased, milliseconds.
     pub(super) erasures_keep_ms: u64,
     pub(super) run: u32,
@@ -195,6 +199,9 @@ impl Handle {
             clock: inner.shared.clock.state(),
             draining: inner.draining(),
             limits: **inner.limits.load(),
+            link: inner.link.load_full(),
+            policy: inner.policy.load_full(),
+            apps: inner.app_uses(),
         }
     }
 
@@ -204,6 +211,7 @@ impl Handle {
         inner.limits.store(Arc::new(settings.limits));
         inner.link.store(Arc::new(settings.link.clone()));
         inner.callbacks.wake();
+        inner.policy.store(Arc::new(settings.policy.clone()));
         inner.set_quotas(&settings.quotas);
         inner
             .shared
@@ -358,10 +366,10 @@ impl Handle {
         share.map(BodyShare::new).ok_or(RuntimeError::MemoryReserve)
     }
 
-    /// How long the caller of a batch may take none of its answers ([`Limits::batch_stall`]).
+    /// The limits in force.
     #[must_use]
-    pub fn batch_stall(&self) -> Duration {
-        self.inner.limits.load().batch_stall
+    pub fn limits(&self) -> Limits {
+        **self.inner.limits.load()
     }
 
     /// What is known of a ping of this app; `None`: not known, or no longer.

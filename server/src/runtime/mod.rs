@@ -53,7 +53,7 @@ pub use settings::{
     RuntimeSettings, SECRET_OVERLAP_MAX, SHARDS_MAX, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
 };
 pub use start::{Runtime, StartError};
-pub use status::{DrainSummary, NotReady, Status};
+pub use status::{AppUse, DrainSummary, NotReady, Status};
 pub use traces::{Origin, Trace};
 pub use turn::{Placed, Turn};
 

@@ -255,6 +255,9 @@ impl Inner {
             .ttl_s
             .unwrap_or(limits.ttl_default_s)
             .min(limits.ttl_max_s);
+        if request.ttl_s.is_some_and(|asked| asked > ttl_s) {
+            metrics::counter!(names::TTLS_LOWERED_TOTAL).increment(1);
+        }
         let transient = ttl_s == 0;
         let lifetime_ms = if transient {
             TRANSIENT_MS

@@ -3,7 +3,7 @@
 //! Everything here is looked at before anything of a ping is done, without a lock: a rate is one atomic number, room in memory two.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -15,6 +15,7 @@ use super::handle::Inner;
 use super::rate::{Pace, Rate};
 use super::reserve::Share;
 use super::settings::{AppQuota, Quotas};
+use super::status::AppUse;
 use crate::delivery::AppId;
 use crate::ports::AppRecord;
 use crate::telemetry::metrics as names;
@@ -146,6 +147,26 @@ impl Inner {
         };
         self.reserve
             .take(&self.app(app)?.room, size, (reserve, most))
+    }
+
+    /// What apps use, by name.
+    pub(super) fn app_uses(&self) -> Vec<AppUse> {
+        let now = self.shared.clock.now().mono;
+        let mut uses: Vec<AppUse> = self
+            .apps
+            .values()
+            .map(|app| {
+                let pace = app.day_pace();
+                AppUse {
+                    name: app.name.clone(),
+                    quota: **app.quota.load(),
+                    pings_left: (!pace.is_free()).then(|| app.day.left(now, pace).0),
+                    reserve_bytes: app.room.load(Ordering::Relaxed),
+                }
+            })
+            .collect();
+        uses.sort_by(|one, other| one.name.cmp(&other.name));
+        uses
     }
 
     /// Takes new quotas.

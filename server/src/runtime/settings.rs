@@ -119,6 +119,17 @@ pub struct Limits {
     pub ttl_max_s: u64,
     /// Devices that one ping may address. Default [`DEVICES_PER_PING`].
     pub devices_max: u32,
+    /// Wait for acknowledgements of a ping that names none. Default 10 s; whole seconds.
+    pub wait_default: Duration,
+    /// Longest wait for acknowledgements. Default 60 s.
+    pub wait_max: Duration,
+    /// Largest body of a request, and largest line of a batch, bytes. Default 1 MiB.
+    pub body_max: usize,
+    /// Largest body of a batch, bytes. Default 8 MiB.
+    pub batch_body_max: usize,
+    /// Most pings of a batch: so many are answered by one sync of the disk, and no more are in doubt if the connection breaks.
+    /// Default 1,000.
+    pub batch_lines_max: usize,
     /// Bodies in flight, bytes: accepted ones that a mailbox still holds in memory. Default 256 MiB.
     pub memory_reserve: u64,
     /// Pings that one API key may send, per second in the long run. Default 50,000: more than one server takes, so that
@@ -158,6 +169,11 @@ impl Default for Limits {
             ttl_default_s: 7 * 86_400,
             ttl_max_s: 30 * 86_400,
             devices_max: DEVICES_PER_PING,
+            wait_default: Duration::from_secs(10),
+            wait_max: Duration::from_secs(60),
+            body_max: 1 << 20,
+            batch_body_max: 8 << 20,
+            batch_lines_max: 1_000,
             memory_reserve: 256 << 20,
             pings_per_second: 50_000,
             ping_burst: 100_000,

@@ -141,6 +141,7 @@ impl Runtime {
             reserve: Arc::new(Reserve::default()),
             limits: ArcSwap::from_pointee(settings.limits),
             link: ArcSwap::from_pointee(settings.link.clone()),
+            policy: ArcSwap::from_pointee(settings.policy.clone()),
             erasures_keep_ms: millis(settings.erasures_keep),
             run,
             receipts_keep_ms: millis(settings.receipts_keep),

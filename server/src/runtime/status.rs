@@ -1,8 +1,11 @@
 //! How the server is: for `GET /v1/status`, health checks and metrics.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::settings::Limits;
+use super::api::LinkSettings;
+use super::settings::{AppQuota, Limits};
+use crate::delivery::Policy;
 use crate::ports::{ClockState, StoreHealth, StoreStats};
 
 /// A look at everything that runs. Plain values; taking one is cheap.
@@ -44,6 +47,12 @@ pub struct Status {
     pub draining: bool,
     /// The limits in force.
     pub limits: Limits,
+    /// Those of links.
+    pub link: Arc<LinkSettings>,
+    /// Those of mailboxes.
+    pub policy: Arc<Policy>,
+    /// What apps may use and do use, by name.
+    pub apps: Vec<AppUse>,
 }
 
 impl Status {
@@ -52,6 +61,19 @@ impl Status {
     pub fn connected(&self) -> u64 {
         self.connected_quic + self.connected_websocket
     }
+}
+
+/// What one app may use, and what it does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppUse {
+    /// Its name.
+    pub name: String,
+    /// What it may use.
+    pub quota: AppQuota,
+    /// Pings that it may still send now, of those of a day; `None`: as many as it likes.
+    pub pings_left: Option<u64>,
+    /// Bytes of its bodies in flight.
+    pub reserve_bytes: u64,
 }
 
 /// Why the server does not want traffic now (`/readyz`).

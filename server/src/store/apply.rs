@@ -80,6 +80,11 @@ struct QueueState {
 }
 
 impl Queue {
+    /// How far the engine may be behind.
+    pub(super) fn limit(&self) -> &LagLimit {
+        &self.limit
+    }
+
     pub(super) fn new(limit: LagLimit, applied: u64) -> Queue {
         Queue {
             state: Mutex::new(QueueState {

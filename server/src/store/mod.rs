@@ -694,6 +694,9 @@ fn stats(
     StoreStats {
         engine: keeper.engine.name(),
         run,
+        lag_bytes_max: queue.limit().bytes,
+        lag_ms_max: u64::try_from(queue.limit().time.as_millis()).unwrap_or(u64::MAX),
+        reserve_bytes: keeper.rules.reserve_bytes,
         frames: figures.frames.load(Ordering::Relaxed),
         syncs: figures.syncs.load(Ordering::Relaxed),
         last_frame: figures.last_frame.load(Ordering::Relaxed),

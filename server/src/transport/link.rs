@@ -18,7 +18,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bellwire_protocol::limits::{
-    GOAWAY_GRACE_MS, REPLACED_AWAY_MIN_MS, WINDOW_DEFAULT, WINDOW_MAX, WINDOW_MIN, WITHDRAW_IDS_MAX,
+    GOAWAY_GRACE_MS, REPLACED_AWAY_MIN_MS, WINDOW_MAX, WINDOW_MIN, WITHDRAW_IDS_MAX,
 };
 use bellwire_protocol::{
     Ack, Carrier, Code, Codec, DecodeError, Goaway, GoawayReason, Hello, Id, KeepAlive,
@@ -353,7 +353,8 @@ impl<D: Door, P: Pipe> Link<D, P> {
                 let session = self.shared.door.next_session();
                 self.attached = Some((device, session));
                 let outlet: Arc<dyn Outlet> = Arc::clone(&self.outbox) as Arc<dyn Outlet>;
-                let request = attach_request(session, &hello, P::CARRIER);
+                let settings = self.shared.door.link_settings();
+                let request = attach_request(session, &hello, P::CARRIER, &settings);
                 self.shared.door.attach(proof, request, outlet);
             }
             Err(WhoError::Unauthorized) => self.refuse(Code::Unauthorized),
@@ -736,13 +737,19 @@ fn silence_ticks(keep_alive: KeepAlive) -> u32 {
     u32::try_from(keep_alive.silence_ms().div_ceil(1_000)).unwrap_or(u32::MAX)
 }
 
-fn attach_request(session: SessionId, hello: &Hello, carrier: Carrier) -> AttachRequest {
-    let window = hello.window.unwrap_or(WINDOW_DEFAULT);
+fn attach_request(
+    session: SessionId,
+    hello: &Hello,
+    carrier: Carrier,
+    settings: &LinkSettings,
+) -> AttachRequest {
+    let window = hello.window.unwrap_or(settings.window_default);
+    let most = settings.window_max.clamp(WINDOW_MIN, WINDOW_MAX);
     AttachRequest {
         session,
         instance: u128::from_be_bytes(hello.instance.0),
         attempt: hello.attempt,
-        window: window.clamp(WINDOW_MIN, WINDOW_MAX),
+        window: window.clamp(WINDOW_MIN, most),
         min_urgency: hello.min_urgency.map_or(Urgency::VeryLow, urgency_inside),
         seen: hello
             .seen

@@ -598,6 +598,8 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
                 limits.keep_alive_websocket.max_s,
             ),
             content_max: limits.content_bytes,
+            window_default: window(limits.in_flight),
+            window_max: window(limits.in_flight_max),
         },
         limits: Limits {
             content_max: limits.content_bytes,
@@ -617,6 +619,11 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
                 give_up: callbacks.give_up,
                 dead_letters: callbacks.dead_letters,
             },
+            wait_default: limits.wait_default,
+            wait_max: limits.wait_max,
+            body_max: size(limits.body_bytes),
+            batch_body_max: size(limits.batch_bytes),
+            batch_lines_max: size(u64::from(limits.batch_lines)),
             device_pings_per_second: limits.device_pings_per_second,
             device_ping_burst: limits.device_ping_burst,
             ..Limits::default()
@@ -635,6 +642,15 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
         receipts_durable: checked.receipts_durable,
         ..RuntimeSettings::default()
     }
+}
+
+/// The bounds of the setting lie below what fits.
+fn window(set: u32) -> u16 {
+    u16::try_from(set).unwrap_or(u16::MAX)
+}
+
+fn size(set: u64) -> usize {
+    usize::try_from(set).unwrap_or(usize::MAX)
 }
 
 fn quota(set: config::AppQuota) -> AppQuota {
