@@ -174,7 +174,8 @@ async fn take(who: &Principal, backend: Backend, request: Request) -> Result<Res
         &NDJSON_TYPES,
         "The body must be one JSON object a line and say so: `Content-Type: application/x-ndjson`.",
     )?;
-    let (bytes, share) = body::read_reserved(body, BATCH_BODY_MAX, |size| {
+    let limits = backend.handle.limits();
+    let (bytes, share) = body::read_reserved(body, limits.batch_body_max, |size| {
         backend.handle.hold_body(who.app(), size)
     })
     .await?;

@@ -328,7 +328,7 @@ pub(super) async fn set(
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
     body::expect_json(&parts.headers)?;
-    let wanted: Wanted = json::read(&body::read(body).await?)?;
+    let wanted: Wanted = json::read(&body::read(body, backend.handle.limits().body_max).await?)?;
     let wish = CallbackWish {
         url: wanted.url.ok_or_else(|| json::missing("/url", URL))?,
         outcomes: wanted.outcomes.unwrap_or_default(),
@@ -415,7 +415,8 @@ pub(super) async fn rotate(
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
     body::expect_json(&parts.headers)?;
-    let rotation: Rotation = json::read(&body::read(body).await?)?;
+    let rotation: Rotation =
+        json::read(&body::read(body, backend.handle.limits().body_max).await?)?;
     if rotation
         .overlap_s
         .is_some_and(|overlap| overlap > OVERLAP_MAX_S)

@@ -14,6 +14,6 @@ pub fn batch(bytes: &[u8]) {
 
 /// Reads the query of a ping and of a list.
 pub fn query(text: &str) {
-    let _ = super::pings::wait(Some(text));
+    let _ = super::pings::wait(Some(text), &crate::runtime::Limits::default());
     let _ = super::devices::page(Some(text));
 }

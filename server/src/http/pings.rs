@@ -19,7 +19,7 @@ use super::query::{self, PathId, Query};
 use super::{Backend, allowance, answer, body, text};
 use crate::delivery::{AppId, DeviceId, PingId};
 use crate::runtime::{
-    Content, Origin, PairState, PairView, PingAnswer, PingRequest, Principal, sha256,
+    Content, Limits, Origin, PairState, PairView, PingAnswer, PingRequest, Principal, sha256,
 };
 
 /// What became of a ping that was accepted: everything in it is promised.
@@ -446,7 +446,7 @@ pub(super) async fn withdraw(
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     Query::read(parts.uri.query(), &[])?;
-    let bytes = body::read(body).await?;
+    let bytes = body::read(body, backend.handle.limits().body_max).await?;
     let asked: Withdrawal = if bytes.is_empty() {
         Withdrawal::default()
     } else {

@@ -37,7 +37,7 @@ use super::wheel::Wheel;
 use crate::delivery::{
     Acknowledged, Closing, DeviceId, Notification, PingId, Refusal, SessionId, Urgency, Verdict,
 };
-use crate::runtime::{AttachRequest, Identity, Out, Outlet, WhoError};
+use crate::runtime::{AttachRequest, Identity, LinkSettings, Out, Outlet, WhoError};
 
 /// Encoded bytes that wait to be written; beyond them notifications stay in the outbox, where all devices of a fan-out
 /// share them. Enough to fill the pipe of a fast network for one turn.
@@ -801,7 +801,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::delivery::{AppId, Hold, WireSlot};
-    use crate::runtime::LinkSettings;
     use crate::transport::admission::Admission;
     use bellwire_protocol::{Content, Decoded, DeviceFrame};
     use futures_util::task::noop_waker_ref;
@@ -926,6 +925,32 @@ mod tests {
         let deadline = Box::pin(sleep(Duration::from_secs(10)));
         let link = Link::new(shared, Hose::default(), knock.ok().unwrap(), deadline, peer);
         (desk, Box::pin(link))
+    }
+
+    #[test]
+    fn a_device_is_granted_the_window_that_it_asks_for_within_what_is_set() {
+        let settings = LinkSettings {
+            window_default: 8,
+            window_max: 64,
+            ..LinkSettings::default()
+        };
+        let granted = |window| {
+            let hello = Hello {
+                device: Id([1; 16]),
+                secret: Some("s".into()),
+                instance: Id([2; 16]),
+                attempt: 1,
+                seen: Vec::new(),
+                window,
+                min_urgency: None,
+                agent: None,
+            };
+            attach_request(SessionId(1), &hello, Carrier::Quic, &settings).window
+        };
+        assert_eq!(granted(None), 8);
+        assert_eq!(granted(Some(40)), 40);
+        assert_eq!(granted(Some(256)), 64);
+        assert_eq!(granted(Some(0)), 1);
     }
 
     fn attached() -> (Desk, TestLink) {

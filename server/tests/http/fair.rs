@@ -156,3 +156,74 @@ async fn a_device_that_is_sent_too_much_says_so() {
     assert_eq!(refused.header("retry-after"), Some("1"));
     server.stop().await;
 }
+
+#[tokio::test]
+async fn limits_that_were_set_hold_and_are_shown() {
+    let mut settings = RuntimeSettings::default();
+    settings.limits.body_max = 200_000;
+    settings.limits.batch_body_max = 300_000;
+    settings.limits.batch_lines_max = 3;
+    settings.limits.wait_max = std::time::Duration::from_secs(2);
+    settings.limits.memory_reserve = 4 << 20;
+    settings.link.window_default = 8;
+    settings.quotas.default.pings_per_day = 1_000;
+    let server = start_with(Setup {
+        settings,
+        ..Setup::default()
+    })
+    .await;
+    let bearer = format!("Bearer {}", server.key);
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("content-type", "application/x-ndjson"),
+    ];
+    let batch = async |body: &str| {
+        let path = "/v1/pings/batch";
+        send(server.api, "POST", path, &headers, body.as_bytes()).await
+    };
+    let line = format!("{BODY}\n");
+    assert_eq!(batch(&line.repeat(3)).await.status, 200);
+    let many = batch(&line.repeat(4)).await;
+    assert_eq!(many.problem(), "413 body_too_large");
+    let large = batch(&" ".repeat(300_001)).await;
+    assert_eq!(large.problem(), "413 body_too_large");
+    let padded = format!("{}{BODY}", " ".repeat(200_000));
+    assert!(batch(&padded).await.text().contains("\"status\":413"));
+    let single = server.ask("POST", "/v1/pings", &padded).await;
+    assert_eq!(single.problem(), "413 body_too_large");
+    let path = "/v1/pings?wait=acknowledged&timeout_s=3";
+    let wait = server.ask("POST", path, BODY).await;
+    assert_eq!(wait.problem(), "400 malformed timeout_s");
+    let path = "/v1/pings?wait=acknowledged&timeout_s=2";
+    assert_eq!(server.ask("POST", path, BODY).await.status, 200);
+
+    let headers = [("authorization", bearer.as_str())];
+    let status = send(server.operations, "GET", "/v1/status", &headers, b"").await;
+    let status = status.json();
+    for (name, value) in [
+        ("body_max", 200_000),
+        ("batch_body_max", 300_000),
+        ("batch_lines_max", 3),
+        ("wait_max_s", 2),
+        ("memory_reserve", 4 << 20),
+        ("in_flight", 8),
+        ("in_flight_max", 256),
+        ("frame_max", 16_384),
+        ("mailbox_notifications", 1_000),
+        ("pings_per_second", 50_000),
+        ("device_pings_per_second", 1_000),
+        ("hello_deadline_s", 10),
+        ("connections_per_address", 256),
+    ] {
+        assert_eq!(status["limits"][name], value, "{name}");
+    }
+    assert_eq!(status["limits"]["mailbox_full"], "evict");
+    assert_eq!(status["limits"]["keep_alive_quic_s"], json!([20, 120]));
+    let apps = status["apps"].as_array().unwrap();
+    let names: Vec<_> = apps.iter().map(|app| &app["name"]).collect();
+    assert_eq!(names, ["default", "other"]);
+    // Three lines of the batch, the padded line, and the one that waited; those that were too large were not read.
+    assert_eq!(apps[0]["pings_left"], 1_000 - 5);
+    assert_eq!(apps[1]["pings_left"], 1_000);
+    server.stop().await;
+}
