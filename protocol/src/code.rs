@@ -247,9 +247,6 @@ codes! {
     CallbackNotAllowed = "callback_not_allowed", Operator, 422, -, Never;
         "The operator's settings do not allow posting outcomes there.";
         "Ask the operator to add the host, and the network if its addresses are not public, to `callbacks.allow`.";
-    NotAvailable = "not_available", Publisher, 422, -, Never;
-        "The request is right and asks for something that this version does not have yet.";
-        "The detail names what to use in its place; upgrade the server once a version has it.";
     CallbackFailed = "callback_failed", Publisher, 502, -, Later;
         "The receiver of the callback did not take what was posted; the detail says why.";
         "Look at the receiver; a 2xx takes it.";
@@ -268,6 +265,9 @@ codes! {
     QuotaExceeded = "quota_exceeded", Publisher, 429, -, Later;
         "The app has used up what it may.";
         "Wait for the time in `Retry-After`; if it repeats, ask the operator for a larger quota.";
+    TooManyExpansions = "too_many_expansions", Publisher, 429, -, Later;
+        "As many pings to audiences (a topic, everyone, a long list) as may be are on their way already.";
+        "Wait for the time in `Retry-After`; `GET /v1/pings/{id}` tells how far one has come. The operator may raise `limits.open_expansions`.";
     StoreBusy = "store_busy", Operator, 503, -, Later;
         "The engine is too far behind the log to take more for the moment.";
         "Wait for the time in `Retry-After`; if it repeats, the disk is too slow for this load.";

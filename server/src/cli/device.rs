@@ -438,7 +438,7 @@ async fn show(device: &str, api: &ApiArgs) -> Outcome {
     Ok(())
 }
 
-async fn list(filters: &str, limit: usize, args: &ApiArgs) -> Outcome {
+pub(super) async fn list(filters: &str, limit: usize, args: &ApiArgs) -> Outcome {
     let api = Api::find(args)?;
     let mut devices = Vec::new();
     let mut after: Option<String> = None;

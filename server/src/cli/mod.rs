@@ -22,6 +22,7 @@ mod restore;
 mod serve;
 mod status;
 mod store;
+mod topic;
 mod user;
 mod withdraw;
 
@@ -79,6 +80,8 @@ enum Command {
     Ping(Box<ping::PingArgs>),
     /// Take a ping back, also off the screens where it is shown
     Withdraw(withdraw::WithdrawArgs),
+    /// Who is in a topic, and which topics a device is in
+    Topic(topic::TopicArgs),
     /// How notifications ended: by ping, device, user or time
     Outcomes(Box<outcomes::OutcomesArgs>),
     /// Follow outcomes as they happen
@@ -140,6 +143,7 @@ impl Command {
             Command::User(args) => args.json(),
             Command::Ping(args) => args.api.json,
             Command::Withdraw(args) => args.api.json,
+            Command::Topic(args) => args.json(),
             Command::Outcomes(args) => args.api.json,
             Command::Events(args) => args.api.json,
             Command::Callback(args) => args.json(),
@@ -166,6 +170,7 @@ impl Command {
             Command::User(args) => on_one_thread(user::run(&args)),
             Command::Ping(args) => on_one_thread(ping::run(&args)),
             Command::Withdraw(args) => on_one_thread(withdraw::run(&args)),
+            Command::Topic(args) => on_one_thread(topic::run(&args)),
             Command::Outcomes(args) => on_one_thread(outcomes::run(&args)),
             Command::Events(args) => on_one_thread(events::run(&args)),
             Command::Callback(args) => on_one_thread(callback::run(&args)),

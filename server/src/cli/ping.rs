@@ -26,6 +26,8 @@ Examples:
   bellwire ping --device mfrggzdfmztwq2lknnwg23tpoa --body Hi --wait
   bellwire ping --user anna --user ben --body \"Shift starts\" --ttl 600 --urgency high
   bellwire ping --user anna --sync orders --collapse orders --idempotency-key order-7
+  bellwire ping --topic ward/3 --body \"Visiting time is over\"
+  bellwire ping --everyone --title Maintenance --body \"Tonight at ten\" --ttl 3600
   bellwire ping --batch pings.ndjson          one ping a line, as POST /v1/pings/batch takes it; - reads standard input
 
 The exit code is 0 when the server has accepted the ping; with --wait, when it was acknowledged everywhere; with --batch, when
@@ -51,11 +53,17 @@ pub(crate) struct PingArgs {
         long = "device",
         value_name = "ID",
         help_heading = "Whom",
-        required_unless_present_any = ["users", "batch"]
+        required_unless_present_any = ["users", "topic", "everyone", "batch"]
     )]
     devices: Vec<String>,
+    /// The devices in a topic
+    #[arg(long, value_name = "TOPIC", help_heading = "Whom", conflicts_with_all = ["users", "devices", "everyone"])]
+    topic: Option<String>,
+    /// Every device
+    #[arg(long, help_heading = "Whom", conflicts_with_all = ["users", "devices"])]
+    everyone: bool,
     /// Many pings, one a line as JSON; `-` reads standard input. Lines with an `idempotency_key` are safe to send again
-    #[arg(long, value_name = "FILE", help_heading = "Whom", conflicts_with_all = ["users", "devices", "what", "how"])]
+    #[arg(long, value_name = "FILE", help_heading = "Whom", conflicts_with_all = ["users", "devices", "topic", "everyone", "what", "how"])]
     batch: Option<PathBuf>,
 
     /// A line in bold
@@ -150,6 +158,8 @@ pub(crate) async fn run(args: &PingArgs) -> Outcome {
 fn request(args: &PingArgs) -> Result<Value, Failure> {
     let mut ping = Map::new();
     let to = match (args.users.as_slice(), args.devices.as_slice()) {
+        _ if args.everyone => json!({ "everyone": true }),
+        _ if args.topic.is_some() => json!({ "topic": args.topic }),
         ([user], _) => json!({ "user": user }),
         (_, [device]) => json!({ "device": device }),
         ([], devices) => json!({ "devices": devices }),

@@ -67,11 +67,12 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
         (
             "devices",
             format!(
-                "{} connected ({} QUIC, {} WebSocket), {} mailboxes awake",
+                "{} connected ({} QUIC, {} WebSocket), {} mailboxes awake; {} pings on their way to audiences",
                 number("/devices/connected"),
                 number("/devices/quic"),
                 number("/devices/websocket"),
                 number("/memory/mailboxes_awake"),
+                number("/expansions"),
             ),
         ),
         ("store", format!("{health} ({})", text("/store/engine"))),

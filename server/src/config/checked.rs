@@ -40,6 +40,8 @@ pub struct Checked {
     pub receipts_max_bytes: u64,
     /// Whether every outcome is safe before it is announced.
     pub receipts_durable: bool,
+    /// Topics that devices may join and leave by themselves: patterns with commas between them.
+    pub self_subscribe: String,
     /// Shards; `None`: one for each processor.
     pub shards: Option<usize>,
     /// Over how long devices are sent away at a stop.
@@ -201,6 +203,10 @@ pub struct Limits {
     pub exempt: Vec<(IpAddr, u8)>,
     /// Connections before hello in all.
     pub unauthenticated: u32,
+    /// Devices that one ping may name in a list.
+    pub list_devices: u32,
+    /// Pings to audiences of one app that may be on their way at once.
+    pub open_expansions: u32,
     /// Memory for bodies in flight.
     pub memory_bytes: u64,
     /// Pings of one API key in a second.
@@ -349,6 +355,7 @@ impl Checked {
             receipts_keep: source.get(&keys::RECEIPTS_KEEP),
             receipts_max_bytes: source.get(&keys::RECEIPTS_MAX_BYTES),
             receipts_durable: source.get(&keys::RECEIPTS_DURABLE),
+            self_subscribe: source.get(&keys::TOPICS_SELF),
             shards: usize::try_from(source.get(&keys::RUNTIME_SHARDS))
                 .ok()
                 .filter(|shards| *shards > 0),
@@ -633,6 +640,8 @@ fn limits(source: &Source) -> Limits {
         per_address: clamp(source.get(&keys::LIMITS_PER_ADDRESS)),
         exempt: source.get(&keys::LIMITS_EXEMPT),
         unauthenticated: clamp(source.get(&keys::LIMITS_UNAUTHENTICATED)),
+        list_devices: clamp(source.get(&keys::LIMITS_LIST)),
+        open_expansions: clamp(source.get(&keys::LIMITS_EXPANSIONS)),
         memory_bytes: source.get(&keys::LIMITS_MEMORY),
         pings_per_second: clamp(source.get(&keys::LIMITS_PING_RATE)),
         ping_burst: clamp(source.get(&keys::LIMITS_PING_BURST)),

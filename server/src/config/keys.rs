@@ -163,6 +163,10 @@ keys! {
     LIMITS_EXEMPT: NetworksSetting = "limits.exempt_networks", NetworksSetting, "";
     /// Connections in all that have not said hello yet.
     LIMITS_UNAUTHENTICATED: CountSetting = "limits.unauthenticated_connections", count(1, 10_000_000), "10000";
+    /// Devices that one ping may name in a list. Above 1,000 it is brought to them afterwards, as a ping to a topic is.
+    LIMITS_LIST: CountSetting = "limits.list_devices", count(1_000, 100_000), "100000";
+    /// Pings to topics, to everyone and to long lists that one app may have on their way at once; above it they are answered 429. They are brought one after the other, so more would only wait; the content of each is kept in memory.
+    LIMITS_EXPANSIONS: CountSetting = "limits.open_expansions", count(1, 1_000), "100";
     /// Memory for the content of notifications that are on their way; above it new pings are answered 503.
     LIMITS_MEMORY: BytesSetting = "limits.memory_bytes", bytes(MIB, TIB), "256MiB";
     /// Pings that one API key may send in a second, in the long run; above it they are answered 429.
@@ -188,6 +192,12 @@ keys! {
     LIMITS_EVENT_STREAMS: CountSetting = "limits.event_streams", count(1, 100_000), "64";
     /// Pings that one app may send in a day, of 24 hours that slide; above it they are answered 429 `quota_exceeded`. Counted from the start of the server. `0`: no limit. `[quota.apps.NAME]` sets this and its neighbours for one app.
     QUOTA_PINGS: CountSetting = "quota.pings_per_day", count(0, 1_000_000_000_000), "0";
+
+    /// Topics that devices may join and leave by themselves, with commas between them: exact names, or a beginning and `*`, such as `news/*`. Without it only the backend says who is in a topic.
+    TOPICS_SELF: TextSetting = "topics.self_subscribe", TextSetting {
+        takes: "nothing, or names of topics and beginnings that end in `*`, with commas between them; at most 100",
+        fits: is_patterns,
+    }, "";
 
     /// How long the outcome of a ping can be asked for; then it answers 404 `ping_not_retained`.
     RECEIPTS_KEEP: SpanSetting = "receipts.keep", span(MINUTE, 90 * DAY), "24h";
@@ -229,6 +239,17 @@ keys! {
         takes: "error, warn, info, debug, trace, or directives with commas between them",
         fits: is_log_filter,
     }, "info";
+}
+
+/// As the runtime reads them; a test where both are known holds this to it.
+fn is_patterns(text: &str) -> bool {
+    let named = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/:@+".contains(&byte);
+    let pattern = |pattern: &str| {
+        let name = pattern.strip_suffix('*').unwrap_or(pattern);
+        pattern == "*" || ((1..=128).contains(&name.len()) && name.bytes().all(named))
+    };
+    text.trim().is_empty()
+        || (text.split(',').count() <= 100 && text.split(',').map(str::trim).all(pattern))
 }
 
 fn is_log_filter(text: &str) -> bool {

@@ -113,6 +113,23 @@ pub(super) async fn read_reserved<S>(
     }
 }
 
+/// Reads a body of at most `max` bytes; one of more than `most` is only kept once `hold` has given room for it, as with
+/// [`read_reserved`].
+///
+/// # Errors
+/// As [`BodyError`], and what `hold` refused with.
+pub(super) async fn read_long<S>(
+    body: Body,
+    (most, max): (usize, usize),
+    hold: impl Fn(usize) -> Result<S, RuntimeError>,
+) -> Result<(Bytes, Vec<S>), Problem> {
+    let size = body.size_hint();
+    if size.upper().is_some_and(|upper| upper <= most as u64) {
+        return Ok((read(body, most).await?, Vec::new()));
+    }
+    read_reserved(body, max, hold).await
+}
+
 /// Reads a body of at most `most` bytes.
 pub(crate) async fn read(mut body: Body, most: usize) -> Result<Bytes, BodyError> {
     // What says at the outset that it is too large is not even invited (`Expect: 100-continue`).

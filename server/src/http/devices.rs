@@ -16,7 +16,7 @@ use super::document::refusals;
 use super::error::{Place, Problem};
 use super::json::{self, Members, Trail};
 use super::query::{PathId, Query};
-use super::{Backend, answer, body, secret_answer, text};
+use super::{Backend, answer, body, secret_answer, text, topics};
 use crate::delivery::DeviceId;
 use crate::runtime::{DeviceChange, DeviceQuery, DeviceView, SECRET_OVERLAP_MAX, Waiting};
 
@@ -218,6 +218,7 @@ pub(super) fn page(query: Option<&str>) -> Result<(DeviceQuery, Option<DeviceId>
         query,
         &[
             "user",
+            "topic",
             "attached",
             "seen_before_ms",
             "seen_after_ms",
@@ -228,6 +229,7 @@ pub(super) fn page(query: Option<&str>) -> Result<(DeviceQuery, Option<DeviceId>
     let time = |name| query.parsed(name, TIME, |text| text.parse().ok());
     let wanted = DeviceQuery {
         user: query.parsed("user", NAME, text::name)?,
+        topic: query.parsed("topic", topics::EXPECTED, topics::topic)?,
         attached: query.parsed("attached", "`true` or `false`", |text| text.parse().ok())?,
         seen_before_ms: time("seen_before_ms")?,
         seen_after_ms: time("seen_after_ms")?,
@@ -240,7 +242,7 @@ pub(super) fn page(query: Option<&str>) -> Result<(DeviceQuery, Option<DeviceId>
 
 /// List devices.
 ///
-/// Everything that is asked for must fit. With `attached`, `seen_before_ms` or `seen_after_ms` one call looks at 10,000 devices
+/// Everything that is asked for must fit. With `topic`, `attached`, `seen_before_ms` or `seen_after_ms` one call looks at 10,000 devices
 /// at most: a page may then have fewer devices than `limit`, or none, and still have a `next`.
 #[utoipa::path(
     get,
@@ -249,6 +251,7 @@ pub(super) fn page(query: Option<&str>) -> Result<(DeviceQuery, Option<DeviceId>
     operation_id = "list_devices",
     params(
         ("user" = Option<String>, Query, description = "Only those of this user."),
+        ("topic" = Option<String>, Query, description = "Only those in this topic."),
         ("attached" = Option<bool>, Query, description = "Only those that are connected now, or only those that are not."),
         ("seen_before_ms" = Option<u64>, Query,
             description = "Only those last seen before this time; one that was never seen counts from its registration."),

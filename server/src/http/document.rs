@@ -21,7 +21,7 @@ use super::events::GapEntry;
 use super::outcomes::OutcomeEntry;
 use super::{
     Backend, backup, batch, callbacks, devices, docs_page, events, keys, operations, outcomes,
-    pings, users,
+    pings, topics, users,
 };
 
 /// Groups of refusals for the responses of a handler: `Name: Code, Code;`.
@@ -131,6 +131,7 @@ pub(super) fn api_routes() -> OpenApiRouter<Backend> {
         .routes(routes!(events::follow))
         .routes(routes!(outcomes::of_device))
         .routes(routes!(devices::rotate))
+        .routes(routes!(topics::look, topics::set, topics::edit))
         .routes(routes!(users::look, users::erase))
         .routes(routes!(callbacks::set, callbacks::look, callbacks::remove))
         .routes(routes!(callbacks::rotate))

@@ -226,8 +226,8 @@ pub(crate) fn retry_after_s(code: Code) -> Option<u32> {
     ];
     Some(if MOMENT.contains(&code) {
         1
-    } else if code == Code::Draining {
-        // A restart or another server.
+    } else if matches!(code, Code::Draining | Code::TooManyExpansions) {
+        // A restart or another server; the next audience that is through.
         5
     } else {
         // A device has to come back, or an operator to act.
@@ -344,6 +344,12 @@ impl From<PingError> for Problem {
                 format!("The ping addresses more than {limit} devices; split it."),
             )
             .at(Place::Body("/to".to_owned())),
+            PingError::TooManyExpansions { limit } => Problem::new(
+                Code::TooManyExpansions,
+                format!(
+                    "{limit} pings to audiences are on their way already; more would only wait."
+                ),
+            ),
             PingError::Runtime(error) => error.into(),
         }
     }

@@ -31,6 +31,7 @@ mod query;
 mod serve;
 mod site;
 mod text;
+mod topics;
 mod traceparent;
 mod users;
 

@@ -35,6 +35,8 @@ pub(super) struct StatusReport {
     /// Whether it is going down.
     draining: bool,
     devices: DevicesReport,
+    /// Pings on their way to audiences.
+    expansions: u64,
     memory: MemoryReport,
     store: StoreReport,
     history: HistoryReport,
@@ -214,8 +216,12 @@ struct LimitsReport {
     ttl_default_s: u64,
     /// Longest TTL, seconds.
     ttl_max_s: u64,
-    /// Devices that one ping may address.
+    /// Devices that one ping may address and be answered device by device; more are an audience.
     devices_per_ping: u32,
+    /// Devices that one ping may name in a list.
+    devices_per_list: u32,
+    /// Pings to audiences of one app that may be on their way at once.
+    open_expansions: u32,
     /// How long a device's old secret stays good after a rotation that names no time, seconds.
     secret_overlap_s: u64,
     /// Notifications in one mailbox.
@@ -319,6 +325,7 @@ impl StatusReport {
                 quic: status.connected_quic,
                 websocket: status.connected_websocket,
             },
+            expansions: status.expansions,
             memory: MemoryReport {
                 shards: status.shards,
                 mailboxes_awake: status.awake,
@@ -381,6 +388,8 @@ impl StatusReport {
                 ttl_default_s: status.limits.ttl_default_s,
                 ttl_max_s: status.limits.ttl_max_s,
                 devices_per_ping: status.limits.devices_max,
+                devices_per_list: status.limits.list_max,
+                open_expansions: status.limits.expansions_max,
                 secret_overlap_s: status.limits.secret_overlap.as_secs(),
                 mailbox_notifications: status.policy.mailbox_notifications,
                 mailbox_bytes: status.policy.mailbox_bytes,

@@ -11,11 +11,14 @@ use utoipa::ToSchema;
 use super::error::{Place, Problem};
 use super::json::{self, Members, Trail};
 use super::text;
+use super::topics;
 use crate::delivery::{CollapseKey, DeviceId, Urgency};
-use crate::runtime::Target;
+use crate::runtime::{DEVICES_PER_LIST, Target};
 
-/// Most devices or users that one ping may name.
+/// Most names in a list, but for the devices of a ping.
 pub(super) const NAMED_MAX: usize = 1_000;
+/// Most devices, whatever the operator set.
+const DEVICES_MAX: usize = DEVICES_PER_LIST as usize;
 
 /// A checked publish request.
 #[derive(Debug)]
@@ -186,6 +189,8 @@ struct To {
     user: Option<String>,
     users: Option<Vec<String>>,
     devices: Option<Vec<DeviceId>>,
+    topic: Option<String>,
+    everyone: Option<bool>,
 }
 
 pub(super) const DEVICE: &str = "a device id: 26 characters of a-z and 2-7";
@@ -209,17 +214,15 @@ impl Members for To {
                     trail.texts(map, ("an array of user names", USER), NAMED_MAX, text::name)?;
             }
             "devices" => {
-                self.devices =
-                    trail.texts(map, ("an array of device ids", DEVICE), NAMED_MAX, |text| {
-                        text.parse().ok()
-                    })?;
+                self.devices = trail.texts(
+                    map,
+                    ("an array of device ids", DEVICE),
+                    DEVICES_MAX,
+                    |text| text.parse().ok(),
+                )?;
             }
-            "topic" | "everyone" => {
-                return Err(trail.refuse(
-                    Code::NotAvailable,
-                    format!("`/to/{name}` is not available in this version; name the users or the devices."),
-                ));
-            }
+            "topic" => self.topic = trail.text(map, topics::EXPECTED, topics::topic)?,
+            "everyone" => self.everyone = trail.value(map, "`true`")?,
             other => return Err(forgotten(other, trail)),
         }
         Ok(())
@@ -231,7 +234,8 @@ pub(super) fn forgotten<E: serde::de::Error>(name: &str, trail: &mut Trail) -> E
     trail.refuse(Code::Internal, format!("`{name}` is known and not read."))
 }
 
-const ONE_TARGET: &str = "an object with exactly one of `device`, `user`, `users`, `devices`";
+const ONE_TARGET: &str =
+    "an object with exactly one of `device`, `user`, `users`, `devices`, `topic`, `everyone`";
 
 fn target(to: Option<To>) -> Result<Target, Problem> {
     let Some(to) = to else {
@@ -244,6 +248,45 @@ fn target(to: Option<To>) -> Result<Target, Problem> {
         )
         .at(Place::Body(format!("/to/{list}")))
     };
+    let one = |target| {
+        Err(
+            Problem::new(Code::Malformed, format!("`{target}` must be {ONE_TARGET}."))
+                .at(Place::Body("/to".to_owned())),
+        )
+    };
+    match to {
+        To {
+            topic: Some(topic),
+            device: None,
+            user: None,
+            users: None,
+            devices: None,
+            everyone: None,
+        } => return Ok(Target::Topic(topic)),
+        To {
+            everyone: Some(true),
+            device: None,
+            user: None,
+            users: None,
+            devices: None,
+            topic: None,
+        } => return Ok(Target::Everyone),
+        To {
+            everyone: Some(false),
+            ..
+        } => {
+            return Err(Problem::new(
+                Code::Malformed,
+                "`/to/everyone` must be `true`, or left out.",
+            )
+            .at(Place::Body("/to/everyone".to_owned())));
+        }
+        To { topic: Some(_), .. }
+        | To {
+            everyone: Some(_), ..
+        } => return one("/to"),
+        To { .. } => {}
+    }
     match (to.device, to.user, to.users, to.devices) {
         (Some(device), None, None, None) => Ok(Target::Device(device)),
         (None, Some(user), None, None) => Ok(Target::Users(vec![user])),
@@ -251,10 +294,7 @@ fn target(to: Option<To>) -> Result<Target, Problem> {
         (None, None, Some(users), None) => Ok(Target::Users(users)),
         (None, None, None, Some(devices)) if devices.is_empty() => Err(empty("devices")),
         (None, None, None, Some(devices)) => Ok(Target::Devices(devices)),
-        _ => Err(
-            Problem::new(Code::Malformed, format!("`/to` must be {ONE_TARGET}."))
-                .at(Place::Body("/to".to_owned())),
-        ),
+        _ => one("/to"),
     }
 }
 
@@ -338,9 +378,20 @@ struct ToSchemaBody {
     /// All devices of these users.
     #[schema(nullable = false, min_items = 1, max_items = 1000)]
     users: Option<Vec<String>>,
-    /// These devices; unknown ones are in `rejected`.
-    #[schema(nullable = false, min_items = 1, max_items = 1000)]
+    /// These devices. Up to 1,000: unknown ones are in `rejected`. More are an audience, as a topic is.
+    #[schema(nullable = false, min_items = 1, max_items = 100000)]
     devices: Option<Vec<String>>,
+    /// The devices in this topic when the ping is accepted.
+    #[schema(
+        nullable = false,
+        min_length = 1,
+        max_length = 128,
+        pattern = "^[A-Za-z0-9._~/:@+-]+$"
+    )]
+    topic: Option<String>,
+    /// Every device of the app when the ping is accepted.
+    #[schema(nullable = false)]
+    everyone: Option<bool>,
 }
 
 #[cfg(test)]
@@ -368,9 +419,11 @@ mod tests {
     fn the_document_describes_the_members_that_are_read() {
         let (described, read) = members::<PingSchema, Ping>();
         assert_eq!(described, read);
-        let (described, mut read) = members::<ToSchemaBody, To>();
-        // Read only to say that they are not available.
-        assert!(read.remove("topic") && read.remove("everyone"));
+        let (described, read) = members::<ToSchemaBody, To>();
+        assert_eq!(described, read);
+        let (described, read) = members::<topics::NewTopics, topics::NewTopics>();
+        assert_eq!(described, read);
+        let (described, read) = members::<topics::Edit, topics::Edit>();
         assert_eq!(described, read);
         let (described, read) = members::<devices::NewDevice, devices::NewDevice>();
         assert_eq!(described, read);

@@ -19,8 +19,13 @@ use super::query::{self, PathId, Query};
 use super::{Backend, allowance, answer, body, text};
 use crate::delivery::{AppId, DeviceId, PingId};
 use crate::runtime::{
-    Content, Limits, Origin, PairState, PairView, PingAnswer, PingRequest, Principal, sha256,
+    Content, Limits, Origin, PairState, PairView, PingAnswer, PingRequest, Principal, Target,
+    sha256,
 };
+
+/// Largest body of a ping, bytes, if no larger one is allowed anyway: room for a list of 100,000 devices (29 bytes each) and the
+/// largest content in base64.
+pub(crate) const PING_BODY_MAX: usize = 4 << 20;
 
 /// What became of a ping that was accepted: everything in it is promised.
 #[derive(Serialize, ToSchema)]
@@ -29,7 +34,8 @@ pub(super) struct Accepted {
     #[serde(serialize_with = "text::display")]
     #[schema(value_type = String, example = "k5xw6ztqmfzwk3thonuw4zlsme")]
     id: PingId,
-    /// How many devices it addresses, those in `rejected` included.
+    /// How many devices it addresses, those in `rejected` included. For a topic, everyone and lists of more than 1,000 devices:
+    /// about how many, exactly only up to 1,000.
     devices: u32,
     /// Granted TTL in seconds.
     ttl_s: u64,
@@ -89,6 +95,17 @@ impl From<&PairView> for DeviceState {
     }
 }
 
+/// How far a ping to an audience (a topic, everyone, a list of more than 1,000 devices) has come.
+#[derive(Serialize, ToSchema)]
+struct Expanding {
+    /// About how many devices it addresses.
+    estimate: u32,
+    /// How many it has come to.
+    done: u32,
+    /// Of these, how many are no device of the app.
+    unknown: u32,
+}
+
 /// What is known of a ping.
 #[derive(Serialize, ToSchema)]
 pub(super) struct PingReport {
@@ -96,7 +113,11 @@ pub(super) struct PingReport {
     #[serde(serialize_with = "text::display")]
     #[schema(value_type = String)]
     id: PingId,
-    /// Device by device.
+    /// While it is on its way to an audience: how far it has come.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    expanding: Option<Expanding>,
+    /// Device by device; of an audience those that it has come to.
     devices: Vec<DeviceState>,
     /// Pass this as `after` to get the next page; absent on the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -158,12 +179,14 @@ pub(super) struct Revocation {
 
 refusals! {
     CreateRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, BodyTimeout, IdempotencyConflict,
-        BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, NotAvailable, MailboxFull, RateLimited, DeviceRateLimited, QuotaExceeded,
-        Internal,
+        BodyTooLarge, ContentTooLarge, UnsupportedMediaType, Unprocessable, MailboxFull, RateLimited, DeviceRateLimited,
+        QuotaExceeded, TooManyExpansions, Internal,
         StoreUnavailable, StoreBusy, Draining, MemoryReserve, NoRoom;
     WithdrawRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, BodyTimeout, BodyTooLarge,
         UnsupportedMediaType, Unprocessable, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
     LookRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, Internal, StoreUnavailable, StoreBusy, Draining;
+    RevokeRefusals: Malformed, Unauthenticated, Forbidden, PingNotRetained, Internal, StoreUnavailable, StoreBusy, Draining,
+        NoRoom;
 }
 
 /// Send a ping.
@@ -174,6 +197,11 @@ refusals! {
 ///
 /// A ping to a user without devices is accepted with `devices: 0`. Unknown devices in a list, full mailboxes that refuse
 /// and devices that a failing disk kept out are listed in `rejected`; a single device that does not accept is an error.
+///
+/// A topic, everyone and a list of more than 1,000 devices are an audience: then a 2xx promises that the ping will be brought to
+/// each device that belongs to it now, over a restart as well, and `devices` is an estimate. It takes its place in each mailbox
+/// when it arrives there; pings to audiences keep their order. With `wait`, the answer comes when it has reached all of the audience, or
+/// the time is over, and has what is known of the first 1,000 devices by id.
 #[utoipa::path(
     post,
     path = "/v1/pings",
@@ -192,6 +220,7 @@ refusals! {
     request_body(content = PingSchema, content_type = "application/json", examples(
         ("a text for one user" = (value = json!({"to": {"user": "ana"}, "title": "Ward 3", "body": "Bed 12 calls", "urgency": "high", "ttl_s": 600}))),
         ("a sync for two devices" = (value = json!({"to": {"devices": ["mfzwizjanfxgk4tfon2ca43fmy", "orugs4zanfzsa4timu2ca2lome"]}, "sync": ["Orders"], "collapse": "orders"}))),
+        ("a text for a topic" = (value = json!({"to": {"topic": "ward/3"}, "title": "Ward 3", "body": "Visiting time is over"}))),
         ("a bare wake-up" = (value = json!({"to": {"device": "mfzwizjanfxgk4tfon2ca43fmy"}}))),
     )),
     responses(
@@ -225,7 +254,11 @@ async fn publish(
     let wait = wait(parts.uri.query(), &backend.handle.limits())?;
     let key = idempotency_key(&parts.headers)?;
     body::expect_json(&parts.headers)?;
-    let bytes = body::read(body, backend.handle.limits().body_max).await?;
+    let most = backend.handle.limits().body_max;
+    let (bytes, _room) = body::read_long(body, (most, most.max(PING_BODY_MAX)), |size| {
+        backend.handle.hold_body(who.app(), size)
+    })
+    .await?;
     // After the body, or the connection could not be used again.
     backend.handle.admit(who)?;
     let ping = ping_body::read(&bytes)?;
@@ -245,13 +278,17 @@ pub(super) fn request(
     idempotency: Option<(String, [u8; 32])>,
     wait_acknowledged: Option<Duration>,
 ) -> PingRequest {
+    let mut content = ping.content;
+    if let Target::Topic(topic) = &ping.target {
+        content.topic = Some(topic.clone());
+    }
     PingRequest {
         app,
         target: ping.target,
         content: Content {
-            encoded: ping.content.to_cbor().into(),
-            // A body of at most 1 MiB holds less than 4 GiB.
-            size: u32::try_from(ping.content.size()).unwrap_or(u32::MAX),
+            encoded: content.to_cbor().into(),
+            // A body of a few MiB holds less than 4 GiB.
+            size: u32::try_from(content.size()).unwrap_or(u32::MAX),
         },
         ttl_s: ping.ttl_s,
         urgency: ping.urgency,
@@ -352,7 +389,8 @@ fn not_retained() -> Problem {
     ),
     responses(
         (status = 200, description = "What is known, by device.", body = PingReport,
-            example = json!({"id": "k5xw6ztqmfzwk3thonuw4zlsme", "devices": [
+            example = json!({"id": "k5xw6ztqmfzwk3thonuw4zlsme",
+                "expanding": {"estimate": 48000, "done": 12000, "unknown": 0}, "devices": [
                 {"device": "mfzwizjanfxgk4tfon2ca43fmy", "state": "waiting", "expires_ms": 1795854800000u64},
                 {"device": "orugs4zanfzsa4timu2ca2lome", "state": "acknowledged", "at_ms": 1795250000000u64}]})),
         LookRefusals,
@@ -377,6 +415,11 @@ pub(super) async fn look(
         StatusCode::OK,
         &PingReport {
             id: view.id,
+            expanding: view.expansion.map(|open| Expanding {
+                estimate: open.estimate,
+                done: open.done,
+                unknown: open.unknown,
+            }),
             devices: view.devices.iter().map(DeviceState::from).collect(),
             next: view.next.map(|next| next.to_string()),
         },
@@ -385,7 +428,8 @@ pub(super) async fn look(
 
 /// Take a ping back where it has not ended.
 ///
-/// Devices that have it already are told to take it off the screen. Revoking twice is no error.
+/// Devices that have it already are told to take it off the screen. Revoking twice is no error. One that is on its way to an
+/// audience stops first, and comes to no further device.
 #[utoipa::path(
     delete,
     path = "/v1/pings/{id}",
@@ -394,7 +438,7 @@ pub(super) async fn look(
     params(("id" = String, Path, description = "The ping.")),
     responses(
         (status = 200, description = "What was taken back.", body = Revocation, example = json!({"revoked": 1, "ended": 1})),
-        LookRefusals,
+        RevokeRefusals,
     ),
 )]
 pub(super) async fn revoke(

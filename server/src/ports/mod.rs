@@ -1,5 +1,6 @@
 //! What the runtime asks of the outside, in our words: a store, a clock, entropy.
 
+mod audience;
 mod backup;
 mod callbacks;
 mod clock;
@@ -8,6 +9,10 @@ mod outcomes;
 mod records;
 mod store;
 
+pub use audience::{
+    Audience, ExpansionProgress, ExpansionRecord, Member, Membership, OpenExpansion, Span, Spans,
+    Stamp, TopicChange,
+};
 pub use backup::{BackupError, BackupProgress, BackupStats, BackupSummary, BackupWatch};
 pub use callbacks::{
     CallbackRecord, DeadLetter, Failing, NoOutbound, Outbound, OutboundLine, Post, PostAnswer,

@@ -165,6 +165,8 @@ pub enum Erased {
     Key([u8; 10]),
     /// A notification was taken back by its publisher, or with its device.
     Notification(PingId, DeviceId),
+    /// A ping to an audience was taken back before it had reached all of it: it must not go on.
+    Expansion(PingId),
     /// Everything of a user went: the keyed hash of the name, because the name must not stay for the sake of its erasure.
     User([u8; 32]),
 }

@@ -1,5 +1,12 @@
 //! The store: what is promised lives here.
 
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::audience::{
+    Audience, ExpansionProgress, ExpansionRecord, Member, Membership, OpenExpansion, Spans, Stamp,
+    TopicChange,
+};
 use super::backup::{BackupError, BackupStats, BackupSummary, BackupWatch};
 use super::callbacks::{CallbackRecord, DeadLetter};
 use super::outcomes::{
@@ -33,6 +40,44 @@ pub enum Op {
     DropDevice(DeviceRecord),
     /// When a device was last seen.
     PutSeen(DeviceId, Seen),
+    /// When a device became one of its app's, for pings to everyone. Follows the [`Op::PutDevice`] that makes it, in the
+    /// same batch.
+    PutJoined(AppId, DeviceId, Stamp),
+    /// The topics of a device.
+    PutTopics(TopicChange),
+    /// A ping to an audience that was accepted.
+    PutExpansion(ExpansionRecord),
+    /// A part of the list that an expansion addresses: devices by rising id. Belongs into the batch that accepts it.
+    PutChunk {
+        /// Whose.
+        app: AppId,
+        /// Of which expansion.
+        stamp: Stamp,
+        /// Its number, from 0.
+        number: u32,
+        /// The devices.
+        devices: Arc<[DeviceId]>,
+    },
+    /// How far an expansion has come. Chunks before the one that it goes on with are no longer needed.
+    PutProgress {
+        /// Whose.
+        app: AppId,
+        /// Which expansion.
+        stamp: Stamp,
+        /// How far.
+        progress: ExpansionProgress,
+        /// These chunks go.
+        done: Range<u32>,
+    },
+    /// An expansion that is done or was taken back, with the chunks that it still has.
+    DropExpansion {
+        /// Whose.
+        app: AppId,
+        /// Which expansion.
+        stamp: Stamp,
+        /// The chunks that are left.
+        chunks: Range<u32>,
+    },
     /// An API key, new or changed.
     PutKey(KeyRecord),
     /// An API key that goes.
@@ -134,6 +179,8 @@ pub enum PairState {
 pub struct DeviceFilter {
     /// Only those of this user.
     pub user: Option<String>,
+    /// Only the members of this topic.
+    pub topic: Option<String>,
 }
 
 /// A row past its expiry.
@@ -324,6 +371,37 @@ pub trait Store: Send + Sync + 'static {
     /// When each of these devices was last seen, in their order, as far as it was written.
     fn seen(&self, devices: &[DeviceId]) -> Result<Vec<Option<Seen>>, ReadError>;
 
+    /// The topics of a device, in the order of their names.
+    fn topics(&self, device: DeviceId) -> Result<Vec<Membership>, ReadError>;
+
+    /// When a device was in each of these topics, in their order.
+    fn spans(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        topics: &[String],
+    ) -> Result<Vec<Spans>, ReadError>;
+
+    /// The members of a topic, or the devices of an app, by id, a page at a time; also those that left, as far as that is
+    /// still kept. Not for lists: these are in chunks.
+    fn members(
+        &self,
+        app: AppId,
+        audience: &Audience,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<Member, DeviceId>, ReadError>;
+
+    /// Expansions that are not done, a page at a time.
+    fn expansions(
+        &self,
+        after: Option<(AppId, Stamp)>,
+        limit: usize,
+    ) -> Result<Page<OpenExpansion, (AppId, Stamp)>, ReadError>;
+
+    /// A chunk of a list; empty if it cannot be read (it is set aside then and reported).
+    fn chunk(&self, app: AppId, stamp: Stamp, number: u32) -> Result<Vec<DeviceId>, ReadError>;
+
     /// One API key by its public part.
     fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError>;
 
@@ -353,6 +431,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// Whether it can promise now. Cheap; asked often.
     fn health(&self) -> StoreHealth;
+
+    /// Whether the engine is behind the log by half of what it may be, or more: whoever can wait, does. Cheap; asked often.
+    fn crowded(&self) -> bool;
 
     /// Figures for status and metrics.
     fn stats(&self) -> StoreStats;

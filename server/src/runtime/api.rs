@@ -173,8 +173,12 @@ impl Default for LinkSettings {
 pub enum Target {
     /// One device; unknown is an error (404).
     Device(DeviceId),
-    /// Up to 1,000 devices; unknown ones are refused one by one.
+    /// These devices; unknown ones are refused one by one. More than 1,000 are an audience: an unknown one is only counted.
     Devices(Vec<DeviceId>),
+    /// The members of a topic when the ping is accepted.
+    Topic(String),
+    /// Every device of the app when the ping is accepted.
+    Everyone,
     /// Users, in this order; unknown ones and those without devices count 0. A device is pinged once.
     Users(Vec<String>),
 }
@@ -214,7 +218,7 @@ pub struct PingRequest {
 pub struct PingAnswer {
     /// Its id.
     pub id: PingId,
-    /// How many devices it addresses.
+    /// How many devices it addresses; for an audience about how many.
     pub devices: u32,
     /// Granted TTL in seconds.
     pub ttl_s: u64,
@@ -262,6 +266,12 @@ pub enum PingError {
         /// The limit.
         limit: u32,
     },
+    /// As many pings to audiences as may be are on their way.
+    #[error("{limit} pings to audiences are on their way already")]
+    TooManyExpansions {
+        /// The limit.
+        limit: u32,
+    },
     /// The runtime itself is in trouble.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
@@ -302,6 +312,33 @@ pub struct PingView {
     pub devices: Vec<PairView>,
     /// There are more after the last one.
     pub next: Option<DeviceId>,
+    /// It is on its way to an audience, and has come so far.
+    pub expansion: Option<ExpansionView>,
+}
+
+/// How far a ping to an audience has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpansionView {
+    /// About how many devices it addresses.
+    pub estimate: u32,
+    /// How many are done.
+    pub done: u32,
+    /// Of these, how many are no device of the app.
+    pub unknown: u32,
+}
+
+/// How to change the topics of a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TopicsChange {
+    /// It is in these and no others.
+    Set(Vec<String>),
+    /// It leaves some and joins others.
+    Edit {
+        /// Those it joins.
+        join: Vec<String>,
+        /// Those it leaves. One that is in both lists is joined.
+        leave: Vec<String>,
+    },
 }
 
 /// What a withdrawal did.
@@ -355,6 +392,8 @@ pub struct DeviceView {
 pub struct DeviceQuery {
     /// Of this user.
     pub user: Option<String>,
+    /// In this topic.
+    pub topic: Option<String>,
     /// Attached now, or not.
     pub attached: Option<bool>,
     /// Last seen before this, Unix milliseconds; one that was never seen counts from its registration.

@@ -160,6 +160,10 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         ClockState::Steady => 0,
         ClockState::Jumped { by_ms } => by_ms,
     };
+    let (open, accepted_ms) = inner.audiences.open();
+    let oldest_ms = accepted_ms.map_or(0, |at_ms| {
+        inner.shared.clock.now().unix_ms.saturating_sub(at_ms)
+    });
     let awake: usize = inner.shards.iter().map(|shard| shard.awake()).sum();
     let seen: usize = inner.shards.iter().map(|shard| shard.seen_waiting()).sum();
     let waiting: usize = inner.shards.iter().map(|shard| shard.waiting()).sum();
@@ -196,6 +200,8 @@ fn publish(inner: &Inner, health: &StoreHealth) {
         (names::SHARD_INPUTS_WAITING, waiting as f64),
         (names::READS_WAITING, inner.shared.reading.waiting() as f64),
         (names::SEEN_WAITING, seen as f64),
+        (names::EXPANSIONS_OPEN, open as f64),
+        (names::EXPANSION_OLDEST_SECONDS, oldest_ms as f64 / 1e3),
         (names::RESERVE_BYTES, inner.reserve.used() as f64),
         (names::LEDGER_ENTRIES, inner.shared.ledger.entries() as f64),
         (names::LEDGER_BYTES, inner.shared.ledger.bytes() as f64),
@@ -336,6 +342,8 @@ impl Inner {
     pub(super) async fn drain(&self, window: Duration) -> DrainSummary {
         let begun = self.shared.clock.now().mono;
         self.draining.store(true, Ordering::Relaxed);
+        // What is on its way to an audience stops at the end of its page; the next start goes on.
+        self.audiences.halt();
         gauge!(names::DRAINING).set(1.0);
         // Streams of events end first: they would keep the listeners open.
         self.followers.wake();
@@ -365,6 +373,13 @@ impl Inner {
 
         // Whoever waits for an acknowledgement is told what is known, while there is time to say it.
         self.parted.cancel();
+        let quiet = async {
+            while !self.audiences.is_quiet() {
+                tokio::time::sleep(DRAIN_LOOK).await;
+            }
+        };
+        // One that takes longer repeats its page at the next start.
+        let _ = tokio::time::timeout(DRAIN_COMMIT, quiet).await;
         let settled: Vec<_> = self
             .shards
             .iter()

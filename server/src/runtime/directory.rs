@@ -28,7 +28,7 @@ use super::{locked, reply};
 use crate::delivery::{AppId, CommitFailure, DeviceId, MailboxRead};
 use crate::ports::{
     Batch, DeviceFilter, DeviceRecord, Erased, Erasure, KeyRecord, Op, Page, PreviousSecret,
-    Scopes, Seen,
+    Scopes, Seen, TopicChange,
 };
 use crate::telemetry::metrics as names;
 
@@ -106,7 +106,7 @@ pub(super) struct Users {
 
 impl Users {
     /// The lock under which the record of a device changes.
-    fn changing(&self, device: DeviceId) -> &tokio::sync::Mutex<()> {
+    pub(super) fn changing(&self, device: DeviceId) -> &tokio::sync::Mutex<()> {
         &self.locks[usize::from(device.0[15]) % DEVICE_LOCKS]
     }
 
@@ -260,9 +260,10 @@ impl Inner {
             fresh: true,
             previous_user: None,
         };
+        let joined = Op::PutJoined(app, device, self.audiences.stamp());
         let inner = Arc::clone(self);
         let user = user.to_owned();
-        self.commit(vec![op], move || inner.users.changed(app, &user))
+        self.commit(vec![op, joined], move || inner.users.changed(app, &user))
             .await?;
         Ok(Requested { made: view, secret })
     }
@@ -288,6 +289,7 @@ impl Inner {
     ) -> Result<Page<DeviceView, DeviceId>, RuntimeError> {
         let limit = limit.clamp(1, DEVICES_PAGE_MAX);
         let picky = query.attached.is_some()
+            || query.topic.is_some()
             || query.seen_before_ms.is_some()
             || query.seen_after_ms.is_some();
         let step = if picky { DEVICES_STEP } else { limit };
@@ -296,6 +298,7 @@ impl Inner {
         loop {
             let filter = DeviceFilter {
                 user: query.user.clone(),
+                topic: query.topic.clone(),
             };
             let page = self
                 .shared
@@ -335,6 +338,7 @@ impl Inner {
         check_user(user)?;
         let filter = DeviceFilter {
             user: Some(user.to_owned()),
+            topic: None,
         };
         let limit = limit.clamp(1, DEVICES_PAGE_MAX);
         let page = self
@@ -351,7 +355,7 @@ impl Inner {
     // ---- Changes -------------------------------------------------------------------------------------------------
 
     /// Runs `work` to its end even if the caller goes away or has waited long enough.
-    async fn to_the_end<T: Send + 'static>(
+    pub(super) async fn to_the_end<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, RuntimeError>> + Send + 'static,
     ) -> Result<T, RuntimeError> {
@@ -541,10 +545,14 @@ impl Inner {
             (Some(record), _) => record,
         };
         let user = record.user.clone();
-        let reading = &self.shared.reading;
-        let withdrawals = reading.read(move |store| store.withdrawals(device)).await?;
+        let (topics, withdrawals) = self
+            .shared
+            .reading
+            .read(move |store| Ok((store.topics(device)?, store.withdrawals(device)?)))
+            .await?;
         let mut ops = vec![
             Op::DropDevice(record),
+            Op::PutTopics(TopicChange::leave_all(app, device, topics)),
             self.erased(app, Erased::Device(device)),
         ];
         ops.extend(
@@ -920,11 +928,16 @@ impl Inner {
     /// Notes that something is erased, for restores of backups that still have it.
     fn erased(&self, app: AppId, what: Erased) -> Op {
         let at_ms = self.shared.clock.now().unix_ms;
+        self.erased_until(app, what, at_ms.saturating_add(self.erasures_keep_ms))
+    }
+
+    /// The same for what a backup is of no use for after `until_ms`.
+    pub(super) fn erased_until(&self, app: AppId, what: Erased, until_ms: u64) -> Op {
         Op::Erase(Erasure {
             app,
             what,
-            at_ms,
-            until_ms: at_ms.saturating_add(self.erasures_keep_ms),
+            at_ms: self.shared.clock.now().unix_ms,
+            until_ms,
         })
     }
 

@@ -15,8 +15,10 @@ use tokio_util::task::TaskTracker;
 use super::api::{
     AttachRequest, Authenticated, DeviceChange, DeviceChanged, DeviceQuery, DeviceView, Identity,
     KeyView, LinkSettings, Outlet, PingAnswer, PingError, PingRequest, PingView, Principal,
-    Requested, RevokeCounts, Rotated, RuntimeError, UserView, WhoError, WithdrawCounts,
+    Requested, RevokeCounts, Rotated, RuntimeError, TopicsChange, UserView, WhoError,
+    WithdrawCounts,
 };
+use super::audiences::Audiences;
 use super::backup::{BackupStream, NoBackup};
 use super::callbacks::{
     CallbackError, CallbackFigures, CallbackView, CallbackWish, Callbacks, Posted,
@@ -32,6 +34,7 @@ use super::reserve::{BodyShare, Reserve};
 use super::settings::{Limits, RuntimeSettings};
 use super::shard::{Input, ShardDoor, Shared};
 use super::status::{DrainSummary, NotReady, Status};
+use super::topics::Patterns;
 use super::traces::{Origin, Trace};
 use super::turn::Turn;
 use crate::delivery::{
@@ -57,6 +60,9 @@ pub(super) struct Inner {
     pub(super) keys: ArcSwap<Keys>,
     pub(super) users: Users,
     pub(super) idempotency: Arc<Idempotency>,
+    pub(super) audiences: Audiences,
+    /// Topics that devices may join and leave by themselves.
+    pub(super) subscribable: ArcSwap<Patterns>,
     pub(super) reserve: Arc<Reserve>,
     pub(super) limits: ArcSwap<Limits>,
     pub(super) link: ArcSwap<LinkSettings>,
@@ -88,6 +94,11 @@ pub(super) struct Inner {
 
 impl Inner {
     pub(super) fn shard(&self, device: DeviceId) -> &ShardDoor {
+        &self.shards[self.shard_place(device)]
+    }
+
+    /// The place of a device's shard in the list of shards.
+    pub(super) fn shard_place(&self, device: DeviceId) -> usize {
         // Ids are random, so any eight bytes spread them evenly.
         let mut half = [0; 8];
         half.copy_from_slice(&device.0[..8]);
@@ -96,7 +107,8 @@ impl Inner {
             clippy::cast_possible_truncation,
             reason = "less than the number of shards"
         )]
-        &self.shards[place as usize]
+        let place = place as usize;
+        place
     }
 
     pub(super) fn app(&self, app: AppId) -> Option<&App> {
@@ -192,6 +204,7 @@ impl Handle {
             awake: awake as u64,
             store: inner.shared.store.stats(),
             health: inner.shared.store.health(),
+            expansions: inner.audiences.open().0,
             reserve_bytes: inner.reserve.used(),
             ledger_entries: inner.shared.ledger.entries(),
             ledger_bytes: inner.shared.ledger.bytes(),
@@ -217,6 +230,9 @@ impl Handle {
             .shared
             .device_pace
             .set(Pace::of_device(&settings.limits));
+        inner
+            .subscribable
+            .store(Arc::new(settings.self_subscribe.clone()));
         inner
             .shared
             .accept_wait_ms
@@ -522,6 +538,37 @@ impl Handle {
         limit: usize,
     ) -> Result<Page<DeviceView, DeviceId>, RuntimeError> {
         self.inner.devices(app, query, after, limit).await
+    }
+
+    /// The topics of a device, by name. `None`: not known.
+    pub async fn topics(
+        &self,
+        app: AppId,
+        device: DeviceId,
+    ) -> Result<Option<Vec<String>>, RuntimeError> {
+        self.inner.topics(app, device).await
+    }
+
+    /// Changes the topics of a device, and answers them all, by name; safe when answered. `None`: not known. `Invalid`: one is no
+    /// name, or they would be too many.
+    pub async fn change_topics(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        change: TopicsChange,
+    ) -> Result<Option<Vec<String>>, RuntimeError> {
+        self.inner.change_topics(app, device, change).await
+    }
+
+    /// What an attached device asks for by itself: it joins and leaves as far as its app allows. Answers all its topics;
+    /// `None`: it was revoked meanwhile.
+    pub async fn subscribe(
+        &self,
+        device: DeviceId,
+        join: Vec<String>,
+        leave: Vec<String>,
+    ) -> Result<Option<Vec<String>>, RuntimeError> {
+        self.inner.subscribe(device, join, leave).await
     }
 
     /// Changes a device; all of it is safe together. `None`: not known. `Invalid`: the user or the name cannot be.

@@ -23,6 +23,10 @@ const PING_BYTES: u64 = 160;
 /// What each notification costs.
 const PAIR_BYTES: u64 = size_of::<PairView>() as u64;
 
+/// Notifications of one ping that are kept: a ping to everyone must not push all others out. Of the rest the store and its
+/// history know.
+const PAIRS_PER_PING: usize = 4_096;
+
 /// Recent pings and their outcomes.
 pub(super) struct Ledger {
     stripes: Vec<Mutex<Stripe>>,
@@ -168,7 +172,7 @@ impl Ledger {
     ) {
         let mut stripe = locked(self.stripe(ping));
         let entry = stripe.entry(app, ping, accepted_ms);
-        if entry.pairs.find(device).is_some() {
+        if entry.pairs.find(device).is_some() || entry.pairs.as_slice().len() >= PAIRS_PER_PING {
             return;
         }
         entry.open += 1;
@@ -201,6 +205,7 @@ impl Ledger {
             };
         }
         let entry = stripe.entry(app, ping, accepted_ms.unwrap_or(0));
+        let full = entry.pairs.as_slice().len() >= PAIRS_PER_PING;
         let state = PairState::Ended { outcome, at_ms };
         let mut added = false;
         let repeated = match entry.pairs.find(device) {
@@ -212,6 +217,7 @@ impl Ledger {
                 }
                 PairState::Ended { .. } => true,
             },
+            None if full => false,
             None => {
                 entry.pairs.add(PairView { device, state });
                 added = true;
@@ -434,6 +440,23 @@ mod tests {
         assert_eq!(ledger.entries(), 3);
         assert_eq!(ledger.bytes(), 3 * (PING_BYTES + PAIR_BYTES));
         assert_eq!(ledger.dropped(), 7);
+    }
+
+    #[test]
+    fn one_large_ping_does_not_push_the_others_out() {
+        let ledger = Ledger::new(STRIPES * 2 * PAIRS_PER_PING, 1 << 30);
+        ledger.accepted(APP, ping(1), device(1), 1, 100);
+        for number in 0..3 * PAIRS_PER_PING as u128 {
+            let device = DeviceId(number.to_be_bytes());
+            if number % 2 == 0 {
+                ledger.accepted(APP, ping(2), device, 1, 100);
+            } else {
+                ledger.ended(APP, ping(2), device, Outcome::Expired, 7, false, Some(1));
+            }
+        }
+        assert_eq!(ledger.entries(), PAIRS_PER_PING as u64 + 1);
+        assert!(ledger.known(ping(1), 0, None, 1).is_some());
+        assert_eq!(ledger.dropped(), 0);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Transports and front doors see only [`Handle`] and the types of `api`; `main` starts a [`Runtime`].
 
 mod api;
+mod audiences;
 mod background;
 mod backup;
 mod cache;
@@ -11,6 +12,7 @@ mod clock;
 mod directory;
 mod entropy;
 mod events;
+mod expander;
 mod handle;
 mod hashing;
 mod idempotency;
@@ -27,15 +29,16 @@ mod settings;
 mod shard;
 mod start;
 mod status;
+mod topics;
 mod traces;
 mod turn;
 mod withdraw;
 
 pub use api::{
     AttachRequest, Authenticated, Content, DeviceChange, DeviceChanged, DeviceQuery, DeviceView,
-    Identity, KeyView, LinkSettings, Out, Outlet, PairView, PingAnswer, PingError, PingRequest,
-    PingView, Principal, Requested, RevokeCounts, Rotated, RuntimeError, Target, UserView, Waiting,
-    WhoError, WithdrawCounts,
+    ExpansionView, Identity, KeyView, LinkSettings, Out, Outlet, PairView, PingAnswer, PingError,
+    PingRequest, PingView, Principal, Requested, RevokeCounts, Rotated, RuntimeError, Target,
+    TopicsChange, UserView, Waiting, WhoError, WithdrawCounts,
 };
 pub use backup::{BackupStream, NoBackup};
 pub use callbacks::{
@@ -49,11 +52,13 @@ pub use hashing::{HashKey, HashKeyError, load_or_create_hash_key, sha256};
 pub use quota::{Allowance, AllowanceView, Throttle};
 pub use reserve::BodyShare;
 pub use settings::{
-    AppQuota, DEVICES_PER_PING, KEYS_MAX, Limits, NAME_MAX_BYTES, Quotas, READING_THREADS_MAX,
-    RuntimeSettings, SECRET_OVERLAP_MAX, SHARDS_MAX, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
+    AppQuota, DEVICES_PER_LIST, DEVICES_PER_PING, EXPANSION_CHUNK, KEYS_MAX, Limits,
+    NAME_MAX_BYTES, Quotas, READING_THREADS_MAX, RuntimeSettings, SECRET_OVERLAP_MAX, SHARDS_MAX,
+    TOPIC_MAX_BYTES, TOPICS_PER_DEVICE, TRANSIENT_MS, USER_MAX_BYTES, USERS_PER_PING,
 };
 pub use start::{Runtime, StartError};
 pub use status::{AppUse, DrainSummary, NotReady, Status};
+pub use topics::{Patterns, is_topic};
 pub use traces::{Origin, Trace};
 pub use turn::{Placed, Turn};
 

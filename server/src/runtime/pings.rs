@@ -12,22 +12,24 @@ use tokio::sync::{RwLockReadGuard, oneshot};
 use super::api::{
     PairView, PingAnswer, PingError, PingRequest, PingView, RevokeCounts, RuntimeError, Target,
 };
+use super::audiences::ToAudience;
 use super::handle::Inner;
 use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
 use super::quota::App;
-use super::settings::{Limits, TRANSIENT_MS, USERS_PER_PING};
+use super::settings::{EXPANSION_CHUNK, Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
 use super::traces::Origin;
 use super::turn::Turn;
 use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
 use crate::ports::{
-    IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState, ReadError, Store,
+    Audience, IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState,
+    ReadError, Store,
 };
 use crate::telemetry::metrics as names;
 
 /// Pairs read of the store at a time when a ping is revoked.
-pub(super) const REVOKE_PAGE: usize = 256;
+pub(super) const REVOKE_PAGE: usize = 1_024;
 
 /// A publish request without its key: everything is checked, and its id is known.
 struct Publication<'a> {
@@ -37,6 +39,8 @@ struct Publication<'a> {
     request: &'a PingRequest,
     limits: Limits,
     trace: Option<Origin>,
+    /// The key that made it: its hash, and the hash of the body.
+    key: Option<([u8; 32], [u8; 32])>,
 }
 
 impl Inner {
@@ -55,13 +59,22 @@ impl Inner {
             }
         }
         let took = self.shared.clock.now().mono - begun.mono;
+        let devices_max = self.limits.load().devices_max as usize;
+        let to_audience = match &request.target {
+            Target::Topic(_) | Target::Everyone => true,
+            Target::Devices(named) => named.len() > devices_max,
+            Target::Device(_) | Target::Users(_) => false,
+        };
         let meters = &self.shared.meters;
         meters.accept_seconds.record(took.as_secs_f64());
         match &answer {
             Ok(answer) => meters.app(request.app, |app| {
                 app.pings_accepted.increment(1);
-                app.notifications
-                    .increment(u64::from(answer.devices) - answer.rejected.len() as u64);
+                // Those of an audience count as they are reached.
+                if !to_audience {
+                    app.notifications
+                        .increment(u64::from(answer.devices) - answer.rejected.len() as u64);
+                }
             }),
             Err(error) => {
                 let label = meters.app(request.app, |app| app.label.clone());
@@ -71,6 +84,7 @@ impl Inner {
         }
         let mut answer = answer?;
         if let Some(wait) = request.wait_acknowledged {
+            let wait = self.brought(request.app, answer.id, wait).await;
             answer.outcomes = self.outcomes(request.app, answer.id, wait).await;
         }
         Ok(answer)
@@ -104,6 +118,7 @@ impl Inner {
                     request,
                     limits,
                     trace,
+                    key: None,
                 };
                 self.publish(publication, turn).await
             }
@@ -172,6 +187,7 @@ impl Inner {
                                 request,
                                 limits,
                                 trace,
+                                key: Some((key_hash, *body_hash)),
                             };
                             (self.publish(publication, turn.take()).await, true)
                         }
@@ -240,15 +256,25 @@ impl Inner {
             request,
             limits,
             trace,
+            key,
         } = publication;
         if self.shared.failed.load(Ordering::Relaxed) {
             return Err(RuntimeError::StoreUnavailable.into());
         }
         // Until the shards have it, no device goes to another user.
         let gates = self.in_time(self.hold_gates(request)).await?;
-        let devices = self.resolve(request, &limits).await?;
+        let audience = audience(&request.target, &limits)?;
+        let devices = match audience {
+            Some(_) => Vec::new(),
+            None => self.resolve(request, &limits).await?,
+        };
+        let listed = audience.as_ref().map_or(0, |(_, listed)| listed.len());
         let share = self
-            .take_room(app, request.content.encoded.len(), limits.memory_reserve)
+            .take_room(
+                app,
+                request.content.encoded.len() + listed * size_of::<DeviceId>(),
+                limits.memory_reserve,
+            )
             .ok_or(RuntimeError::MemoryReserve)?;
         let now_ms = self.shared.clock.now().unix_ms;
         let ttl_s = request
@@ -273,11 +299,24 @@ impl Inner {
             collapse: request.collapse.clone(),
             size: request.content.size,
             transient,
-            shared: devices.len() > 1,
+            shared: devices.len() > 1 || audience.is_some(),
             content: request.content.encoded.clone(),
             wire: WireSlot::default(),
             hold: Hold::of(share),
         });
+        if let Some((audience, listed)) = audience {
+            // Its places are taken when it is accepted: what is accepted later is brought later.
+            return self
+                .publish_to_audience(ToAudience {
+                    notification,
+                    audience,
+                    listed,
+                    ttl_s,
+                    key: key.map(|(key_hash, body_hash)| (key_hash, body_hash, now_ms)),
+                    limit: limits.expansions_max,
+                })
+                .await;
+        }
         // Before the shards see it, so that no outcome comes before the trace is known.
         if let Some(origin) = &trace {
             self.shared.traces.open(id, origin.clone(), devices.len());
@@ -360,7 +399,11 @@ impl Inner {
                 Ok(self.users.hold_gates(request.app, users).await)
             }
             // Too many are refused; devices that are named are meant whoever owns them.
-            Target::Users(_) | Target::Device(_) | Target::Devices(_) => Ok(SmallVec::new()),
+            Target::Users(_)
+            | Target::Device(_)
+            | Target::Devices(_)
+            | Target::Topic(_)
+            | Target::Everyone => Ok(SmallVec::new()),
         }
     }
 
@@ -377,6 +420,8 @@ impl Inner {
         let mut devices = Vec::new();
         let mut seen = HashSet::new();
         match &request.target {
+            // These are brought to their devices afterwards.
+            Target::Topic(_) | Target::Everyone => {}
             Target::Device(device) => devices.push(*device),
             Target::Devices(named) => {
                 for &device in named {
@@ -468,7 +513,8 @@ impl Inner {
         if recent.as_ref().is_some_and(|known| known.app != app) {
             return Ok(None);
         }
-        let known = recent.is_some();
+        let expansion = self.audiences.get(app, ping).map(|open| open.view());
+        let known = recent.is_some() || expansion.is_some();
         let kept = move |state: PairState| match state {
             PairState::Waiting { .. } => true,
             PairState::Ended { at_ms, .. } => at_ms >= from_ms,
@@ -548,6 +594,7 @@ impl Inner {
                 .or(end)
                 .filter(|_| more),
             devices,
+            expansion,
         }))
     }
 
@@ -601,14 +648,17 @@ impl Inner {
         ping: PingId,
         except: &HashSet<DeviceId>,
     ) -> Result<Option<RevokeCounts>, RuntimeError> {
+        let mut known = self.stop_expansion(app, ping).await?;
         let mut counts = RevokeCounts::default();
-        let mut answers = Vec::new();
         let mut after = None;
         loop {
             let page = self.ping_view(app, ping, after, REVOKE_PAGE, Depth::HistoryIfReadable);
             let Some(page) = page.await? else {
-                return Ok(None);
+                // One that was stopped before it reached anybody.
+                return Ok(known.then_some(counts));
             };
+            known = true;
+            let mut answers = Vec::new();
             for pair in page.devices {
                 match pair.state {
                     _ if except.contains(&pair.device) => {}
@@ -625,22 +675,23 @@ impl Inner {
                     }
                 }
             }
+            // Page by page: an audience may be large.
+            let settled = async {
+                for answered in answers {
+                    if answered.await.map_err(|_| RuntimeError::Draining)? {
+                        counts.revoked += 1;
+                    } else {
+                        counts.ended += 1;
+                    }
+                }
+                Ok(())
+            };
+            self.in_time(settled).await?;
             if page.next.is_none() {
                 break;
             }
             after = page.next;
         }
-        let settled = async {
-            for answered in answers {
-                if answered.await.map_err(|_| RuntimeError::Draining)? {
-                    counts.revoked += 1;
-                } else {
-                    counts.ended += 1;
-                }
-            }
-            Ok(())
-        };
-        self.in_time(settled).await?;
         self.shared
             .meters
             .revocations
@@ -694,6 +745,37 @@ fn first_verdict(one: PairState, other: PairState) -> PairState {
     }
 }
 
+/// An audience, with its list if it has one.
+type Many = (Audience, Arc<[DeviceId]>);
+
+/// The audience of a target that is not answered device by device, with its list if it has one. `None`: the others.
+fn audience(target: &Target, limits: &Limits) -> Result<Option<Many>, PingError> {
+    let none = || Arc::from([]);
+    match target {
+        Target::Topic(topic) => Ok(Some((Audience::Topic(topic.clone()), none()))),
+        Target::Everyone => Ok(Some((Audience::Everyone, none()))),
+        Target::Devices(named) if named.len() > limits.devices_max as usize => {
+            let mut devices = named.clone();
+            devices.sort_unstable();
+            devices.dedup();
+            if devices.len() <= limits.devices_max as usize {
+                return Ok(None);
+            }
+            let limit = limits.list_max.max(limits.devices_max);
+            if devices.len() > limit as usize {
+                return Err(PingError::TooManyDevices { limit });
+            }
+            let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+            let audience = Audience::Listed {
+                chunks: count(devices.len().div_ceil(EXPANSION_CHUNK)),
+                devices: count(devices.len()),
+            };
+            Ok(Some((audience, devices.into())))
+        }
+        Target::Device(_) | Target::Devices(_) | Target::Users(_) => Ok(None),
+    }
+}
+
 fn refusal(why: Rejection) -> PingError {
     match why {
         Rejection::UnknownDevice => PingError::UnknownDevice,
@@ -725,6 +807,7 @@ fn code(error: &PingError) -> &'static str {
         PingError::IdempotencyConflict => "idempotency_conflict",
         PingError::ContentTooLarge { .. } => "content_too_large",
         PingError::TooManyDevices { .. } => "too_many_devices",
+        PingError::TooManyExpansions { .. } => "too_many_expansions",
         PingError::Runtime(error) => match error {
             RuntimeError::StoreUnavailable => "store_unavailable",
             RuntimeError::StoreBusy => "store_busy",

@@ -29,7 +29,7 @@ pub(super) struct App {
     /// Its pings of a day.
     day: Rate,
     /// Bytes of the memory reserve that its bodies take.
-    room: Arc<AtomicU64>,
+    pub(super) room: Arc<AtomicU64>,
 }
 
 impl App {

@@ -5,11 +5,25 @@ use std::time::Duration;
 
 use super::api::LinkSettings;
 use super::callbacks::CallbackLimits;
+use super::topics::Patterns;
 use crate::delivery::Policy;
 
 /// Devices that one ping may address, named or found through users. Default and ceiling: above it the promise of
 /// promise 1 for each device would hold one request open for too long.
 pub const DEVICES_PER_PING: u32 = 1_000;
+/// Devices that one ping may name in a list; above [`DEVICES_PER_PING`] it is expanded. Default and ceiling: what fits the
+/// largest request body.
+pub const DEVICES_PER_LIST: u32 = 100_000;
+/// Devices of one stored chunk of a list, and of one page of it: a record of 16 KiB.
+pub const EXPANSION_CHUNK: usize = 1_000;
+/// Pages of audiences on their way to the shards at the same time, over all apps: a single ping finds no more before it.
+pub(super) const PAGES_IN_FLIGHT: usize = 2;
+/// Members that are looked at to say how many an audience has; larger ones are estimated to within a few percent.
+pub(super) const ESTIMATE_LOOK: usize = 1_000;
+/// Topics of one device: they are told in one frame.
+pub const TOPICS_PER_DEVICE: usize = 100;
+/// Longest name of a topic, bytes.
+pub const TOPIC_MAX_BYTES: usize = 128;
 /// Users that one ping may name, known or not: each costs a look-up.
 pub const USERS_PER_PING: usize = 1_000;
 /// Longest user name, bytes.
@@ -43,6 +57,10 @@ pub struct RuntimeSettings {
     pub limits: Limits,
     /// What apps may use. *Live.*
     pub quotas: Quotas,
+    /// Topics that devices may join and leave by themselves (`topics.self_subscribe`). Default none. *Live.*
+    pub self_subscribe: Patterns,
+    /// Members of an audience that are read and addressed at a time. Default [`EXPANSION_CHUNK`]. Only tests set another.
+    pub expansion_page: usize,
     /// How often expired rows are looked for. Default 1 s.
     pub sweep_every: Duration,
     /// How long outcomes are kept (`receipts.keep`). Default 24 h.
@@ -72,6 +90,8 @@ impl Default for RuntimeSettings {
             link: LinkSettings::default(),
             limits: Limits::default(),
             quotas: Quotas::default(),
+            self_subscribe: Patterns::default(),
+            expansion_page: EXPANSION_CHUNK,
             sweep_every: Duration::from_secs(1),
             receipts_keep: Duration::from_secs(24 * 3_600),
             erasures_keep: Duration::from_secs(400 * 24 * 3_600),
@@ -130,6 +150,11 @@ pub struct Limits {
     /// Most pings of a batch: so many are answered by one sync of the disk, and no more are in doubt if the connection breaks.
     /// Default 1,000.
     pub batch_lines_max: usize,
+    /// Devices that one ping may name in a list. Default [`DEVICES_PER_LIST`].
+    pub list_max: u32,
+    /// Pings to audiences of one app that may be on their way at once; at least 1. Default 100: they are brought one
+    /// after the other, so more would only wait.
+    pub expansions_max: u32,
     /// Bodies in flight, bytes: accepted ones that a mailbox still holds in memory. Default 256 MiB.
     pub memory_reserve: u64,
     /// Pings that one API key may send, per second in the long run. Default 50,000: more than one server takes, so that
@@ -174,6 +199,8 @@ impl Default for Limits {
             body_max: 1 << 20,
             batch_body_max: 8 << 20,
             batch_lines_max: 1_000,
+            list_max: DEVICES_PER_LIST,
+            expansions_max: 100,
             memory_reserve: 256 << 20,
             pings_per_second: 50_000,
             ping_burst: 100_000,

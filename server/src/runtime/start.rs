@@ -9,6 +9,7 @@ use tokio::sync::{OnceCell, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::audiences::{Audiences, Expansion, read_open};
 use super::background;
 use super::callbacks::Callbacks;
 use super::directory::{Users, by_id};
@@ -26,7 +27,7 @@ use super::settings::{READING_THREADS_MAX, RuntimeSettings, SHARDS_MAX};
 use super::shard::{ShardDoor, ShardTask, Shared};
 use super::status::DrainSummary;
 use super::traces::Traces;
-use crate::delivery::{AppId, CommitFailure, Policy};
+use crate::delivery::{AppId, CommitFailure, Hold, Policy};
 use crate::ports::{AppRecord, Clock, Entropy, NoOutbound, Op, Outbound, ReadError, Store};
 use crate::telemetry::metrics as names;
 
@@ -80,10 +81,12 @@ impl Runtime {
         outbound: Arc<dyn Outbound>,
     ) -> Result<Runtime, StartError> {
         let from = Arc::clone(&store);
+        let reserve = Arc::new(Reserve::default());
         let read = tokio::task::spawn_blocking(move || {
-            Ok::<_, ReadError>((from.apps()?, from.keys()?, from.callbacks()?))
+            let open = read_open(&*from)?;
+            Ok::<_, ReadError>((from.apps()?, from.keys()?, from.callbacks()?, open))
         });
-        let (apps, keys, callbacks) = match read.await {
+        let (apps, keys, callbacks, open) = match read.await {
             Ok(read) => read?,
             Err(panic) => return Err(ReadError::Engine(panic.to_string()).into()),
         };
@@ -123,22 +126,35 @@ impl Runtime {
             let task = ShardTask::new(Arc::clone(door), Arc::clone(&shared), policy.clone());
             tasks.spawn(task.run());
         }
+        let apps = apps
+            .iter()
+            .map(|app| (app.id, App::new(app, &settings.quotas)))
+            .collect::<HashMap<AppId, App>>();
+        let hold = |app: AppId, size| {
+            // They were let in before: they count, and are not refused now.
+            let all = (u64::MAX, u64::MAX);
+            let room = apps.get(&app).map(|app| &app.room);
+            Hold::of(room.and_then(|room| reserve.take(room, size, all)))
+        };
+        let open = open
+            .into_iter()
+            .map(|open| Expansion::restored(open, hold))
+            .collect();
         let inner = Arc::new(Inner {
             shared,
             shards,
             entropy,
             hash_key,
-            apps: apps
-                .iter()
-                .map(|app| (app.id, App::new(app, &settings.quotas)))
-                .collect::<HashMap<AppId, App>>(),
+            apps,
             keys: ArcSwap::from_pointee(by_id(keys)),
             users: Users::new(),
             idempotency: Arc::new(Idempotency::new(
                 settings.idempotency_entries,
                 millis(settings.idempotency_keep),
             )),
-            reserve: Arc::new(Reserve::default()),
+            audiences: Audiences::new(run, settings.expansion_page, open),
+            subscribable: ArcSwap::from_pointee(settings.self_subscribe.clone()),
+            reserve,
             limits: ArcSwap::from_pointee(settings.limits),
             link: ArcSwap::from_pointee(settings.link.clone()),
             policy: ArcSwap::from_pointee(settings.policy.clone()),
@@ -160,6 +176,7 @@ impl Runtime {
         inner.warn_of_unknown_apps(&settings.quotas);
         background::start(&inner, &settings);
         inner.start_callbacks(callbacks);
+        inner.bring_on();
         Ok(Runtime {
             handle: Handle { inner },
         })

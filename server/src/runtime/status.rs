@@ -33,6 +33,8 @@ pub struct Status {
     pub store: StoreStats,
     /// Whether the store can promise.
     pub health: StoreHealth,
+    /// Pings on their way to audiences.
+    pub expansions: u64,
     /// Bytes of bodies in flight.
     pub reserve_bytes: u64,
     /// Notifications in the ledger.

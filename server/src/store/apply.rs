@@ -123,6 +123,12 @@ impl Queue {
         bytes >= self.limit.bytes || time >= self.limit.time
     }
 
+    /// Whether it is behind by half of that, or more.
+    pub(super) fn crowded(&self, now: Mono) -> bool {
+        let (bytes, time) = self.lag(now);
+        bytes >= self.limit.bytes / 2 || time >= self.limit.time / 2
+    }
+
     /// Frames that nobody has taken yet.
     pub(super) fn waiting(&self) -> usize {
         self.lock().frames.len()

@@ -9,6 +9,7 @@ use super::log::disk::DiskFile;
 use super::log::{frame, segment};
 use super::{keys, record, snapshot, write};
 use crate::delivery::{AppId, DeviceId, RowKey, Urgency};
+use crate::ports::Stamp;
 
 /// Every reader of a record: once with the bytes as they are, once as a body with the right version and checksum, so that
 /// the decoder behind the checksum is reached.
@@ -33,6 +34,12 @@ pub fn records(data: &[u8]) {
         let _ = record::pair(key, value);
         let _ = record::device(key, DeviceId([0; 16]), value).map(drop);
         let _ = record::seen(key, value);
+        let _ = record::topics(key, value).map(drop);
+        let _ = record::spans(key, value).map(drop);
+        let _ = record::joined(key, value);
+        let _ = record::expansion(key, AppId(1), Stamp::FIRST, value).map(drop);
+        let _ = record::progress(key, value);
+        let _ = record::chunk(key, value).map(drop);
         let _ = record::app(key, value).map(drop);
         let _ = record::api_key(key, value).map(drop);
         let _ = record::callback(key, value).map(drop);
@@ -57,6 +64,8 @@ pub fn records(data: &[u8]) {
     let _ = keys::parse_device(data);
     let _ = keys::parse_dead_letter(data);
     let _ = keys::parse_idempotency_age(data);
+    let _ = keys::parse_member(data);
+    let _ = keys::parse_expansion(data);
 }
 
 /// The writes of a frame.

@@ -15,8 +15,11 @@
 //! | `t` time ping device | nothing: ended notifications by age |
 //! | `d` device | a device as the backend registered it |
 //! | `l` device | when and how the device was last seen |
-//! | `e` app device | nothing: the devices of an app |
+//! | `e` app device | the devices of an app, and when each became one (nothing: before that was kept) |
 //! | `u` app user device | nothing: the devices of a user |
+//! | `h` device | the topics of a device |
+//! | `g` app topic device | when the device was in the topic: the members of a topic |
+//! | `o` app stamp part | a ping on its way to an audience: what was accepted, how far it is, chunks of a list |
 //! | `a` app | an app |
 //! | `k` key id | an API key |
 //! | `i` app key hash | a used idempotency key |
@@ -31,7 +34,7 @@ use std::ops::Deref;
 use smallvec::SmallVec;
 
 use crate::delivery::{AppId, CollapseKey, DeviceId, PingId, RowKey, Urgency};
-use crate::ports::Erased;
+use crate::ports::{Erased, Stamp};
 
 /// Bytes of a key that need no allocation; longer are only those with a user or a long replacement key.
 const INLINE: usize = 48;
@@ -340,6 +343,89 @@ pub(super) fn parse_device(key: &[u8]) -> Option<DeviceId> {
     Some(DeviceId(device))
 }
 
+/// The topics of a device.
+pub(super) fn topics(device: DeviceId) -> Key {
+    Key::new(b'h').with(&device.0)
+}
+
+/// A device in a topic.
+pub(super) fn member(app: AppId, topic: &str, device: DeviceId) -> Key {
+    members(app, topic).with(&device.0)
+}
+
+/// The members of a topic.
+pub(super) fn members(app: AppId, topic: &str) -> Key {
+    Key::new(b'g').with(&app.0.to_be_bytes()).with_text(topic)
+}
+
+/// What a key of [`members`] says.
+pub(super) fn parse_member(key: &[u8]) -> Option<(AppId, &str, DeviceId)> {
+    let (app, rest) = take::<4>(key.strip_prefix(b"g")?)?;
+    let (length, rest) = take::<1>(rest)?;
+    let (topic, rest) = rest.split_at_checked(usize::from(length[0]))?;
+    let (device, rest) = take::<16>(rest)?;
+    let topic = str::from_utf8(topic).ok()?;
+    rest.is_empty()
+        .then_some((AppId(u32::from_be_bytes(app)), topic, DeviceId(device)))
+}
+
+/// The room of expansions.
+pub(super) const EXPANSIONS: u8 = b'o';
+
+/// A part of an expansion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    /// What was accepted.
+    Head,
+    /// How far it is.
+    Progress,
+    /// A chunk of its list.
+    Chunk(u32),
+}
+
+/// A part of an expansion.
+pub(super) fn expansion_part(app: AppId, stamp: Stamp, part: Part) -> Key {
+    let key = expansion(app, stamp);
+    match part {
+        Part::Head => key.with(&[0]),
+        Part::Progress => key.with(&[1]),
+        Part::Chunk(number) => key.with(&[2]).with(&number.to_be_bytes()),
+    }
+}
+
+/// Every part of an expansion, the head first.
+pub(super) fn expansion(app: AppId, stamp: Stamp) -> Key {
+    expansions()
+        .with(&app.0.to_be_bytes())
+        .with(&stamp.run.to_be_bytes())
+        .with(&stamp.count.to_be_bytes())
+}
+
+/// Every expansion, those of an app in the order in which they were accepted.
+pub(super) fn expansions() -> Key {
+    Key::new(EXPANSIONS)
+}
+
+/// What a key of [`expansions`] says.
+pub(super) fn parse_expansion(key: &[u8]) -> Option<(AppId, Stamp, Part)> {
+    let (_, rest) = take::<1>(key).filter(|([room], _)| *room == EXPANSIONS)?;
+    let (app, rest) = take::<4>(rest)?;
+    let (run, rest) = take::<4>(rest)?;
+    let (count, rest) = take::<8>(rest)?;
+    let (kind, rest) = take::<1>(rest)?;
+    let part = match (kind[0], rest) {
+        (0, []) => Part::Head,
+        (1, []) => Part::Progress,
+        (2, number) => Part::Chunk(u32::from_be_bytes(number.try_into().ok()?)),
+        _ => return None,
+    };
+    let stamp = Stamp {
+        run: u32::from_be_bytes(run),
+        count: u64::from_be_bytes(count),
+    };
+    Some((AppId(u32::from_be_bytes(app)), stamp, part))
+}
+
 /// An app.
 pub(super) fn app(app: AppId) -> Key {
     apps().with(&app.0.to_be_bytes())
@@ -423,6 +509,7 @@ const ERASED_DEVICE: u8 = 1;
 const ERASED_KEY: u8 = 2;
 const ERASED_NOTIFICATION: u8 = 3;
 const ERASED_USER: u8 = 4;
+const ERASED_EXPANSION: u8 = 5;
 
 /// What was erased as a number and bytes: the end of its key.
 pub(super) fn erased(what: Erased) -> (u8, SmallVec<[u8; 32]>) {
@@ -435,6 +522,7 @@ pub(super) fn erased(what: Erased) -> (u8, SmallVec<[u8; 32]>) {
             (ERASED_NOTIFICATION, both)
         }
         Erased::User(hash) => (ERASED_USER, SmallVec::from_slice(&hash)),
+        Erased::Expansion(ping) => (ERASED_EXPANSION, SmallVec::from_slice(&ping.0)),
     }
 }
 
@@ -452,6 +540,10 @@ pub(super) fn parse_erased(kind: u8, subject: &[u8]) -> Option<Erased> {
             Some(Erased::Notification(PingId(ping), DeviceId(device)))
         }
         ERASED_USER => subject.try_into().ok().map(Erased::User),
+        ERASED_EXPANSION => subject
+            .try_into()
+            .ok()
+            .map(|id| Erased::Expansion(PingId(id))),
         _ => None,
     }
 }
@@ -536,9 +628,21 @@ mod tests {
             Erased::Key([5; 10]),
             Erased::Notification(p, d),
             Erased::User([6; 32]),
+            Erased::Expansion(p),
         ] {
             assert_eq!(parse_erasure(&erasure(9, what)), Some((9, what)));
         }
+        let stamp = Stamp { run: 3, count: 9 };
+        for part in [Part::Head, Part::Progress, Part::Chunk(7)] {
+            assert_eq!(
+                parse_expansion(&expansion_part(AppId(2), stamp, part)),
+                Some((AppId(2), stamp, part))
+            );
+        }
+        assert_eq!(
+            parse_member(&member(AppId(1), "news/berlin", d)),
+            Some((AppId(1), "news/berlin", d))
+        );
         let collapsed = parse_collapse_key(&collapse(d, &text, 12))
             .map(|(d, key, n)| (d, key.as_str().to_owned(), n));
         assert_eq!(collapsed, Some((d, "score".to_owned(), 12)));
@@ -599,6 +703,8 @@ mod tests {
             assert_eq!(parse_erasure(bytes), None);
             assert_eq!(parse_withdrawal(bytes), None);
             assert_eq!(parse_withdrawal_end(bytes), None);
+            assert_eq!(parse_member(bytes), None);
+            assert_eq!(parse_expansion(bytes), None);
             assert_eq!(parse_idempotency_age(bytes), None);
         }
     }

@@ -80,11 +80,12 @@ use crate::delivery::{
     Withdrawal,
 };
 use crate::ports::{
-    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock, Committed,
-    DeadLetter, DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant,
-    IdempotencyRecord, KeyRecord, Op, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage,
-    OutcomePosition, OutcomeQuery, OutcomeRecord, OutcomeStats, Page, PairState, ReadError, Seen,
-    SourceId, Store, StoreHealth, StoreStats,
+    AppRecord, Audience, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock,
+    Committed, DeadLetter, DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant,
+    IdempotencyRecord, KeyRecord, Member, Membership, Op, OpenExpansion, OutcomeEvents,
+    OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord,
+    OutcomeStats, Page, PairState, ReadError, Seen, SourceId, Spans, Stamp, Store, StoreHealth,
+    StoreStats,
 };
 
 pub use self::convert::{
@@ -885,6 +886,41 @@ impl Store for House {
         self.reader.seen(devices)
     }
 
+    fn topics(&self, device: DeviceId) -> Result<Vec<Membership>, ReadError> {
+        self.reader.topics(device)
+    }
+
+    fn spans(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        topics: &[String],
+    ) -> Result<Vec<Spans>, ReadError> {
+        self.reader.spans(app, device, topics)
+    }
+
+    fn members(
+        &self,
+        app: AppId,
+        audience: &Audience,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<Member, DeviceId>, ReadError> {
+        self.reader.members(app, audience, after, limit)
+    }
+
+    fn expansions(
+        &self,
+        after: Option<(AppId, Stamp)>,
+        limit: usize,
+    ) -> Result<Page<OpenExpansion, (AppId, Stamp)>, ReadError> {
+        self.reader.expansions(after, limit)
+    }
+
+    fn chunk(&self, app: AppId, stamp: Stamp, number: u32) -> Result<Vec<DeviceId>, ReadError> {
+        self.reader.chunk(app, stamp, number)
+    }
+
     fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {
         self.reader.key(id)
     }
@@ -921,6 +957,10 @@ impl Store for House {
     fn health(&self) -> StoreHealth {
         let behind = self.queue.behind(self.clock.now().mono);
         health(&self.figures, &self.keeper, behind)
+    }
+
+    fn crowded(&self) -> bool {
+        self.queue.crowded(self.clock.now().mono)
     }
 
     fn stats(&self) -> StoreStats {

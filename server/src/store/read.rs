@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::engine::{Direction, Engine, EngineError};
-use super::keys::{self, Key};
+use super::keys::{self, Key, Part};
 use super::overlay::{Overlay, View};
 use super::record::{self, Fault, Pair, PairStored};
 use super::set_aside::SetAside;
@@ -20,8 +20,9 @@ use crate::delivery::{
     AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta, Withdrawal,
 };
 use crate::ports::{
-    AppRecord, CallbackRecord, DeadLetter, DeviceFilter, DeviceRecord, Erasure, ExpiredRow,
-    ExpiryCursor, IdempotencyRecord, KeyRecord, OutcomeRecord, Page, PairState, ReadError, Seen,
+    AppRecord, Audience, CallbackRecord, DeadLetter, DeviceFilter, DeviceRecord, Erasure,
+    ExpiredRow, ExpiryCursor, IdempotencyRecord, KeyRecord, Member, Membership, OpenExpansion,
+    OutcomeRecord, Page, PairState, ReadError, Seen, Span, Spans, Stamp,
 };
 
 impl From<EngineError> for ReadError {
@@ -148,24 +149,34 @@ impl Reader {
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Page<DeviceRecord, DeviceId>, ReadError> {
-        let range = match &filter.user {
-            Some(user) if user.len() > keys::USER_MAX => {
-                return Ok(Page {
-                    items: Vec::new(),
-                    next: None,
-                });
-            }
-            Some(user) => keys::user_devices(app, user),
-            None => keys::app_devices(app),
+        let none = Page {
+            items: Vec::new(),
+            next: None,
         };
         let look = self.look();
-        let (ids, next) = look.device_ids(&range, after, limit)?;
+        let (ids, next) = match (&filter.user, &filter.topic) {
+            (Some(name), _) | (None, Some(name)) if name.len() > keys::USER_MAX => {
+                return Ok(none);
+            }
+            (_, Some(topic)) => {
+                let page = look.members(&keys::members(app, topic), after, limit)?;
+                let now = page.items.into_iter().filter_map(|member| {
+                    let open = member.spans.iter().any(|span| span.left.is_none());
+                    open.then_some(member.device)
+                });
+                (now.collect(), page.next)
+            }
+            (Some(user), None) => look.device_ids(&keys::user_devices(app, user), after, limit)?,
+            (None, None) => look.device_ids(&keys::app_devices(app), after, limit)?,
+        };
         let mut items = Vec::with_capacity(ids.len());
         for id in ids {
             let key = keys::device(id);
-            if let Some(record) = look.get(&key, |value| record::device(&key, id, value))? {
-                items.push(record);
-            }
+            let found = look.get(&key, |value| record::device(&key, id, value))?;
+            // Of a user and in a topic: the topic's list was walked over.
+            items.extend(
+                found.filter(|record| filter.user.as_ref().is_none_or(|user| *user == record.user)),
+            );
         }
         Ok(Page { items, next })
     }
@@ -181,6 +192,69 @@ impl Reader {
         }
         let range = keys::user_devices(app, user);
         Ok(self.look().device_ids(&range, None, limit)?.0)
+    }
+
+    pub(super) fn topics(&self, device: DeviceId) -> Result<Vec<Membership>, ReadError> {
+        let key = keys::topics(device);
+        let found = self.look().get(&key, |value| record::topics(&key, value))?;
+        Ok(found.map(|(_, topics)| topics).unwrap_or_default())
+    }
+
+    pub(super) fn spans(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        topics: &[String],
+    ) -> Result<Vec<Spans>, ReadError> {
+        let look = self.look();
+        topics
+            .iter()
+            .map(|topic| {
+                let key = keys::member(app, topic, device);
+                let found = look.get(&key, |value| record::spans(&key, value))?;
+                Ok(found.unwrap_or_default())
+            })
+            .collect()
+    }
+
+    pub(super) fn members(
+        &self,
+        app: AppId,
+        audience: &Audience,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<Member, DeviceId>, ReadError> {
+        let range = match audience {
+            Audience::Topic(topic) if topic.len() <= keys::USER_MAX => keys::members(app, topic),
+            Audience::Everyone => keys::app_devices(app),
+            Audience::Topic(_) | Audience::Listed { .. } => {
+                return Ok(Page {
+                    items: Vec::new(),
+                    next: None,
+                });
+            }
+        };
+        self.look().members(&range, after, limit)
+    }
+
+    /// Expansions that are not done. One whose head cannot be read is left out: nothing of it could go on.
+    pub(super) fn expansions(
+        &self,
+        after: Option<(AppId, Stamp)>,
+        limit: usize,
+    ) -> Result<Page<OpenExpansion, (AppId, Stamp)>, ReadError> {
+        self.look().expansions(after, limit)
+    }
+
+    pub(super) fn chunk(
+        &self,
+        app: AppId,
+        stamp: Stamp,
+        number: u32,
+    ) -> Result<Vec<DeviceId>, ReadError> {
+        let key = keys::expansion_part(app, stamp, Part::Chunk(number));
+        let found = self.look().get(&key, |value| record::chunk(&key, value))?;
+        Ok(found.unwrap_or_default())
     }
 
     pub(super) fn seen(&self, devices: &[DeviceId]) -> Result<Vec<Option<Seen>>, ReadError> {
@@ -742,6 +816,85 @@ impl Look<'_> {
             },
         )?;
         Ok(chores)
+    }
+
+    /// Devices of a topic's list or an app's, with their spans.
+    fn members(
+        &self,
+        range: &Key,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<Member, DeviceId>, ReadError> {
+        let from = match after {
+            Some(device) => Key::from_slice(&[&**range, &device.0].concat()).after(),
+            None => range.clone(),
+        };
+        let mut items = Vec::new();
+        let (mut last, mut next, mut walked) = (None, None, 0);
+        self.each(&from, &range.end(), Direction::Up, &mut |key, value| {
+            if walked >= limit {
+                next = last;
+                return Ok(ControlFlow::Break(()));
+            }
+            walked += 1;
+            let Some(device) = keys::parse_device(key) else {
+                return Ok(ControlFlow::Continue(()));
+            };
+            last = Some(device);
+            let spans = if key.first() == Some(&b'e') {
+                let joined = self.sound(key, value, record::joined(key, value))?;
+                // One of the app's devices in any case.
+                let joined = joined.unwrap_or(Stamp::FIRST);
+                Some(Spans::from_buf([Span { joined, left: None }]))
+            } else {
+                self.sound(key, value, record::spans(key, value))?
+            };
+            items.extend(spans.map(|spans| Member { device, spans }));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(Page { items, next })
+    }
+
+    fn expansions(
+        &self,
+        after: Option<(AppId, Stamp)>,
+        limit: usize,
+    ) -> Result<Page<OpenExpansion, (AppId, Stamp)>, ReadError> {
+        let mut from = match after {
+            Some((app, stamp)) => keys::expansion(app, stamp).end(),
+            None => keys::expansions(),
+        };
+        let end = keys::expansions().end();
+        let mut items = Vec::new();
+        loop {
+            // One key of each is enough to find it; its chunks are passed over.
+            let mut found = None;
+            self.each(&from, &end, Direction::Up, &mut |key, _| {
+                found = keys::parse_expansion(key);
+                Ok(ControlFlow::Break(()))
+            })?;
+            let Some((app, stamp, _)) = found else {
+                return Ok(Page { items, next: None });
+            };
+            from = keys::expansion(app, stamp).end();
+            let key = keys::expansion_part(app, stamp, Part::Head);
+            let head = self.get(&key, |value| record::expansion(&key, app, stamp, value))?;
+            let Some(record) = head else {
+                continue;
+            };
+            let key = keys::expansion_part(app, stamp, Part::Progress);
+            let progress = self.get(&key, |value| record::progress(&key, value))?;
+            items.push(OpenExpansion {
+                record,
+                progress: progress.unwrap_or_default(),
+            });
+            if items.len() >= limit {
+                return Ok(Page {
+                    items,
+                    next: Some((app, stamp)),
+                });
+            }
+        }
     }
 
     /// Devices of a range of one of their indexes, and where the next page starts.

@@ -24,11 +24,12 @@ use crate::delivery::{
     RowKey, Withdrawal,
 };
 use crate::ports::{
-    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock, ClockState,
-    Committed, DeadLetter, DeviceFilter, DeviceRecord, Entropy, ExpiredRow, ExpiryCursor, Grant,
-    IdempotencyRecord, KeyRecord, Op, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage,
-    OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen, SourceId,
-    Store, StoreHealth, StoreStats,
+    AppRecord, Audience, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock,
+    ClockState, Committed, DeadLetter, DeviceFilter, DeviceRecord, Entropy, ExpiredRow,
+    ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Member, Membership, Op, OpenExpansion,
+    OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomePage, OutcomePosition, OutcomeQuery,
+    OutcomeRecord, Page, PairState, ReadError, Seen, SourceId, Spans, Stamp, Store, StoreHealth,
+    StoreStats,
 };
 
 /// A clock that stands still until it is moved.
@@ -1079,6 +1080,41 @@ impl Store for SyncStore {
         self.reading(|reader, _| reader.seen(devices))
     }
 
+    fn topics(&self, device: DeviceId) -> Result<Vec<Membership>, ReadError> {
+        self.reading(|reader, _| reader.topics(device))
+    }
+
+    fn spans(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        topics: &[String],
+    ) -> Result<Vec<Spans>, ReadError> {
+        self.reading(|reader, _| reader.spans(app, device, topics))
+    }
+
+    fn members(
+        &self,
+        app: AppId,
+        audience: &Audience,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<Member, DeviceId>, ReadError> {
+        self.reading(|reader, _| reader.members(app, audience, after, limit))
+    }
+
+    fn expansions(
+        &self,
+        after: Option<(AppId, Stamp)>,
+        limit: usize,
+    ) -> Result<Page<OpenExpansion, (AppId, Stamp)>, ReadError> {
+        self.reading(|reader, _| reader.expansions(after, limit))
+    }
+
+    fn chunk(&self, app: AppId, stamp: Stamp, number: u32) -> Result<Vec<DeviceId>, ReadError> {
+        self.reading(|reader, _| reader.chunk(app, stamp, number))
+    }
+
     fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {
         self.reading(|reader, _| reader.key(id))
     }
@@ -1116,6 +1152,11 @@ impl Store for SyncStore {
         let life = self.life();
         let parts = life.parts();
         health(&parts.figures, &parts.keeper, false)
+    }
+
+    /// Its engine is as far behind as its settings say.
+    fn crowded(&self) -> bool {
+        false
     }
 
     fn stats(&self) -> StoreStats {

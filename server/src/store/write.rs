@@ -19,14 +19,14 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::keys::{self, Key};
+use super::keys::{self, Key, Part};
 use super::log::frame;
 use super::record::{self, Pair, PairStored, RECORD_MAX};
 use crate::delivery::{
     AppId, Change, DeviceId, Notification, Outcome, PingId, RowKey, RowMeta, Summary, Urgency,
     Withdrawal,
 };
-use crate::ports::{DeviceRecord, Erased, Erasure, Op};
+use crate::ports::{DeviceRecord, Erased, Erasure, Op, Stamp, TopicChange};
 
 /// One write of a frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,6 +107,9 @@ pub(super) enum Unwritable {
     /// A user beyond [`keys::USER_MAX`].
     #[error("a user name of {0} bytes; the most is {max}", max = keys::USER_MAX)]
     User(usize),
+    /// The name of a topic beyond [`keys::USER_MAX`].
+    #[error("a topic of {0} bytes; the most is {max}", max = keys::USER_MAX)]
+    Topic(usize),
     /// The frame would be larger than any reader accepts.
     #[error("a frame of {0} bytes; the most is {max}", max = frame::FRAME_MAX)]
     Frame(usize),
@@ -301,6 +304,41 @@ impl FrameBuilder {
                     record::put_seen(key, out, seen);
                 })?;
             }
+            Op::PutJoined(app, device, stamp) => {
+                self.put(&keys::app_device(*app, *device), |key, out| {
+                    record::put_joined(key, out, *stamp);
+                })?;
+            }
+            Op::PutTopics(change) => self.put_topics(change)?,
+            Op::PutExpansion(expansion) => {
+                let app = expansion.notification.app;
+                let key = keys::expansion_part(app, expansion.stamp, Part::Head);
+                self.put(&key, |key, out| record::put_expansion(key, out, expansion))?;
+            }
+            Op::PutChunk {
+                app,
+                stamp,
+                number,
+                devices,
+            } => {
+                let key = keys::expansion_part(*app, *stamp, Part::Chunk(*number));
+                self.put(&key, |key, out| record::put_chunk(key, out, devices))?;
+            }
+            Op::PutProgress {
+                app,
+                stamp,
+                progress,
+                done,
+            } => {
+                let key = keys::expansion_part(*app, *stamp, Part::Progress);
+                self.put(&key, |key, out| record::put_progress(key, out, progress))?;
+                self.drop_chunks(*app, *stamp, done.clone());
+            }
+            Op::DropExpansion { app, stamp, chunks } => {
+                self.delete(&keys::expansion_part(*app, *stamp, Part::Head));
+                self.delete(&keys::expansion_part(*app, *stamp, Part::Progress));
+                self.drop_chunks(*app, *stamp, chunks.clone());
+            }
             Op::PutKey(record) => {
                 self.put(&keys::api_key(record.id), |key, out| {
                     record::put_api_key(key, out, record);
@@ -461,6 +499,35 @@ impl FrameBuilder {
         )
     }
 
+    fn put_topics(&mut self, change: &TopicChange) -> Result<(), Unwritable> {
+        let key = keys::topics(change.device);
+        if change.topics.is_empty() {
+            self.delete(&key);
+        } else {
+            self.put(&key, |key, out| {
+                record::put_topics(key, out, change.app, &change.topics);
+            })?;
+        }
+        for (topic, spans) in &change.places {
+            if topic.len() > keys::USER_MAX {
+                return Err(Unwritable::Topic(topic.len()));
+            }
+            let key = keys::member(change.app, topic, change.device);
+            if spans.is_empty() {
+                self.delete(&key);
+            } else {
+                self.put(&key, |key, out| record::put_spans(key, out, spans))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_chunks(&mut self, app: AppId, stamp: Stamp, chunks: Range<u32>) {
+        for number in chunks {
+            self.delete(&keys::expansion_part(app, stamp, Part::Chunk(number)));
+        }
+    }
+
     fn put_device(
         &mut self,
         record: &DeviceRecord,
@@ -473,13 +540,14 @@ impl FrameBuilder {
         self.put(&keys::device(record.id), |key, out| {
             record::put_device(key, out, record);
         })?;
-        self.put_empty(&keys::app_device(record.app, record.id))?;
         self.put_empty(&keys::user_device(
             record.app,
             user(&record.user)?,
             record.id,
         ))?;
         if fresh {
+            // Never again: it may say since when ([`Op::PutJoined`]).
+            self.put_empty(&keys::app_device(record.app, record.id))?;
             self.put(&keys::summary(record.id), |key, out| {
                 record::put_summary(key, out, &Summary::new(record.app));
             })?;

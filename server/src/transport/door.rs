@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::delivery::{Acknowledged, DeviceId, PingId, SessionId};
 use crate::runtime::{
-    AttachRequest, Authenticated, Handle, Identity, LinkSettings, Outlet, WhoError,
+    AttachRequest, Authenticated, Handle, Identity, LinkSettings, Outlet, RuntimeError, WhoError,
 };
 
 /// The runtime, as links see it. Each method is the one of [`Handle`] with the same name.
@@ -35,6 +35,13 @@ pub trait Door: Clone + Send + Sync + Unpin + 'static {
     fn decline(&self, device: DeviceId, session: SessionId, ping: PingId);
     /// Somebody is at the device, or not.
     fn presence(&self, device: DeviceId, session: SessionId, active: bool);
+    /// Topics that a device asks to join and to leave by itself; answers all that it is in.
+    fn subscribe(
+        &self,
+        device: DeviceId,
+        join: Vec<String>,
+        leave: Vec<String>,
+    ) -> impl Future<Output = Result<Option<Vec<String>>, RuntimeError>> + Send;
 }
 
 impl Door for Handle {
@@ -78,5 +85,14 @@ impl Door for Handle {
 
     fn presence(&self, device: DeviceId, session: SessionId, active: bool) {
         Handle::presence(self, device, session, active);
+    }
+
+    async fn subscribe(
+        &self,
+        device: DeviceId,
+        join: Vec<String>,
+        leave: Vec<String>,
+    ) -> Result<Option<Vec<String>>, RuntimeError> {
+        Handle::subscribe(self, device, join, leave).await
     }
 }

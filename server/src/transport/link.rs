@@ -37,7 +37,7 @@ use super::wheel::Wheel;
 use crate::delivery::{
     Acknowledged, Closing, DeviceId, Notification, PingId, Refusal, SessionId, Urgency, Verdict,
 };
-use crate::runtime::{AttachRequest, Identity, LinkSettings, Out, Outlet, WhoError};
+use crate::runtime::{AttachRequest, Identity, LinkSettings, Out, Outlet, RuntimeError, WhoError};
 
 /// Encoded bytes that wait to be written; beyond them notifications stay in the outbox, where all devices of a fan-out
 /// share them. Enough to fill the pipe of a fast network for one turn.
@@ -46,7 +46,10 @@ const QUEUED_HIGH_BYTES: usize = 64 * 1024;
 /// Frames taken from one device before other links have their turn.
 const FRAMES_PER_TURN: usize = 64;
 
-/// Answers to frames (`pong`, `subscribed`) that wait to be written; one waiting answer stands for all later ones.
+/// Requests of a device to join or leave topics that wait for the one before; then nothing more is read from it.
+const CHOICES_WAITING_MAX: usize = 4;
+
+/// Answers to frames (`pong`) that wait to be written; one waiting answer stands for all later ones.
 const ANSWERS_WAITING_MAX: u32 = 16;
 
 /// How long a closing link waits for the peer to take the last frame.
@@ -178,6 +181,16 @@ impl Waiting {
 type Proving<D> =
     Pin<Box<dyn Future<Output = (Result<<D as Door>::Proof, WhoError>, Box<Hello>)> + Send>>;
 
+type Choosing = Pin<Box<dyn Future<Output = Result<Option<Vec<String>>, RuntimeError>> + Send>>;
+
+/// What a device asked for about its topics: one request at a time, in order.
+#[derive(Default)]
+struct Choices {
+    running: Option<Choosing>,
+    /// Whether to join, and what.
+    waiting: VecDeque<(bool, Vec<String>)>,
+}
+
 /// One connection.
 pub(crate) struct Link<D: Door, P: Pipe> {
     shared: Arc<Shared<D>>,
@@ -188,6 +201,8 @@ pub(crate) struct Link<D: Door, P: Pipe> {
     backlog: VecDeque<Out>,
     /// The authentication under way.
     proving: Option<Proving<D>>,
+    /// Requests about topics; none while nothing was asked.
+    choices: Option<Box<Choices>>,
     /// Given back once the device is authenticated.
     knock: Option<Box<Knock>>,
     /// [`Door::detach`] is owed for these.
@@ -233,6 +248,7 @@ impl<D: Door, P: Pipe> Link<D, P> {
             session: ServerSession::new(0),
             backlog: VecDeque::new(),
             proving: None,
+            choices: None,
             knock: Some(Box::new(knock)),
             attached: None,
             timer: Some(deadline),
@@ -258,11 +274,14 @@ impl<D: Door, P: Pipe> Link<D, P> {
         let mut frames_left = FRAMES_PER_TURN;
         loop {
             self.mind_kicks();
+            // Before reading: what is through makes room for more.
+            self.mind_choices(cx);
             if let Err(broken) = self.receive(cx, &mut frames_left)
                 && self.is_over(broken)
             {
                 return Poll::Ready(());
             }
+            self.mind_choices(cx);
             self.mind_proof(cx);
             self.mind_words();
             if self.mind_timer(cx).is_ready() {
@@ -287,7 +306,11 @@ impl<D: Door, P: Pipe> Link<D, P> {
                 return Poll::Pending;
             }
             // Words that came while the pipe was full woke nobody: whoever made room looks for them.
-            if !written || (self.backlog.is_empty() && !self.outbox.has_words()) {
+            if !written
+                || (self.backlog.is_empty()
+                    && !self.outbox.has_words()
+                    && !self.has_choice_to_begin())
+            {
                 return Poll::Pending;
             }
         }
@@ -316,7 +339,7 @@ impl<D: Door, P: Pipe> Link<D, P> {
 
     /// Takes frames until there are no more for now.
     fn receive(&mut self, cx: &mut Context<'_>, frames_left: &mut usize) -> Result<(), Broken> {
-        while !self.ending && *frames_left > 0 {
+        while !self.ending && *frames_left > 0 && !self.has_many_choices() {
             let Poll::Ready(received) = self.pipe.poll_receive(cx) else {
                 return Ok(());
             };
@@ -331,6 +354,65 @@ impl<D: Door, P: Pipe> Link<D, P> {
             }
         }
         Ok(())
+    }
+
+    fn has_many_choices(&self) -> bool {
+        self.choices
+            .as_ref()
+            .is_some_and(|choices| choices.waiting.len() >= CHOICES_WAITING_MAX)
+    }
+
+    fn has_choice_to_begin(&self) -> bool {
+        self.choices
+            .as_ref()
+            .is_some_and(|choices| choices.running.is_none() && !choices.waiting.is_empty())
+    }
+
+    /// Goes on with what the device asked about its topics. Nothing is begun while its answers are not taken.
+    fn mind_choices(&mut self, cx: &mut Context<'_>) {
+        let held_back = self.has_many_choices();
+        while let Some(choices) = &mut self.choices {
+            let Some((device, _)) = self.attached.filter(|_| !self.ending) else {
+                self.choices = None;
+                return;
+            };
+            let Some(running) = &mut choices.running else {
+                if self.pipe.queued() >= QUEUED_HIGH_BYTES {
+                    return;
+                }
+                let Some((joins, topics)) = choices.waiting.pop_front() else {
+                    self.choices = None;
+                    break;
+                };
+                let (join, leave) = if joins {
+                    (topics, Vec::new())
+                } else {
+                    (Vec::new(), topics)
+                };
+                let door = self.shared.door.clone();
+                choices.running = Some(Box::pin(async move {
+                    door.subscribe(device, join, leave).await
+                }));
+                continue;
+            };
+            let Poll::Ready(said) = running.as_mut().poll(cx) else {
+                break;
+            };
+            choices.running = None;
+            match said {
+                Ok(Some(topics)) => self.send(&ServerFrame::Subscribed(Topics { topics })),
+                // It was revoked, and is told so.
+                Ok(None) => {}
+                Err(RuntimeError::Draining) => {
+                    self.go_away(GoawayReason::Drain, DRAINING_RECONNECT_MS);
+                }
+                Err(error) => self.fail(Code::StoreUnavailable, error.to_string()),
+            }
+        }
+        if held_back && !self.has_many_choices() {
+            // Bytes that came meanwhile woke nobody.
+            cx.waker().wake_by_ref();
+        }
     }
 
     /// Polls the authentication under way and goes on with its result.
@@ -486,7 +568,7 @@ impl<D: Door, P: Pipe> Link<D, P> {
     }
 
     fn send(&mut self, frame: &ServerFrame) {
-        if matches!(frame, ServerFrame::Pong | ServerFrame::Subscribed(_)) {
+        if matches!(frame, ServerFrame::Pong) {
             if self.answers_waiting >= ANSWERS_WAITING_MAX {
                 return;
             }
@@ -638,20 +720,25 @@ impl<D: Door, P: Pipe> Link<D, P> {
             (ServerAction::Presence(state), Some((device, session))) => {
                 door.presence(device, session, state == PresenceState::Active);
             }
-            // No app allows its devices to choose topics by themselves, so the full set that they chose is empty.
-            (ServerAction::Subscribe(_) | ServerAction::Unsubscribe(_), _) => {
-                self.send(&ServerFrame::Subscribed(Topics { topics: Vec::new() }));
-            }
+            (ServerAction::Subscribe(topics), Some(_)) => self.choose(true, topics),
+            (ServerAction::Unsubscribe(topics), Some(_)) => self.choose(false, topics),
             (ServerAction::Leave, _) => self.detach(),
             (ServerAction::Close { code, message, .. }, _) => self.finish(code, &message),
             // The machine gives these to an attached session only.
             (
                 ServerAction::Acknowledge(_)
                 | ServerAction::Decline { .. }
-                | ServerAction::Presence(_),
+                | ServerAction::Presence(_)
+                | ServerAction::Subscribe(_)
+                | ServerAction::Unsubscribe(_),
                 None,
             ) => {}
         }
+    }
+
+    fn choose(&mut self, joins: bool, topics: Vec<String>) {
+        let choices = self.choices.get_or_insert_default();
+        choices.waiting.push_back((joins, topics));
     }
 
     fn prove(&mut self, hello: Box<Hello>) {
@@ -701,6 +788,7 @@ impl<D: Door, P: Pipe> Link<D, P> {
         debug!(peer = %self.peer, carrier = P::CARRIER.name(), %code, message, "the link closes");
         self.detach();
         self.proving = None;
+        self.choices = None;
         self.backlog = VecDeque::new();
         self.pipe.end(code, message);
         self.timer = Some(Box::pin(sleep(LINGER)));
@@ -847,6 +935,15 @@ mod tests {
         }
         fn presence(&self, _: DeviceId, _: SessionId, _: bool) {
             self.note("presence");
+        }
+        async fn subscribe(
+            &self,
+            _: DeviceId,
+            join: Vec<String>,
+            _: Vec<String>,
+        ) -> Result<Option<Vec<String>>, RuntimeError> {
+            self.note("subscribe");
+            Ok(Some(join))
         }
     }
 

@@ -13,6 +13,7 @@ mod outcomes;
 mod rhoconnect;
 mod serving;
 mod support;
+mod topics;
 
 #[path = "../runtime/store.rs"]
 #[expect(dead_code, reason = "the tests of the runtime use more of it")]

@@ -91,12 +91,20 @@ async fn malformed_pings_are_refused_at_their_place_and_reach_no_mailbox() {
             "400 malformed /to/devices/1",
         ),
         (
-            r#"{"to":{"topic":"news"}}"#.to_owned(),
-            "422 not_available /to/topic",
+            r#"{"to":{"topic":"news","everyone":true}}"#.to_owned(),
+            "400 malformed /to",
         ),
         (
-            r#"{"to":{"everyone":true}}"#.to_owned(),
-            "422 not_available /to/everyone",
+            r#"{"to":{"topic":"a b"}}"#.to_owned(),
+            "400 malformed /to/topic",
+        ),
+        (
+            r#"{"to":{"everyone":1}}"#.to_owned(),
+            "400 malformed /to/everyone",
+        ),
+        (
+            r#"{"to":{"everyone":false}}"#.to_owned(),
+            "400 malformed /to/everyone",
         ),
         (
             r#"{"to":{"group":"x"}}"#.to_owned(),
@@ -190,7 +198,7 @@ async fn a_body_must_say_it_is_json_and_fit() {
     // Announced, and not: in both cases the answer can be read, and the connection ends.
     let large = format!(
         r#"{{"to":{{"user":"u"}},"body":"{}"}}"#,
-        "x".repeat(3 << 20)
+        "x".repeat(6 << 20)
     );
     let reply = server.ask("POST", "/v1/pings", &large).await;
     assert_eq!(reply.problem(), "413 body_too_large");

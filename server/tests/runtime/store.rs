@@ -8,11 +8,12 @@ use bellwire_server::delivery::{
     Outcome, PingId, RowKey, RowMeta, Summary, WireSlot, Withdrawal,
 };
 use bellwire_server::ports::{
-    AppRecord, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Committed,
-    DeadLetter, DeviceFilter, DeviceRecord, ExpiredRow, ExpiryCursor, Grant, IdempotencyRecord,
-    KeyRecord, Op, OutcomeEvent, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomeOrder,
-    OutcomePage, OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen,
-    SourceId, Store, StoreHealth, StoreStats,
+    AppRecord, Audience, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Committed,
+    DeadLetter, DeviceFilter, DeviceRecord, ExpansionProgress, ExpansionRecord, ExpiredRow,
+    ExpiryCursor, Grant, IdempotencyRecord, KeyRecord, Member, Membership, Op, OpenExpansion,
+    OutcomeEvent, OutcomeEvents, OutcomeFollow, OutcomeFollower, OutcomeOrder, OutcomePage,
+    OutcomePosition, OutcomeQuery, OutcomeRecord, Page, PairState, ReadError, Seen, SourceId, Span,
+    Spans, Stamp, Store, StoreHealth, StoreStats,
 };
 
 /// What the store does with a batch.
@@ -45,6 +46,11 @@ pub(crate) struct Disk {
     pub(crate) withdrawals: BTreeMap<(DeviceId, PingId), u64>,
     /// Looks at the history fail.
     pub(crate) history_fails: bool,
+    pub(crate) joined: BTreeMap<(AppId, DeviceId), Stamp>,
+    pub(crate) topics: HashMap<DeviceId, Vec<Membership>>,
+    pub(crate) members: BTreeMap<(AppId, String, DeviceId), Spans>,
+    pub(crate) expansions: BTreeMap<(AppId, Stamp), (ExpansionRecord, ExpansionProgress)>,
+    pub(crate) chunks: BTreeMap<(AppId, Stamp, u32), Vec<DeviceId>>,
     run: u32,
 }
 
@@ -62,9 +68,61 @@ impl Disk {
                 }
                 Op::DropDevice(record) => {
                     self.devices.remove(&record.id);
+                    self.joined.remove(&(record.app, record.id));
                     self.seen.remove(&record.id);
                 }
                 Op::PutSeen(device, seen) => drop(self.seen.insert(device, seen)),
+                Op::PutJoined(app, device, stamp) => {
+                    self.joined.insert((app, device), stamp);
+                }
+                Op::PutTopics(change) => {
+                    if change.topics.is_empty() {
+                        self.topics.remove(&change.device);
+                    } else {
+                        self.topics.insert(change.device, change.topics);
+                    }
+                    for (topic, spans) in change.places {
+                        let place = (change.app, topic, change.device);
+                        if spans.is_empty() {
+                            self.members.remove(&place);
+                        } else {
+                            self.members.insert(place, spans);
+                        }
+                    }
+                }
+                Op::PutExpansion(record) => {
+                    let record = ExpansionRecord {
+                        notification: written(&record.notification),
+                        ..record
+                    };
+                    let key = (record.notification.app, record.stamp);
+                    self.expansions
+                        .insert(key, (record, ExpansionProgress::default()));
+                }
+                Op::PutChunk {
+                    app,
+                    stamp,
+                    number,
+                    devices,
+                } => drop(self.chunks.insert((app, stamp, number), devices.to_vec())),
+                Op::PutProgress {
+                    app,
+                    stamp,
+                    progress,
+                    done,
+                } => {
+                    if let Some(expansion) = self.expansions.get_mut(&(app, stamp)) {
+                        expansion.1 = progress;
+                    }
+                    self.chunks
+                        .retain(|key, _| (key.0, key.1) != (app, stamp) || !done.contains(&key.2));
+                }
+                Op::DropExpansion { app, stamp, chunks } => {
+                    self.expansions.remove(&(app, stamp));
+                    self.chunks.retain(|key, _| {
+                        (key.0, key.1) != (app, stamp) || !chunks.contains(&key.2)
+                    });
+                }
                 Op::PutKey(key) => drop(self.keys.insert(key.id, key)),
                 Op::DropKey(_, id) => drop(self.keys.remove(&id)),
                 Op::PutCallback(callback) => drop(self.callbacks.insert(callback.app, callback)),
@@ -186,6 +244,8 @@ struct State {
     closed: bool,
     device_reads: u64,
     user_reads: u64,
+    member_reads: u64,
+    crowded: bool,
     history: Vec<OutcomeRecord>,
     follower: Option<OutcomeFollower>,
 }
@@ -239,6 +299,15 @@ impl FakeStore {
 
     pub(crate) fn device_reads(&self) -> u64 {
         self.0.lock().unwrap().device_reads
+    }
+
+    pub(crate) fn member_reads(&self) -> u64 {
+        self.0.lock().unwrap().member_reads
+    }
+
+    /// Whether the engine is behind by half of what it may be.
+    pub(crate) fn set_crowded(&self, crowded: bool) {
+        self.0.lock().unwrap().crowded = crowded;
     }
 
     pub(crate) fn user_reads(&self) -> u64 {
@@ -522,6 +591,12 @@ impl Store for FakeStore {
             .values()
             .filter(|record| record.app == app)
             .filter(|record| filter.user.as_ref().is_none_or(|user| *user == record.user))
+            .filter(|record| {
+                filter.topic.as_ref().is_none_or(|topic| {
+                    let of = state.disk.topics.get(&record.id);
+                    of.is_some_and(|of| of.iter().any(|was| was.topic == *topic))
+                })
+            })
             .filter(|record| after.is_none_or(|after| record.id > after))
             .take(limit + 1)
             .cloned()
@@ -556,6 +631,95 @@ impl Store for FakeStore {
             .iter()
             .map(|device| state.disk.seen.get(device).cloned())
             .collect())
+    }
+
+    fn topics(&self, device: DeviceId) -> Result<Vec<Membership>, ReadError> {
+        let state = self.0.lock().unwrap();
+        Ok(state.disk.topics.get(&device).cloned().unwrap_or_default())
+    }
+
+    fn spans(
+        &self,
+        app: AppId,
+        device: DeviceId,
+        topics: &[String],
+    ) -> Result<Vec<Spans>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let place = |topic: &String| state.disk.members.get(&(app, topic.clone(), device));
+        Ok(topics
+            .iter()
+            .map(|topic| place(topic).cloned().unwrap_or_default())
+            .collect())
+    }
+
+    fn members(
+        &self,
+        app: AppId,
+        audience: &Audience,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<Member, DeviceId>, ReadError> {
+        let mut state = self.0.lock().unwrap();
+        state.member_reads += 1;
+        let mut items: Vec<Member> = match audience {
+            Audience::Topic(topic) => state
+                .disk
+                .members
+                .iter()
+                .filter(|((of, name, _), _)| *of == app && name == topic)
+                .map(|((_, _, device), spans)| Member {
+                    device: *device,
+                    spans: spans.clone(),
+                })
+                .collect(),
+            Audience::Everyone => state
+                .disk
+                .joined
+                .iter()
+                .filter(|((of, _), _)| *of == app)
+                .map(|((_, device), joined)| Member {
+                    device: *device,
+                    spans: Spans::from_buf([Span {
+                        joined: *joined,
+                        left: None,
+                    }]),
+                })
+                .collect(),
+            Audience::Listed { .. } => Vec::new(),
+        };
+        items.retain(|member| after.is_none_or(|after| member.device > after));
+        let more = items.len() > limit;
+        items.truncate(limit);
+        let next = items.last().map(|member| member.device).filter(|_| more);
+        Ok(Page { items, next })
+    }
+
+    fn expansions(
+        &self,
+        _after: Option<(AppId, Stamp)>,
+        _limit: usize,
+    ) -> Result<Page<OpenExpansion, (AppId, Stamp)>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let open = state.disk.expansions.values();
+        Ok(Page {
+            items: open
+                .map(|(record, progress)| OpenExpansion {
+                    record: record.clone(),
+                    progress: *progress,
+                })
+                .collect(),
+            next: None,
+        })
+    }
+
+    fn chunk(&self, app: AppId, stamp: Stamp, number: u32) -> Result<Vec<DeviceId>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let chunk = state.disk.chunks.get(&(app, stamp, number));
+        Ok(chunk.cloned().unwrap_or_default())
+    }
+
+    fn crowded(&self) -> bool {
+        self.0.lock().unwrap().crowded
     }
 
     fn key(&self, id: [u8; 10]) -> Result<Option<KeyRecord>, ReadError> {

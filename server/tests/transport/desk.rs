@@ -1,6 +1,6 @@
 //! A runtime for tests: lets devices in by their secret, notes what links tell it, and pushes what the test says.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -10,7 +10,9 @@ use bellwire_protocol::Content;
 use bellwire_server::delivery::{
     Acknowledged, AppId, DeviceId, Hold, Notification, PingId, SessionId, Urgency, WireSlot,
 };
-use bellwire_server::runtime::{AttachRequest, Identity, LinkSettings, Out, Outlet, WhoError};
+use bellwire_server::runtime::{
+    AttachRequest, Identity, LinkSettings, Out, Outlet, RuntimeError, WhoError,
+};
 use bellwire_server::transport::{Door, PemSource, TlsSettings, Transport, TransportSettings};
 use tokio::time::timeout;
 
@@ -42,6 +44,7 @@ pub enum Answer {
 struct State {
     told: Vec<(DeviceId, SessionId, Told)>,
     outlets: HashMap<DeviceId, Arc<dyn Outlet>>,
+    topics: HashMap<DeviceId, BTreeSet<String>>,
     answer: Answer,
 }
 
@@ -61,6 +64,7 @@ impl Desk {
             state: Arc::new(Mutex::new(State {
                 told: Vec::new(),
                 outlets: HashMap::new(),
+                topics: HashMap::new(),
                 answer: Answer::Welcome,
             })),
             changed: Arc::default(),
@@ -219,6 +223,21 @@ impl Door for Desk {
 
     fn presence(&self, device: DeviceId, session: SessionId, active: bool) {
         self.tell(device, session, Told::Presence(active));
+    }
+
+    async fn subscribe(
+        &self,
+        device: DeviceId,
+        join: Vec<String>,
+        leave: Vec<String>,
+    ) -> Result<Option<Vec<String>>, RuntimeError> {
+        // Every request takes a while, and the second one must not overtake the first.
+        tokio::task::yield_now().await;
+        let mut state = self.state.lock().unwrap();
+        let topics = state.topics.entry(device).or_default();
+        topics.extend(join);
+        topics.retain(|topic| !leave.contains(topic));
+        Ok(Some(topics.iter().cloned().collect()))
     }
 }
 

@@ -79,15 +79,32 @@ async fn a_session_from_hello_to_bye_is_the_same_on_every_way() {
 
         device.say(&DeviceFrame::Ping).await;
         assert_eq!(device.next().await, ServerFrame::Pong);
-        for asked in [DeviceFrame::Subscribe, DeviceFrame::Unsubscribe] {
-            device
-                .say(&asked(Topics {
-                    topics: vec!["news".into()],
-                }))
-                .await;
-            let none = Topics { topics: Vec::new() };
-            assert_eq!(device.next().await, ServerFrame::Subscribed(none));
+        let topics = |names: &[&str]| Topics {
+            topics: names.iter().map(|name| (*name).to_owned()).collect(),
+        };
+        // More at once than wait in the link: the answers come in order, each with the full set.
+        for name in ["a", "b", "c", "d", "e", "f", "g", "h"] {
+            device.say(&DeviceFrame::Subscribe(topics(&[name]))).await;
         }
+        device
+            .say(&DeviceFrame::Unsubscribe(topics(&["a", "c", "h"])))
+            .await;
+        device.say(&DeviceFrame::Ping).await;
+        let mut sets = Vec::new();
+        let mut ponged = false;
+        while sets.len() < 9 || !ponged {
+            match device.next().await {
+                ServerFrame::Subscribed(set) => sets.push(set.topics.join("")),
+                ServerFrame::Pong => ponged = true,
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(
+            sets,
+            [
+                "a", "ab", "abc", "abcd", "abcde", "abcdef", "abcdefg", "abcdefgh", "bdefg"
+            ]
+        );
         desk.push(id(1), Out::Withdraw(vec![PingId([3; 16]); 300]));
         for count in [256, 44] {
             let ServerFrame::Withdraw(withdraw) = device.next().await else {

@@ -18,8 +18,8 @@ use bellwire_server::http::{
 use bellwire_server::outbound::{Caller, SharedCaller, Ways};
 use bellwire_server::ports::Scopes;
 use bellwire_server::runtime::{
-    AppQuota, CallbackLimits, Handle, Limits, LinkSettings, Quotas, Runtime, RuntimeSettings,
-    SystemClock, SystemEntropy, load_or_create_hash_key,
+    AppQuota, CallbackLimits, Handle, Limits, LinkSettings, Patterns, Quotas, Runtime,
+    RuntimeSettings, SystemClock, SystemEntropy, load_or_create_hash_key,
 };
 use bellwire_server::store::{self, BackupPlan, EngineKind, StoreSettings};
 use bellwire_server::telemetry::logging::Levels;
@@ -605,6 +605,8 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
             content_max: limits.content_bytes,
             ttl_default_s: limits.ttl_default.as_secs(),
             ttl_max_s: limits.ttl_max.as_secs(),
+            list_max: limits.list_devices,
+            expansions_max: limits.open_expansions,
             memory_reserve: limits.memory_bytes,
             pings_per_second: limits.pings_per_second,
             ping_burst: limits.ping_burst,
@@ -637,6 +639,8 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
                 .map(|(app, own)| (app.clone(), quota(*own)))
                 .collect(),
         },
+        // What does not fit was refused when the settings were read.
+        self_subscribe: Patterns::read(&checked.self_subscribe).unwrap_or_default(),
         receipts_keep: checked.receipts_keep,
         erasures_keep: store.erasures_keep,
         receipts_durable: checked.receipts_durable,

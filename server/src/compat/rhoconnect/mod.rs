@@ -391,7 +391,11 @@ async fn publish(
                 messages.add(error.to_string());
             }
             // The same for every part that is left.
-            Err(error @ (PingError::ContentTooLarge { .. } | PingError::Runtime(_))) => {
+            Err(
+                error @ (PingError::ContentTooLarge { .. }
+                | PingError::TooManyExpansions { .. }
+                | PingError::Runtime(_)),
+            ) => {
                 return messages.add(error.to_string());
             }
         }

@@ -21,8 +21,8 @@ use super::read::{BackupFault, Parser, Piece};
 use super::unpack::Unpack;
 use crate::delivery::{AppId, Change, DeviceId, MailboxRead, Outcome, PingId, RowMeta, Summary};
 use crate::ports::{
-    BackupSummary, Batch, Clock, Committed, DeviceFilter, Entropy, Erased, Erasure, Op, ReadError,
-    Store,
+    BackupSummary, Batch, Clock, Committed, DeviceFilter, Entropy, Erased, Erasure, Op,
+    OpenExpansion, ReadError, Store, TopicChange,
 };
 use crate::store::committer::Work;
 use crate::store::log::SET_ASIDE;
@@ -66,6 +66,8 @@ const COMMITS_MAX: usize = 256;
 
 /// Devices of one page.
 const PAGE: usize = 1_000;
+/// Expansions of one page; each has its content with it.
+const EXPANSIONS_PAGE: usize = 64;
 
 /// Finds the keyed hash under which a user is recorded as erased.
 pub type UserHash<'a> = &'a dyn Fn(AppId, &str) -> [u8; 32];
@@ -811,6 +813,7 @@ impl Applier<'_> {
         let mut notifications: BTreeMap<DeviceId, BTreeMap<PingId, u64>> = BTreeMap::new();
         let mut batches: Vec<Batch> = Vec::new();
         let mut users: BTreeMap<(AppId, [u8; 32]), u64> = BTreeMap::new();
+        let mut expansions: BTreeSet<PingId> = BTreeSet::new();
         for (what, erasure) in erasures {
             let mut batch = Vec::new();
             match *what {
@@ -825,6 +828,7 @@ impl Applier<'_> {
                     let pings = notifications.entry(device).or_default();
                     pings.insert(ping, erasure.at_ms);
                 }
+                Erased::Expansion(ping) => drop(expansions.insert(ping)),
                 Erased::User(hash) => drop(users.insert((erasure.app, hash), erasure.at_ms)),
             }
             // Known in the new store as well: it may be restored again, from another backup.
@@ -837,6 +841,9 @@ impl Applier<'_> {
         }
         if let (Some(hash), false) = (user_hash, users.is_empty()) {
             self.devices_of(&users, hash, &mut devices)?;
+        }
+        if !expansions.is_empty() {
+            batches.extend(self.stopped(&expansions)?);
         }
         let (sender, receiver) = mpsc::channel();
         let (mut under_way, mut done) = (0, 0);
@@ -881,6 +888,28 @@ impl Applier<'_> {
             settled(receiver.recv())?;
         }
         Ok(self.applied)
+    }
+
+    /// What ends expansions that were taken back after the backup was made.
+    fn stopped(&self, taken_back: &BTreeSet<PingId>) -> Result<Vec<Batch>, ReadError> {
+        let mut batches = Vec::new();
+        let mut after = None;
+        loop {
+            let page = self.house.reader.expansions(after, EXPANSIONS_PAGE)?;
+            for OpenExpansion { record, progress } in page.items {
+                if taken_back.contains(&record.notification.ping) {
+                    batches.push(vec![Op::DropExpansion {
+                        app: record.notification.app,
+                        stamp: record.stamp,
+                        chunks: record.chunks_from(progress.chunk),
+                    }]);
+                }
+            }
+            after = page.next;
+            if after.is_none() {
+                return Ok(batches);
+            }
+        }
     }
 
     /// The devices of erased users. Those registered after the erasure belong to somebody who came back.
@@ -957,6 +986,8 @@ fn forget_device(house: &House, device: DeviceId, now_ms: u64) -> Result<Option<
         .collect();
     batch.push(Op::Mailbox(Change::Forget { device }));
     batch.extend(record.map(Op::DropDevice));
+    let topics = house.reader.topics(device)?;
+    batch.push(Op::PutTopics(TopicChange::leave_all(app, device, topics)));
     Ok(Some(batch))
 }
 

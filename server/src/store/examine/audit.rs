@@ -13,8 +13,9 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use crate::delivery::{AppId, DeviceId, Outcome, PingId, RowKey, RowMeta, Summary};
+use crate::ports::Span;
 use crate::store::engine::{BATCH_OPERATIONS, Direction, Engine, EngineError, EngineWrite};
-use crate::store::keys::{self, Key};
+use crate::store::keys::{self, Key, Part};
 use crate::store::record::{self, Fault, Pair, PairStored};
 
 /// Entries that are taken out of the engine at a time.
@@ -128,6 +129,20 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(), Fault> {
         Some(b'l') => keys::parse_id(key)
             .ok_or(NO_KEY)
             .and_then(|_| record::seen(key, value).map(|_| ())),
+        Some(b'h') => keys::parse_id(key)
+            .ok_or(NO_KEY)
+            .and_then(|_| record::topics(key, value).map(|_| ())),
+        Some(b'g') => keys::parse_member(key)
+            .ok_or(NO_KEY)
+            .and_then(|_| record::spans(key, value).map(|_| ())),
+        Some(&keys::EXPANSIONS) => match keys::parse_expansion(key).ok_or(NO_KEY)? {
+            (app, stamp, Part::Head) => record::expansion(key, app, stamp, value).map(|_| ()),
+            (_, _, Part::Progress) => record::progress(key, value).map(|_| ()),
+            (_, _, Part::Chunk(_)) => record::chunk(key, value).map(|_| ()),
+        },
+        Some(b'e') => keys::parse_app_device(key)
+            .ok_or(NO_KEY)
+            .and_then(|_| record::joined(key, value).map(|_| ())),
         Some(b'a') => record::app(key, value).map(|_| ()),
         Some(b'k') => record::api_key(key, value).map(|_| ()),
         Some(b'f') => record::callback(key, value).map(|_| ()),
@@ -142,11 +157,10 @@ fn decode(key: &[u8], value: &[u8]) -> Result<(), Fault> {
             .and_then(|_| record::withdrawal(key, value).map(|_| ())),
         Some(b'y') if keys::parse_withdrawal_end(key).is_none() => Err(NO_KEY),
         Some(b't') if keys::parse_ended(key).is_none() => Err(NO_KEY),
-        Some(b'e') if keys::parse_app_device(key).is_none() => Err(NO_KEY),
         Some(b'u') if keys::parse_user_device(key).is_none() => Err(NO_KEY),
         Some(b'j') if keys::parse_idempotency_age(key).is_none() => Err(NO_KEY),
-        Some(b't' | b'e' | b'u' | b'j' | b'y') if !value.is_empty() => Err(NOT_EMPTY),
-        Some(b't' | b'e' | b'u' | b'j' | b'y') => Ok(()),
+        Some(b't' | b'u' | b'j' | b'y') if !value.is_empty() => Err(NOT_EMPTY),
+        Some(b't' | b'u' | b'j' | b'y') => Ok(()),
         Some(_) => record::verify(key, value),
         None => Err(NO_KEY),
     }
@@ -182,6 +196,18 @@ impl Display for Named<'_> {
             Some(b'l') => match id(1) {
                 Some(device) => write!(f, "last sight of device {}", DeviceId(device)),
                 None => f.write_str("the last sight of a device"),
+            },
+            Some(b'h') => match id(1) {
+                Some(device) => write!(f, "topics of device {}", DeviceId(device)),
+                None => f.write_str("the topics of a device"),
+            },
+            Some(&keys::EXPANSIONS) => match keys::parse_expansion(key) {
+                Some((app, stamp, _)) => write!(
+                    f,
+                    "expansion {}.{} of app {}",
+                    stamp.run, stamp.count, app.0
+                ),
+                None => f.write_str("an expansion"),
             },
             Some(b'p') => match keys::parse_pair(key) {
                 Some((ping, device)) => write!(f, "ping {ping} for device {device}"),
@@ -227,6 +253,9 @@ pub(super) fn cross_check(
     work.expiries()?;
     work.collapses()?;
     work.lists()?;
+    work.topics()?;
+    work.members()?;
+    work.expansions()?;
     work.idempotency()?;
     work.withdrawals()?;
     work.ages()?;
@@ -721,6 +750,99 @@ impl Work<'_> {
                     "the last sight of a device that is gone",
                     format!("device {device}"),
                 );
+                work.delete(key);
+            }
+            Ok(())
+        })
+    }
+
+    /// The topics of devices: each is in the list of its topic, as a member.
+    fn topics(&mut self) -> Result<(), EngineError> {
+        self.each(b'h', |work, key, value| {
+            let (Some(device), Ok((app, topics))) = (
+                keys::parse_id(key).map(DeviceId),
+                record::topics(key, value),
+            ) else {
+                return Ok(());
+            };
+            if work.device_app(device)? != Some(app) {
+                work.audit.tell(
+                    "the topics of a device that is gone",
+                    format!("device {device}"),
+                );
+                work.delete(key);
+                return Ok(());
+            }
+            for membership in topics {
+                let place = keys::member(app, &membership.topic, device);
+                let stored = work.engine.get(&place)?;
+                let mut spans = stored
+                    .and_then(|value| record::spans(&place, &value).ok())
+                    .unwrap_or_default();
+                if spans.iter().all(|span| span.left.is_some()) {
+                    work.audit.tell(
+                        "a member that is not in the list of its topic",
+                        format!("device {device}"),
+                    );
+                    spans.push(Span {
+                        joined: membership.joined,
+                        left: None,
+                    });
+                    work.put(&place, |key, out| record::put_spans(key, out, &spans));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// The lists of topics. A device that left stays in one while a ping of before that is on its way.
+    fn members(&mut self) -> Result<(), EngineError> {
+        let mut expanding = false;
+        let room = keys::expansions();
+        self.engine
+            .scan(&room..&room.end(), Direction::Up, &mut |_, _| {
+                expanding = true;
+                ControlFlow::Break(())
+            })?;
+        self.each(b'g', |work, key, value| {
+            let (Some((app, topic, device)), Ok(spans)) =
+                (keys::parse_member(key), record::spans(key, value))
+            else {
+                return Ok(());
+            };
+            let own = keys::topics(device);
+            let stored = work.engine.get(&own)?;
+            let member = stored
+                .and_then(|value| record::topics(&own, &value).ok())
+                .is_some_and(|(owner, topics)| {
+                    owner == app && topics.iter().any(|membership| membership.topic == topic)
+                });
+            if member {
+                return Ok(());
+            }
+            if spans.iter().any(|span| span.left.is_none()) {
+                work.audit.tell(
+                    "a place in the list of a topic without its member",
+                    format!("device {device}"),
+                );
+                work.delete(key);
+            } else if !expanding || work.device_app(device)?.is_none() {
+                work.audit.leftovers += 1;
+                work.delete(key);
+            }
+            Ok(())
+        })
+    }
+
+    /// Expansions: without what was accepted nothing can go on.
+    fn expansions(&mut self) -> Result<(), EngineError> {
+        self.each(keys::EXPANSIONS, |work, key, _| {
+            let Some((app, stamp, part)) = keys::parse_expansion(key) else {
+                return Ok(());
+            };
+            if part != Part::Head && !work.has(&keys::expansion_part(app, stamp, Part::Head))? {
+                work.audit
+                    .tell("a part of an expansion without its head", Named(key));
                 work.delete(key);
             }
             Ok(())

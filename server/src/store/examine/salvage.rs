@@ -39,7 +39,7 @@ use super::{
     AsideSeen, EngineState, Holder, Inspect, InspectError, Inspection, Progress, Range, home,
     inspect,
 };
-use crate::delivery::{AppId, DeviceId, Notification, RowKey, Summary, Urgency};
+use crate::delivery::{AppId, DeviceId, Notification, PingId, RowKey, Summary, Urgency};
 use crate::ports::{Clock, Entropy, Erased};
 use crate::store::backup::erasures;
 use crate::store::backup::{BUILDING, REPLACED};
@@ -589,7 +589,7 @@ const DELETED: u8 = 0;
 const WRITTEN: u8 = 1;
 
 /// Rooms whose records are taken whole from a side line.
-const REGISTRATIONS: [u8; 6] = [b'a', b'k', b'd', b'i', b'f', b'v'];
+const REGISTRATIONS: [u8; 8] = [b'a', b'k', b'd', b'h', b'i', b'f', b'v', keys::EXPANSIONS];
 
 impl Work<'_> {
     /// Opens the base that leaves the least missing.
@@ -1011,6 +1011,7 @@ fn each_of(engine: &dyn Engine, room: u8, visit: Each<'_>) -> Result<(), Salvage
 /// Takes out again what was erased for good: a side line may be of a time before that.
 fn erase(main: &dyn Engine) -> Result<(), SalvageError> {
     let mut gone: Vec<EngineWrite> = Vec::new();
+    let mut expansions: BTreeSet<PingId> = BTreeSet::new();
     let delete = |key: &[u8]| EngineWrite {
         key: Bytes::copy_from_slice(key),
         value: None,
@@ -1024,6 +1025,7 @@ fn erase(main: &dyn Engine) -> Result<(), SalvageError> {
             Erased::Device(device) => {
                 gone.push(delete(&keys::device(device)));
                 gone.push(delete(&keys::seen(device)));
+                gone.push(delete(&keys::topics(device)));
             }
             Erased::Key(id) => gone.push(delete(&keys::api_key(id))),
             Erased::Notification(ping, device) => {
@@ -1042,16 +1044,33 @@ fn erase(main: &dyn Engine) -> Result<(), SalvageError> {
                     }
                 }
             }
+            Erased::Expansion(ping) => drop(expansions.insert(ping)),
             // The devices of the user have erasures of their own.
             Erased::User(_) => {}
         }
-        if gone.len() + 2 >= crate::store::engine::BATCH_OPERATIONS {
+        if gone.len() + 3 >= crate::store::engine::BATCH_OPERATIONS {
             main.apply(&gone, None).map_err(engine_error)?;
             gone.clear();
         }
         Ok(())
     })?;
     main.apply(&gone, None).map_err(engine_error)?;
+    gone.clear();
+    // A repair drops what belongs to a head that is gone.
+    if !expansions.is_empty() {
+        each_of(main, keys::EXPANSIONS, &mut |key, value| {
+            if let Some((app, stamp, keys::Part::Head)) = keys::parse_expansion(key)
+                && let Ok(head) = record::expansion(key, app, stamp, value)
+                && expansions.contains(&head.notification.ping)
+            {
+                gone.push(delete(key));
+            }
+            Ok(())
+        })?;
+        for batch in gone.chunks(crate::store::engine::BATCH_OPERATIONS) {
+            main.apply(batch, None).map_err(engine_error)?;
+        }
+    }
     Ok(())
 }
 

@@ -20,8 +20,9 @@ use super::files::{Shop, files, settle};
 use super::support::*;
 use crate::delivery::{Outcome, RowMeta, Summary, Urgency};
 use crate::ports::{
-    CallbackRecord, Carrier, DeadLetter, Erased, Erasure, Failing, KeyRecord, OutcomePosition,
-    PreviousSecret, Scopes, Seen, SigningSecret,
+    Audience, CallbackRecord, Carrier, DeadLetter, Erased, Erasure, ExpansionProgress,
+    ExpansionRecord, Failing, KeyRecord, Membership, OutcomePosition, PreviousSecret, Scopes, Seen,
+    SigningSecret, Span, Spans, Stamp, TopicChange,
 };
 
 fn golden() -> PathBuf {
@@ -404,6 +405,156 @@ fn every_op() -> Vec<Op> {
         Op::DropDevice(device_record(device_id(1), "bob")),
         Op::DropKey(AppId(1), [1; 10]),
     ]
+    .into_iter()
+    .chain(audience_ops())
+    .collect()
+}
+
+const STAMP: Stamp = Stamp { run: 3, count: 300 };
+
+fn an_expansion() -> ExpansionRecord {
+    ExpansionRecord {
+        stamp: STAMP,
+        audience: Audience::Topic("ward/3".to_owned()),
+        estimate: 1_200,
+        notification: notification(ping_id(8), |note| note.shared = true),
+    }
+}
+
+fn a_change() -> TopicChange {
+    let span = |left| Span {
+        joined: Stamp { run: 1, count: 5 },
+        left,
+    };
+    TopicChange {
+        app: AppId(1),
+        device: device_id(1),
+        topics: vec![Membership {
+            topic: "news".to_owned(),
+            joined: STAMP,
+        }],
+        places: vec![
+            ("news".to_owned(), Spans::from_buf([span(None)])),
+            ("ward/3".to_owned(), Spans::from_buf([span(Some(STAMP))])),
+            ("old".to_owned(), Spans::new()),
+        ],
+    }
+}
+
+const PROGRESS: ExpansionProgress = ExpansionProgress {
+    done: Some(DeviceId([7; 16])),
+    devices: 1_000,
+    unknown: 2,
+    chunk: 1,
+};
+
+fn audience_ops() -> Vec<Op> {
+    let (app, stamp) = (AppId(1), STAMP);
+    vec![
+        Op::PutJoined(app, device_id(1), stamp),
+        Op::PutTopics(a_change()),
+        Op::PutExpansion(an_expansion()),
+        Op::PutChunk {
+            app,
+            stamp,
+            number: 1,
+            devices: [device_id(1), device_id(2)].into(),
+        },
+        Op::PutProgress {
+            app,
+            stamp,
+            progress: PROGRESS,
+            done: 0..1,
+        },
+        Op::DropExpansion {
+            app,
+            stamp,
+            chunks: 1..2,
+        },
+    ]
+}
+
+#[test]
+fn topics_and_expansions_read_as_they_were_written_by_version_1() {
+    let (app, device) = (AppId(1), device_id(1));
+    let key = keys::app_device(app, device);
+    let bytes = check(
+        "joined-v1",
+        &written(|out| record::put_joined(&key, out, STAMP)),
+    );
+    assert_eq!(record::joined(&key, &bytes), Ok(STAMP));
+    assert_eq!(
+        record::joined(&key, &[]),
+        Ok(Stamp::FIRST),
+        "as it was before"
+    );
+
+    let change = a_change();
+    let key = keys::topics(device);
+    let bytes = check(
+        "topics-v1",
+        &written(|out| record::put_topics(&key, out, app, &change.topics)),
+    );
+    assert_eq!(record::topics(&key, &bytes), Ok((app, change.topics)));
+
+    let (topic, spans) = &change.places[1];
+    let key = keys::member(app, topic, device);
+    let bytes = check(
+        "spans-v1",
+        &written(|out| record::put_spans(&key, out, spans)),
+    );
+    assert_eq!(record::spans(&key, &bytes).as_ref(), Ok(spans));
+
+    let key = keys::expansion_part(app, STAMP, keys::Part::Head);
+    for (name, audience) in [
+        ("expansion-topic-v1", Audience::Topic("ward/3".to_owned())),
+        ("expansion-everyone-v1", Audience::Everyone),
+        (
+            "expansion-listed-v1",
+            Audience::Listed {
+                chunks: 2,
+                devices: 1_001,
+            },
+        ),
+    ] {
+        let expansion = ExpansionRecord {
+            audience,
+            ..an_expansion()
+        };
+        let bytes = check(
+            name,
+            &written(|out| record::put_expansion(&key, out, &expansion)),
+        );
+        let read = record::expansion(&key, app, STAMP, &bytes).unwrap();
+        assert_eq!(
+            (read.audience, read.estimate),
+            (expansion.audience, expansion.estimate)
+        );
+        let (read, note) = (read.notification, expansion.notification);
+        assert_eq!(
+            (read.ping, &read.content, read.urgency, &read.collapse),
+            (note.ping, &note.content, note.urgency, &note.collapse)
+        );
+        assert_eq!(
+            (read.accepted_ms, read.expires_ms, read.size, read.shared),
+            (note.accepted_ms, note.expires_ms, note.size, true)
+        );
+    }
+
+    let key = keys::expansion_part(app, STAMP, keys::Part::Progress);
+    let bytes = check(
+        "progress-v1",
+        &written(|out| record::put_progress(&key, out, &PROGRESS)),
+    );
+    assert_eq!(record::progress(&key, &bytes), Ok(PROGRESS));
+
+    let devices = [device_id(1), device_id(2)];
+    let key = keys::expansion_part(app, STAMP, keys::Part::Chunk(1));
+    let bytes = check(
+        "chunk-v1",
+        &written(|out| record::put_chunk(&key, out, &devices)),
+    );
+    assert_eq!(record::chunk(&key, &bytes).as_deref(), Ok(&devices[..]));
 }
 
 fn every_chore() -> Vec<Chore> {
@@ -446,7 +597,7 @@ fn every_write() -> FrameBuilder {
 #[test]
 fn a_frame_reads_as_it_was_built_and_as_version_1_wrote_it() {
     let (bytes, writes) = every_write().seal(42, 7);
-    let bytes = check("frame-two-secrets-v1", &bytes);
+    let bytes = check("frame-audiences-v1", &bytes);
     let frame::Place::Frame(found) = frame::look(&bytes, 0, 7) else {
         panic!("no frame");
     };
@@ -467,9 +618,14 @@ fn a_frame_reads_as_it_was_built_and_as_version_1_wrote_it() {
 }
 
 #[test]
-fn a_frame_of_the_first_program_is_still_read() {
-    let bytes = kept("frame-v1");
-    let frame::Place::Frame(found) = frame::look(&bytes, 0, 7) else {
+fn frames_of_earlier_programs_are_still_read() {
+    for name in ["frame-v1", "frame-two-secrets-v1"] {
+        users_of(&kept(name));
+    }
+}
+
+fn users_of(bytes: &[u8]) {
+    let frame::Place::Frame(found) = frame::look(bytes, 0, 7) else {
         panic!("no frame");
     };
     let payload = Bytes::from(bytes[found.payload].to_vec());

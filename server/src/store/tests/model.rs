@@ -10,7 +10,14 @@ use crate::delivery::{
     AppId, Change, DeviceId, MailboxRead, Notification, Outcome, PingId, RowKey, Summary, Urgency,
     Withdrawal,
 };
-use crate::ports::{AppRecord, Carrier, DeviceFilter, ExpiryCursor, Op, PairState, Seen, Store};
+use crate::ports::{
+    AppRecord, Audience, Carrier, DeviceFilter, ExpansionProgress, ExpansionRecord, ExpiryCursor,
+    Membership, Op, PairState, Seen, Span, Spans, Stamp, Store, TopicChange,
+};
+
+const TOPICS: [&str; 2] = ["news", "ward/3"];
+/// Chunks of every list.
+const CHUNKS: u32 = 3;
 
 /// A small generator of repeatable choices.
 pub(super) struct Dice(pub(super) u64);
@@ -34,6 +41,11 @@ pub(super) struct Model {
     pub(super) withdrawals: BTreeMap<(DeviceId, PingId), u64>,
     users: BTreeMap<DeviceId, String>,
     seen: BTreeMap<DeviceId, Seen>,
+    topics: BTreeMap<DeviceId, Vec<Membership>>,
+    members: BTreeMap<(String, DeviceId), Spans>,
+    joined: BTreeMap<DeviceId, Stamp>,
+    expansions: BTreeMap<Stamp, (PingId, ExpansionProgress)>,
+    chunks: BTreeMap<(Stamp, u32), Vec<DeviceId>>,
     apps: BTreeMap<u32, String>,
 }
 
@@ -93,11 +105,51 @@ impl Model {
             Op::DropDevice(record) => {
                 self.users.remove(&record.id);
                 self.seen.remove(&record.id);
+                self.joined.remove(&record.id);
             }
             Op::PutApp(app) => {
                 self.apps.insert(app.id.0, app.name.clone());
             }
             Op::PutSeen(device, seen) => drop(self.seen.insert(*device, seen.clone())),
+            Op::PutTopics(change) => {
+                self.topics.insert(change.device, change.topics.clone());
+                for (topic, spans) in &change.places {
+                    let place = (topic.clone(), change.device);
+                    if spans.is_empty() {
+                        self.members.remove(&place);
+                    } else {
+                        self.members.insert(place, spans.clone());
+                    }
+                }
+            }
+            Op::PutJoined(_, device, stamp) => drop(self.joined.insert(*device, *stamp)),
+            Op::PutExpansion(record) => {
+                let told = (record.notification.ping, ExpansionProgress::default());
+                self.expansions.insert(record.stamp, told);
+            }
+            Op::PutChunk {
+                stamp,
+                number,
+                devices,
+                ..
+            } => drop(self.chunks.insert((*stamp, *number), devices.to_vec())),
+            Op::PutProgress {
+                stamp,
+                progress,
+                done,
+                ..
+            } => {
+                if let Some(expansion) = self.expansions.get_mut(stamp) {
+                    expansion.1 = *progress;
+                }
+                self.chunks
+                    .retain(|(of, number), _| of != stamp || !done.contains(number));
+            }
+            Op::DropExpansion { stamp, chunks, .. } => {
+                self.expansions.remove(stamp);
+                self.chunks
+                    .retain(|(of, number), _| of != stamp || !chunks.contains(number));
+            }
             Op::PutKey(_)
             | Op::DropKey(..)
             | Op::PutCallback(_)
@@ -162,6 +214,27 @@ impl Model {
             for ((_, ping), until_ms) in self.withdrawals.range(all) {
                 lines.push(format!("{device} withdraws {ping} {until_ms}"));
             }
+            let topics = self.topics.get(&device).cloned().unwrap_or_default();
+            lines.push(format!("{device} topics {topics:?}"));
+        }
+        for topic in TOPICS {
+            for ((_, device), spans) in self.members.iter().filter(|((of, _), _)| of == topic) {
+                lines.push(format!("{topic} {device} {spans:?}"));
+            }
+        }
+        for device in self.users.keys() {
+            let joined = self.joined.get(device).copied().unwrap_or(Stamp::FIRST);
+            lines.push(format!("everyone {device} {joined:?}"));
+        }
+        for (stamp, (ping, progress)) in &self.expansions {
+            lines.push(format!("expansion {stamp:?} {ping} {progress:?}"));
+            for number in 0..CHUNKS {
+                let chunk = self.chunks.get(&(*stamp, number));
+                lines.push(format!(
+                    "chunk {number} {:?}",
+                    chunk.cloned().unwrap_or_default()
+                ));
+            }
         }
         for ping in (1..=pings).map(ping_id) {
             let all = (ping, DeviceId([0; 16]))..=(ping, DeviceId([0xff; 16]));
@@ -224,6 +297,51 @@ impl Model {
             withdrawals.sort_by_key(|one| one.ping);
             for Withdrawal { ping, until_ms } in withdrawals {
                 lines.push(format!("{device} withdraws {ping} {until_ms}"));
+            }
+            lines.push(format!(
+                "{device} topics {:?}",
+                store.topics(device).unwrap()
+            ));
+        }
+        let members = |audience: &Audience| {
+            let (mut all, mut after) = (Vec::new(), None);
+            loop {
+                let page = store.members(AppId::DEFAULT, audience, after, 2).unwrap();
+                all.extend(page.items);
+                after = page.next;
+                if after.is_none() {
+                    return all;
+                }
+            }
+        };
+        for topic in TOPICS {
+            for member in members(&Audience::Topic(topic.to_owned())) {
+                let (device, spans) = (member.device, member.spans);
+                let asked = store.spans(AppId::DEFAULT, device, &[topic.to_owned()]);
+                assert_eq!(asked.unwrap(), std::slice::from_ref(&spans));
+                lines.push(format!("{topic} {device} {spans:?}"));
+            }
+        }
+        for member in members(&Audience::Everyone) {
+            lines.push(format!(
+                "everyone {} {:?}",
+                member.device, member.spans[0].joined
+            ));
+        }
+        let mut after = None;
+        loop {
+            let page = store.expansions(after, 1).unwrap();
+            for open in page.items {
+                let (stamp, ping) = (open.record.stamp, open.record.notification.ping);
+                lines.push(format!("expansion {stamp:?} {ping} {:?}", open.progress));
+                for number in 0..CHUNKS {
+                    let chunk = store.chunk(AppId::DEFAULT, stamp, number).unwrap();
+                    lines.push(format!("chunk {number} {chunk:?}"));
+                }
+            }
+            after = page.next;
+            if after.is_none() {
+                break;
             }
         }
         for ping in (1..=pings).map(ping_id) {
@@ -320,6 +438,7 @@ pub(super) struct Script {
     pub(super) pings: u64,
     /// Moves with every removal.
     pub(super) now_ms: u64,
+    stamps: u64,
 }
 
 impl Script {
@@ -329,6 +448,15 @@ impl Script {
             devices: 0,
             pings: 0,
             now_ms: 10_000,
+            stamps: 0,
+        }
+    }
+
+    fn stamp(&mut self) -> Stamp {
+        self.stamps += 1;
+        Stamp {
+            run: 1,
+            count: self.stamps,
         }
     }
 
@@ -340,6 +468,9 @@ impl Script {
         };
         let urgency = Urgency::ALL[self.dice.roll(4) as usize];
         let expires_ms = 20_000 + self.dice.roll(5_000);
+        // After every end so far: what was revoked and is sent anew is another notification.
+        self.now_ms += 1;
+        let accepted_ms = self.now_ms;
         // Shared content depends on nothing but the ping: every row of it has the same body.
         let length = if shared {
             ping % 300
@@ -349,6 +480,7 @@ impl Script {
         notification(ping_id(ping), |note| {
             note.collapse = collapse;
             note.urgency = urgency;
+            note.accepted_ms = accepted_ms;
             note.expires_ms = expires_ms;
             note.shared = shared;
             note.size = length as u32;
@@ -375,11 +507,19 @@ impl Script {
 
     fn step(&mut self, model: &Model, batch: &mut Vec<Op>) {
         let living: Vec<DeviceId> = model.summaries.keys().copied().collect();
-        match self.dice.roll(14) {
+        match self.dice.roll(18) {
             0 if self.devices < 5 => {
                 self.devices += 1;
                 let user = if self.dice.roll(2) == 0 { "ada" } else { "bob" };
                 batch.push(register(device_id(self.devices), user));
+                if self.dice.roll(2) == 0 {
+                    let joined = self.stamp();
+                    batch.push(Op::PutJoined(
+                        AppId::DEFAULT,
+                        device_id(self.devices),
+                        joined,
+                    ));
+                }
             }
             1..=4 if !living.is_empty() => {
                 // Sometimes an id that was used before: a repeat of a forgotten idempotency key.
@@ -427,6 +567,100 @@ impl Script {
                 }
                 let user = &model.users[&device];
                 batch.push(Op::DropDevice(device_record(device, user)));
+                let topics = model.topics.get(&device).cloned().unwrap_or_default();
+                let all = TopicChange::leave_all(AppId::DEFAULT, device, topics);
+                batch.push(Op::PutTopics(all));
+            }
+            12 | 13 if !living.is_empty() => {
+                let device = living[self.dice.roll(living.len() as u64) as usize];
+                let at = self.stamp();
+                let mut topics = model.topics.get(&device).cloned().unwrap_or_default();
+                let topic = TOPICS[self.dice.roll(TOPICS.len() as u64) as usize];
+                let place = (topic.to_owned(), device);
+                let mut spans = model.members.get(&place).cloned().unwrap_or_default();
+                match topics.iter().position(|was| was.topic == topic) {
+                    Some(at_place) => {
+                        let was = topics.remove(at_place);
+                        spans.clear();
+                        if self.dice.roll(2) == 0 {
+                            spans.push(Span {
+                                joined: was.joined,
+                                left: Some(at),
+                            });
+                        }
+                    }
+                    None => {
+                        topics.push(Membership {
+                            topic: topic.to_owned(),
+                            joined: at,
+                        });
+                        spans.push(Span {
+                            joined: at,
+                            left: None,
+                        });
+                    }
+                }
+                batch.push(Op::PutTopics(TopicChange {
+                    app: AppId::DEFAULT,
+                    device,
+                    topics,
+                    places: vec![(topic.to_owned(), spans)],
+                }));
+            }
+            14 => {
+                self.pings += 1;
+                let stamp = self.stamp();
+                let audience = match self.dice.roll(3) {
+                    0 => Audience::Everyone,
+                    1 => Audience::Topic("news".to_owned()),
+                    _ => Audience::Listed {
+                        chunks: CHUNKS,
+                        devices: CHUNKS,
+                    },
+                };
+                if matches!(audience, Audience::Listed { .. }) {
+                    for number in 0..CHUNKS {
+                        batch.push(Op::PutChunk {
+                            app: AppId::DEFAULT,
+                            stamp,
+                            number,
+                            devices: [device_id(u64::from(number) + 1)].into(),
+                        });
+                    }
+                }
+                let notification = self.note(self.pings, true);
+                batch.push(Op::PutExpansion(ExpansionRecord {
+                    stamp,
+                    audience,
+                    estimate: 7,
+                    notification,
+                }));
+            }
+            15 if !model.expansions.is_empty() => {
+                let at = self.dice.roll(model.expansions.len() as u64) as usize;
+                let Some((stamp, (_, before))) = model.expansions.iter().nth(at) else {
+                    return;
+                };
+                let (app, stamp, chunk) = (AppId::DEFAULT, *stamp, before.chunk + 1);
+                batch.push(if chunk < CHUNKS {
+                    Op::PutProgress {
+                        app,
+                        stamp,
+                        progress: ExpansionProgress {
+                            done: Some(device_id(u64::from(chunk))),
+                            devices: chunk,
+                            unknown: 0,
+                            chunk,
+                        },
+                        done: before.chunk..chunk,
+                    }
+                } else {
+                    Op::DropExpansion {
+                        app,
+                        stamp,
+                        chunks: before.chunk..CHUNKS,
+                    }
+                });
             }
             10 if !living.is_empty() => {
                 let device = living[self.dice.roll(living.len() as u64) as usize];
