@@ -41,10 +41,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// Pause after a refusal, so that a server in trouble is not hammered.
 const AFTER_REFUSAL: Duration = Duration::from_millis(20);
 
-/// No rate of the key that posts.
-const UNLIMITED: [&str; 2] = [
+/// No rate of the key that posts, nor of the devices.
+const UNLIMITED: [&str; 3] = [
     "LIMITS__PINGS_PER_SECOND=10000000",
     "LIMITS__PING_BURST=100000000",
+    "LIMITS__DEVICE_PINGS_PER_SECOND=0",
 ];
 
 /// Connections that devices open at a time.
