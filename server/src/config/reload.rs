@@ -50,6 +50,7 @@ const LIVE: &[&str] = &[
     "limits.batch_stall",
     "limits.event_streams",
     "limits.secret_overlap",
+    "limits.withdrawals_keep",
     "callbacks.allow",
     "callbacks.plain_http",
     "callbacks.ca",

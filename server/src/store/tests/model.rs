@@ -580,20 +580,21 @@ impl Script {
                 let mut spans = model.members.get(&place).cloned().unwrap_or_default();
                 match topics.iter().position(|was| was.topic == topic) {
                     Some(at_place) => {
-                        let was = topics.remove(at_place);
+                        topics.remove(at_place);
                         spans.clear();
-                        if self.dice.roll(2) == 0 {
-                            spans.push(Span {
-                                joined: was.joined,
-                                left: Some(at),
-                            });
-                        }
                     }
                     None => {
                         topics.push(Membership {
                             topic: topic.to_owned(),
                             joined: at,
                         });
+                        // With one that a ping on its way may need; alone no repair would keep it.
+                        if self.dice.roll(2) == 0 {
+                            spans.push(Span {
+                                joined: Stamp::FIRST,
+                                left: Some(at),
+                            });
+                        }
                         spans.push(Span {
                             joined: at,
                             left: None,
