@@ -71,7 +71,7 @@ fn fill(dir: &Path, engine: EngineKind) {
                         name: Some("x".repeat(60)),
                         created_ms: 1,
                         secret_hash: [0; 32],
-                        previous_secret: None,
+                        previous_secrets: Vec::new(),
                     },
                     fresh: true,
                     previous_user: None,

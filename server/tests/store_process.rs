@@ -131,7 +131,7 @@ fn register() -> Vec<Op> {
             name: None,
             created_ms: 1,
             secret_hash: [0; 32],
-            previous_secret: None,
+            previous_secrets: Vec::new(),
         },
         fresh: true,
         previous_user: None,

@@ -485,8 +485,9 @@ pub(super) struct NewSecret {
 
 /// Give a device a new secret.
 ///
-/// Both secrets are good until the overlap is over; then the old one is refused. A session goes on, unless `overlap_s` is 0. Rotating
-/// again ends the oldest secret at once: there are never three. The body may be left out.
+/// Both secrets are good until the overlap is over; then the old one is refused, and a session that was begun with it ends.
+/// `overlap_s` 0 ends every older secret and the session at once. Each replaced secret keeps its own end, so a rotation whose
+/// answer got lost can be repeated; at most five are good at a time (422). The body may be left out.
 #[utoipa::path(
     post,
     path = "/v1/devices/{id}/secret",

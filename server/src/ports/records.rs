@@ -32,8 +32,13 @@ pub struct DeviceRecord {
     pub created_ms: u64,
     /// Keyed hash of its secret. The secret itself is shown once and never kept.
     pub secret_hash: [u8; 32],
-    /// The secret before that one, while both are good.
-    pub previous_secret: Option<PreviousSecret>,
+    /// The secrets before that one that are still good, oldest first; at most [`DeviceRecord::PREVIOUS_SECRETS_MAX`].
+    pub previous_secrets: Vec<PreviousSecret>,
+}
+
+impl DeviceRecord {
+    /// Most secrets that are good beside the newest: room for repeats of a rotation whose answers got lost.
+    pub const PREVIOUS_SECRETS_MAX: usize = 4;
 }
 
 /// A device's secret that was rotated and is still good for a while.

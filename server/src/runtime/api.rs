@@ -26,6 +26,8 @@ pub struct Authenticated {
     pub(super) device: DeviceId,
     /// Before the secret was looked up.
     pub(super) at: Mono,
+    /// It was shown a secret that is good until then, Unix milliseconds. `None`: the newest.
+    pub(super) until_ms: Option<u64>,
 }
 
 impl Authenticated {

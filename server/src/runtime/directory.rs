@@ -214,18 +214,26 @@ impl Inner {
             .read(move |store| store.device(device))
             .await
             .map_err(|_| WhoError::StoreUnavailable)?;
-        let previous = record.as_ref().and_then(|record| record.previous_secret);
-        let (exists, hash) = record.map_or((false, [0; 32]), |record| (true, record.secret_hash));
-        let (overlaps, previous_hash) = previous.map_or((false, [0; 32]), |previous| {
-            (at.unix_ms < previous.until_ms, previous.hash)
+        let (exists, hash, previous) = record.map_or((false, [0; 32], Vec::new()), |record| {
+            (true, record.secret_hash, record.previous_secrets)
         });
-        // Both are compared in any case.
-        let current = equal(&hash, &shown) & exists;
-        let fits = current | (equal(&previous_hash, &shown) & overlaps);
+        // As many are compared in any case.
+        let mut fits = equal(&hash, &shown) & exists;
+        let mut until_ms = None;
+        for place in 0..DeviceRecord::PREVIOUS_SECRETS_MAX {
+            let (overlaps, hash, end_ms) = previous.get(place).map_or((false, [0; 32], 0), |one| {
+                (at.unix_ms < one.until_ms, one.hash, one.until_ms)
+            });
+            if equal(&hash, &shown) & overlaps {
+                fits = true;
+                until_ms = Some(end_ms);
+            }
+        }
         count_authentication("device", fits);
         fits.then_some(Authenticated {
             device,
             at: at.mono,
+            until_ms,
         })
         .ok_or(WhoError::Unauthorized)
     }
@@ -252,7 +260,7 @@ impl Inner {
             name: name.filter(|name| !name.is_empty()).map(str::to_owned),
             created_ms: self.shared.clock.now().unix_ms,
             secret_hash: self.hash_key.hash(FOR_DEVICE, &device.0, secret.as_bytes()),
-            previous_secret: None,
+            previous_secrets: Vec::new(),
         };
         let view = self.device_view(&record, None);
         let op = Op::PutDevice {
@@ -463,18 +471,27 @@ impl Inner {
         let Some(mut record) = self.device_record(app, device).await? else {
             return Ok(None);
         };
-        let previous_until_ms = (!overlap.is_zero()).then(|| {
-            self.shared
-                .clock
-                .now()
-                .unix_ms
-                .saturating_add(millis(overlap))
-        });
+        let now_ms = self.shared.clock.now().unix_ms;
+        let previous_until_ms =
+            (!overlap.is_zero()).then(|| now_ms.saturating_add(millis(overlap)));
         let secret = self.secret(DEVICE_PREFIX);
-        record.previous_secret = previous_until_ms.map(|until_ms| PreviousSecret {
-            hash: record.secret_hash,
-            until_ms,
-        });
+        match previous_until_ms {
+            Some(until_ms) => {
+                // The older ones stay good until their own end: nobody knows which of them the device has, when an answer
+                // got lost and the rotation was repeated.
+                record.previous_secrets.retain(|one| now_ms < one.until_ms);
+                if record.previous_secrets.len() >= DeviceRecord::PREVIOUS_SECRETS_MAX {
+                    return Err(RuntimeError::Invalid(
+                        "the device has five good secrets; wait until one has ended, or end all of them with overlap_s 0",
+                    ));
+                }
+                record.previous_secrets.push(PreviousSecret {
+                    hash: record.secret_hash,
+                    until_ms,
+                });
+            }
+            None => record.previous_secrets.clear(),
+        }
         record.secret_hash = self.hash_key.hash(FOR_DEVICE, &device.0, secret.as_bytes());
         let op = Op::PutDevice {
             record,
@@ -482,14 +499,14 @@ impl Inner {
             previous_user: None,
         };
         self.commit_fully(vec![op], || {}).await?;
-        if previous_until_ms.is_none() {
-            let (answer, ended) = oneshot::channel();
-            self.shard(device)
-                .inbox
-                .push(Input::EndSecret { device, answer });
-            // A shard that has stopped has no session.
-            let _ = ended.await;
-        }
+        let (answer, told) = oneshot::channel();
+        self.shard(device).inbox.push(Input::EndSecret {
+            device,
+            until_ms: previous_until_ms.unwrap_or(0),
+            answer,
+        });
+        // A shard that has stopped has no session.
+        let _ = told.await;
         metrics::counter!(names::SECRETS_ROTATED_TOTAL).increment(1);
         tracing::info!(%device, overlap_s = overlap.as_secs(), "secret of a device rotated");
         Ok(Some(Requested {
@@ -530,7 +547,7 @@ impl Inner {
                 name: None,
                 created_ms: 0,
                 secret_hash: [0; 32],
-                previous_secret: None,
+                previous_secrets: Vec::new(),
             },
             (Some(record), Some(owner)) if record.user != owner => {
                 // Given to somebody else meanwhile. Writing that again takes it off this user's list, if it is still there.
@@ -727,9 +744,11 @@ impl Inner {
             attached: presence.map(|presence| (presence.carrier.as_str(), presence.since_ms)),
             seen,
             previous_secret_until_ms: record
-                .previous_secret
+                .previous_secrets
+                .iter()
                 .map(|previous| previous.until_ms)
-                .filter(|until_ms| now_ms < *until_ms),
+                .filter(|until_ms| now_ms < *until_ms)
+                .max(),
             waiting: None,
         }
     }

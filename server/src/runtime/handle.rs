@@ -282,6 +282,7 @@ impl Handle {
         self.inner.shard(device).inbox.push(Input::Attach {
             device,
             proved: who.at,
+            proof_until_ms: who.until_ms,
             agent: request.agent,
             attach: Box::new(Attach {
                 session: request.session,

@@ -13,7 +13,7 @@
 //! A panic in a turn would leave mailboxes half decided, so it ends the process, loudly: the log is the promise, a
 //! supervisor restarts, and everything that was answered is there again.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -70,6 +70,7 @@ pub(super) enum Input {
         device: DeviceId,
         /// When the device's secret was looked up, or before.
         proved: Mono,
+        proof_until_ms: Option<u64>,
         agent: Option<Arc<str>>,
         attach: Box<Attach>,
         outlet: Arc<dyn Outlet>,
@@ -94,9 +95,10 @@ pub(super) enum Input {
         ops: Batch,
         answer: oneshot::Sender<Emptied>,
     },
-    /// End the session of a device that was proved before now, because its secret is not good any more.
+    /// Secrets that a device showed before now are good until then only, Unix milliseconds; 0: not any more.
     EndSecret {
         device: DeviceId,
+        until_ms: u64,
         answer: oneshot::Sender<()>,
     },
     /// End this session, which was greeted after its secret had ended.
@@ -385,6 +387,18 @@ struct SessionEntry {
     welcomed: bool,
     agent: Option<Arc<str>>,
     proved: Mono,
+    /// When its secret ends, Unix milliseconds; the key under which it is in `ending`.
+    ends_ms: u64,
+    /// It was told that it is over, and is told nothing more.
+    cut: bool,
+}
+
+/// A secret that was replaced.
+#[derive(Debug, Clone, Copy)]
+struct Replaced {
+    at: Mono,
+    /// Good until then, Unix milliseconds; 0: it was stolen, and ended at once.
+    until_ms: u64,
 }
 
 /// The words of this turn for one link.
@@ -508,8 +522,13 @@ pub(super) struct ShardTask {
     sealed: Vec<Held>,
     /// What goes into the frame that empties a mailbox.
     owed: HashMap<DeviceId, Batch>,
-    /// When secrets ended: whoever was proved before is not let in. Kept for [`PROOF_MAX`].
-    ended_secrets: HashMap<DeviceId, Mono>,
+    /// Secrets that were replaced: whoever was proved before is let in until its end only. Kept for [`PROOF_MAX`]; each
+    /// costs whoever makes it a commit.
+    replaced: HashMap<DeviceId, Replaced>,
+    /// The same, oldest first.
+    replaced_order: VecDeque<(Mono, DeviceId)>,
+    /// Sessions whose secret ends, by that time (Unix milliseconds), each once.
+    ending: BTreeSet<(u64, SessionId)>,
     /// What clients said they are; most of a fleet says the same.
     agents: HashSet<Arc<str>>,
     /// So many sightings wait that they are worth a frame.
@@ -557,7 +576,9 @@ impl ShardTask {
             held: VecDeque::new(),
             sealed: Vec::new(),
             owed: HashMap::new(),
-            ended_secrets: HashMap::new(),
+            replaced: HashMap::new(),
+            replaced_order: VecDeque::new(),
+            ending: BTreeSet::new(),
             agents: HashSet::new(),
             seen_full: false,
             drain: None,
@@ -703,16 +724,20 @@ impl ShardTask {
             Input::Attach {
                 device,
                 proved,
+                proof_until_ms,
                 agent,
                 attach,
                 outlet,
                 carrier,
             } => {
-                if self
-                    .ended_secrets
-                    .get(&device)
-                    .is_some_and(|ended| proved <= *ended)
-                {
+                let replaced = self.secret_end(device, proved);
+                let until_ms = match (proof_until_ms, replaced) {
+                    // Stolen, whatever was known when it was shown.
+                    (_, Some(0)) => Some(0),
+                    (Some(shown), _) => Some(shown),
+                    (None, replaced) => replaced,
+                };
+                if until_ms.is_some_and(|until_ms| until_ms <= now.unix_ms) {
                     return outlet.push(Out::Refuse(Refusal::UnknownDevice));
                 }
                 let entry = SessionEntry {
@@ -723,8 +748,13 @@ impl ShardTask {
                     welcomed: false,
                     agent: agent.map(|agent| self.shared_agent(agent)),
                     proved,
+                    ends_ms: u64::MAX,
+                    cut: false,
                 };
                 self.sessions.insert(attach.session, entry);
+                if let Some(until_ms) = until_ms {
+                    self.ends_at(attach.session, until_ms);
+                }
                 self.count_sessions();
                 (device, Event::Attach(*attach))
             }
@@ -758,14 +788,21 @@ impl ShardTask {
                 };
                 (device, event)
             }
-            Input::EndSecret { device, answer } => {
-                self.end_secret(device, now);
+            Input::EndSecret {
+                device,
+                until_ms,
+                answer,
+            } => {
+                self.end_secret(device, until_ms, now);
                 return reply(answer, ());
             }
             Input::CutSecret { device, session } => {
                 return self.cut_secret(device, session, now);
             }
-            Input::Disk(disk) => return self.core.set_disk(disk, now, &mut self.effects),
+            Input::Disk(disk) => {
+                self.end_sessions(now);
+                return self.core.set_disk(disk, now, &mut self.effects);
+            }
             Input::Policy(policy) => {
                 // The run is a fact, not a setting.
                 return self.core.set_policy(Policy {
@@ -1124,7 +1161,7 @@ impl ShardTask {
 
     /// Adds a word for a link; the link is woken at the end of the turn.
     fn tell(&mut self, session: SessionId, out: Out) {
-        let Some(entry) = self.sessions.get_mut(&session) else {
+        let Some(entry) = self.sessions.get_mut(&session).filter(|entry| !entry.cut) else {
             return;
         };
         if let Some(touched) = self
@@ -1159,15 +1196,20 @@ impl ShardTask {
         let Some(entry) = self.sessions.get_mut(&session) else {
             return;
         };
-        entry.welcomed = true;
-        let (device, carrier) = (entry.device, entry.carrier);
+        let (device, carrier, proved) = (entry.device, entry.carrier, entry.proved);
         if self
-            .ended_secrets
-            .get(&device)
-            .is_some_and(|ended| entry.proved <= *ended)
+            .secret_end(device, proved)
+            .is_some_and(|until_ms| until_ms <= now_ms)
         {
-            // In the next turn: this one is carrying out what was decided before.
+            // It came before its secret ended and was let in after. The core lets go of it in the next turn: this one is
+            // carrying out what was decided before.
+            self.tell(session, Out::Close(Closing::SecretEnded));
+            self.mark_cut(session);
             self.door.inbox.push(Input::CutSecret { device, session });
+            return;
+        }
+        if let Some(entry) = self.sessions.get_mut(&session) {
+            entry.welcomed = true;
         }
         let presence = Presence {
             session,
@@ -1224,7 +1266,9 @@ impl ShardTask {
 
     fn forget_session(&mut self, session: SessionId, now: crate::delivery::Now) {
         self.absent(session, now.unix_ms);
-        self.sessions.remove(&session);
+        if let Some(entry) = self.sessions.remove(&session) {
+            self.ending.remove(&(entry.ends_ms, session));
+        }
         self.count_sessions();
     }
 
@@ -1242,13 +1286,57 @@ impl ShardTask {
         agent
     }
 
-    fn end_secret(&mut self, device: DeviceId, now: crate::delivery::Now) {
-        self.ended_secrets
-            .retain(|_, ended| now.mono - *ended < PROOF_MAX);
-        self.ended_secrets.insert(device, now.mono);
-        let presence = self.door.presence(device);
-        if let Some(Presence { session, .. }) = presence {
-            self.cut_secret(device, session, now);
+    /// Until when a proof of that moment is good, if its secret was replaced since. Unix milliseconds.
+    fn secret_end(&self, device: DeviceId, proved: Mono) -> Option<u64> {
+        let replaced = self.replaced.get(&device)?;
+        (proved <= replaced.at).then_some(replaced.until_ms)
+    }
+
+    /// A secret is replaced. A session that was proved with it ends with it.
+    fn end_secret(&mut self, device: DeviceId, until_ms: u64, now: crate::delivery::Now) {
+        while let Some(&(at, old)) = self.replaced_order.front() {
+            if now.mono - at < PROOF_MAX {
+                break;
+            }
+            self.replaced_order.pop_front();
+            if self.replaced.get(&old).is_some_and(|one| one.at == at) {
+                self.replaced.remove(&old);
+            }
+        }
+        let at = now.mono;
+        self.replaced.insert(device, Replaced { at, until_ms });
+        self.replaced_order.push_back((at, device));
+        if let Some(Presence { session, .. }) = self.door.presence(device) {
+            // One that ends already was proved with an older secret, whose end stays.
+            let older = |entry: &SessionEntry| entry.ends_ms != u64::MAX;
+            if until_ms == 0 || !self.sessions.get(&session).is_some_and(older) {
+                self.ends_at(session, until_ms);
+            }
+        }
+        self.end_sessions(now);
+    }
+
+    /// A session ends at this time, if not before.
+    fn ends_at(&mut self, session: SessionId, until_ms: u64) {
+        if let Some(entry) = self.sessions.get_mut(&session)
+            && until_ms < entry.ends_ms
+        {
+            self.ending.remove(&(entry.ends_ms, session));
+            entry.ends_ms = until_ms;
+            self.ending.insert((until_ms, session));
+        }
+    }
+
+    /// Ends the sessions whose secret is not good any more.
+    fn end_sessions(&mut self, now: crate::delivery::Now) {
+        while let Some(&(until_ms, session)) = self.ending.first() {
+            if until_ms > now.unix_ms {
+                break;
+            }
+            self.ending.pop_first();
+            if let Some(entry) = self.sessions.get(&session) {
+                self.cut_secret(entry.device, session, now);
+            }
         }
     }
 
@@ -1256,8 +1344,15 @@ impl ShardTask {
         self.core
             .handle(device, Event::Detach { session }, now, &mut self.effects);
         self.tell(session, Out::Close(Closing::SecretEnded));
+        self.mark_cut(session);
         self.shared.meters.closed(Closing::SecretEnded);
         self.absent(session, now.unix_ms);
+    }
+
+    fn mark_cut(&mut self, session: SessionId) {
+        if let Some(entry) = self.sessions.get_mut(&session) {
+            entry.cut = true;
+        }
     }
 
     fn failed(&self) -> bool {

@@ -136,7 +136,7 @@ struct DeviceV2<'a> {
     name: Option<&'a str>,
     created_ms: u64,
     secret_hash: [u8; 32],
-    previous_secret: Option<PreviousSecretV2>,
+    previous_secrets: Vec<PreviousSecretV2>,
 }
 
 #[derive(Encode, BorrowDecode)]
@@ -624,10 +624,14 @@ pub(super) fn put_device(key: &[u8], out: &mut Vec<u8>, device: &DeviceRecord) {
             name: device.name.as_deref(),
             created_ms: device.created_ms,
             secret_hash: device.secret_hash,
-            previous_secret: device.previous_secret.map(|previous| PreviousSecretV2 {
-                hash: previous.hash,
-                until_ms: previous.until_ms,
-            }),
+            previous_secrets: device
+                .previous_secrets
+                .iter()
+                .map(|previous| PreviousSecretV2 {
+                    hash: previous.hash,
+                    until_ms: previous.until_ms,
+                })
+                .collect(),
         },
     );
 }
@@ -643,7 +647,7 @@ pub(super) fn device(key: &[u8], id: DeviceId, value: &[u8]) -> Result<DeviceRec
                 name: before.name,
                 created_ms: before.created_ms,
                 secret_hash: before.secret_hash,
-                previous_secret: None,
+                previous_secrets: Vec::new(),
             }
         }
         (_, body) => decode(body)?,
@@ -655,10 +659,14 @@ pub(super) fn device(key: &[u8], id: DeviceId, value: &[u8]) -> Result<DeviceRec
         name: disk.name.map(str::to_owned),
         created_ms: disk.created_ms,
         secret_hash: disk.secret_hash,
-        previous_secret: disk.previous_secret.map(|previous| PreviousSecret {
-            hash: previous.hash,
-            until_ms: previous.until_ms,
-        }),
+        previous_secrets: disk
+            .previous_secrets
+            .into_iter()
+            .map(|previous| PreviousSecret {
+                hash: previous.hash,
+                until_ms: previous.until_ms,
+            })
+            .collect(),
     })
 }
 

@@ -283,7 +283,7 @@ async fn rotate(house: &House, device: &Device, overlap: Option<u64>) -> String 
 }
 
 #[tokio::test]
-async fn two_secrets_are_good_until_the_overlap_is_over_and_never_three() {
+async fn each_secret_is_good_until_its_own_overlap_is_over() {
     let house = House::open().await;
     let device = house.device("anna").await;
     let mut link = device.attach().await;
@@ -294,18 +294,18 @@ async fn two_secrets_are_good_until_the_overlap_is_over_and_never_three() {
     let day_ms = until_ms.unwrap() - house.handle.now_ms();
     assert!((86_000_000..=86_400_000).contains(&day_ms), "{day_ms}");
 
+    // Somebody whose answer got lost rotates again: the secret that the device has stays good.
     let third = rotate(&house, &device, Some(60)).await;
-    assert!(!knows(&house, &device, &device.secret).await);
-    assert!(knows(&house, &device, &second).await);
-    assert!(knows(&house, &device, &third).await);
+    for secret in [&device.secret, &second, &third] {
+        assert!(knows(&house, &device, secret).await);
+    }
     house.clock.advance(Duration::from_secs(59));
     assert!(knows(&house, &device, &second).await);
     house.clock.advance(Duration::from_secs(2));
     assert!(!knows(&house, &device, &second).await);
+    assert!(knows(&house, &device, &device.secret).await);
     assert!(knows(&house, &device, &third).await);
-    let view = look(&house, device.id).await;
-    assert_eq!(view.previous_secret_until_ms, None);
-    // The session went on through all of it.
+    // The session goes on meanwhile, on the longer of what it may have been proved with.
     let id = send(&house, Target::Device(device.id)).await;
     assert_eq!(link.notification().await.0, id);
 
@@ -314,7 +314,70 @@ async fn two_secrets_are_good_until_the_overlap_is_over_and_never_three() {
     house.clock.advance(Duration::from_secs(61));
     let device = device.at(&house);
     assert!(knows(&house, &device, &third).await);
+    assert!(knows(&house, &device, &device.secret).await);
     assert!(!knows(&house, &device, &second).await);
+    house.clock.advance(Duration::from_secs(86_400));
+    assert!(!knows(&house, &device, &device.secret).await);
+    assert_eq!(look(&house, device.id).await.previous_secret_until_ms, None);
+}
+
+#[tokio::test]
+async fn no_device_has_more_good_secrets_than_five_and_all_older_ones_can_be_ended() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    for _ in 0..4 {
+        rotate(&house, &device, None).await;
+    }
+    let again = house.handle.rotate_secret(APP, device.id, None).await;
+    assert!(matches!(again, Err(RuntimeError::Invalid(_))));
+    assert!(knows(&house, &device, &device.secret).await);
+    let last = rotate(&house, &device, Some(0)).await;
+    assert!(!knows(&house, &device, &device.secret).await);
+    assert!(knows(&house, &device, &last).await);
+}
+
+#[tokio::test]
+async fn a_session_ends_with_the_secret_that_it_was_proved_with() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let early = device.attach().await;
+    let second = rotate(&house, &device, Some(60)).await;
+    early.leave();
+    // One that shows the old secret while it is good, and one that has the new one.
+    let mut old = device.attach().await;
+    let other = house.device("ben").await;
+    let renewed = rotate(&house, &other, Some(60)).await;
+    let mut new = Device {
+        secret: renewed,
+        ..other.at(&house)
+    }
+    .attach()
+    .await;
+    house.clock.advance(Duration::from_secs(61));
+    let word = old.next().await;
+    assert!(matches!(word, Out::Close(Closing::SecretEnded)), "{word:?}");
+    let id = send(&house, Target::Device(other.id)).await;
+    assert_eq!(new.notification().await.0, id);
+    assert!(knows(&house, &device, &second).await);
+}
+
+#[tokio::test]
+async fn whoever_is_let_in_while_its_secret_is_ended_is_sent_nothing() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    send(&house, Target::Device(device.id)).await;
+    house.store.hold_reads(true);
+    let mut link = device.connect(3).await;
+    until("the mailbox is asked for", async || {
+        house.store.reads_held() > 0
+    })
+    .await;
+    rotate(&house, &device, Some(0)).await;
+    house.store.hold_reads(false);
+    let word = link.next().await;
+    assert!(matches!(word, Out::Close(Closing::SecretEnded)), "{word:?}");
+    assert!(link.silent());
+    assert_eq!(look(&house, device.id).await.attached, None);
 }
 
 #[tokio::test]

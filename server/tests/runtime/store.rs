@@ -1,7 +1,9 @@
 //! A store in memory that does what it is told: commit at once, hold everything, refuse, break.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bellwire_server::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, Hold, MailboxRead, MailboxView, Notification,
@@ -251,7 +253,14 @@ struct State {
 }
 
 #[derive(Default)]
-pub(crate) struct FakeStore(Mutex<State>);
+pub(crate) struct FakeStore(Mutex<State>, Held);
+
+/// Reads of mailboxes that are let wait.
+#[derive(Default)]
+struct Held {
+    hold: AtomicBool,
+    waiting: AtomicU64,
+}
 
 impl FakeStore {
     /// Whether somebody wants to be told of outcomes.
@@ -265,10 +274,11 @@ impl FakeStore {
         let mut state = self.0.lock().unwrap();
         let mut disk = std::mem::take(&mut state.disk);
         disk.run += 1;
-        Arc::new(FakeStore(Mutex::new(State {
+        let state = State {
             disk,
             ..State::default()
-        })))
+        };
+        Arc::new(FakeStore(Mutex::new(state), Held::default()))
     }
 
     pub(crate) fn set_mode(&self, mode: Mode) {
@@ -283,6 +293,15 @@ impl FakeStore {
         for (source, batch, done) in held {
             self.write(source, batch, done);
         }
+    }
+
+    /// Lets reads of mailboxes wait until it is told otherwise.
+    pub(crate) fn hold_reads(&self, hold: bool) {
+        self.1.hold.store(hold, Ordering::SeqCst);
+    }
+
+    pub(crate) fn reads_held(&self) -> u64 {
+        self.1.waiting.load(Ordering::SeqCst)
     }
 
     pub(crate) fn disk<T>(&self, look: impl FnOnce(&mut Disk) -> T) -> T {
@@ -378,6 +397,11 @@ impl Store for FakeStore {
     }
 
     fn read_mailbox(&self, request: &MailboxRead) -> Result<MailboxView, ReadError> {
+        self.1.waiting.fetch_add(1, Ordering::SeqCst);
+        while self.1.hold.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.1.waiting.fetch_sub(1, Ordering::SeqCst);
         // More than was asked for is allowed by no contract, but everything is: it says so.
         let state = self.0.lock().unwrap();
         let mut rows: Vec<RowMeta> = state

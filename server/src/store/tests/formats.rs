@@ -300,13 +300,13 @@ fn registrations_read_as_they_were_written_by_version_1() {
 
 #[test]
 fn a_device_and_when_it_was_seen_read_as_they_were_written() {
-    let rotated = Some(PreviousSecret {
+    let rotated = PreviousSecret {
         hash: [4; 32],
         until_ms: 86_400_007,
-    });
-    let devices = [None, rotated].map(|previous_secret| DeviceRecord {
+    };
+    let devices = [vec![], vec![rotated]].map(|previous_secrets| DeviceRecord {
         name: Some("scanner 4".to_owned()),
-        previous_secret,
+        previous_secrets,
         ..device_record(device_id(1), "ada")
     });
     let key = keys::device(device_id(1));

@@ -115,7 +115,7 @@ pub(super) fn device_record(device: DeviceId, user: &str) -> DeviceRecord {
         name: None,
         created_ms: 7,
         secret_hash: [3; 32],
-        previous_secret: None,
+        previous_secrets: Vec::new(),
     }
 }
 

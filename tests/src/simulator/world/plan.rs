@@ -23,7 +23,7 @@ impl World {
                 name: None,
                 created_ms: START_MS,
                 secret_hash: [0; 32],
-                previous_secret: None,
+                previous_secrets: Vec::new(),
             };
             let registered = Op::PutDevice {
                 record,
