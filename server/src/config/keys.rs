@@ -137,7 +137,7 @@ keys! {
     LIMITS_WAIT_DEFAULT: SpanSetting = "limits.wait_default", span(0, MINUTE), "10s";
     /// Longest `timeout_s`; a longer one is answered 400.
     LIMITS_WAIT_MAX: SpanSetting = "limits.wait_max", span(SECOND, MINUTE), "60s";
-    /// Largest body of a request, and largest line of a batch; above it 413.
+    /// Largest body of a request, and largest line of a batch; above it 413. A ping by itself may have 4 MiB, so that it can name many devices.
     LIMITS_BODY: BytesSetting = "limits.body_bytes", bytes(128 * KIB, 16 * MIB), "1MiB";
     /// Largest body of a batch; above it 413, and nothing of it happens.
     LIMITS_BATCH: BytesSetting = "limits.batch_bytes", bytes(128 * KIB, 64 * MIB), "8MiB";

@@ -180,8 +180,10 @@ impl Shard {
     #[must_use]
     pub fn seal(&mut self) -> Vec<Change> {
         debug_assert!(self.sealed.is_none(), "one frame is outstanding at a time");
-        let mut changes = Vec::with_capacity(self.offering.len() * 2);
-        let mut sealed = Vec::with_capacity(self.offering.len());
+        // A frame is bounded by its cost, however many offer.
+        let room = self.offering.len().min(4_096);
+        let mut changes = Vec::with_capacity(room * 2);
+        let mut sealed = Vec::with_capacity(room);
         let mut spent = 0;
         while spent < FRAME_COST_MAX
             && let Some((app, device)) = self.offering.pop()

@@ -152,9 +152,12 @@ fn parse(url: &str) -> Result<Place, UrlRefusal> {
         host,
         port: port.unwrap_or(if tls { 443 } else { 80 }),
         authority: authority.as_str().to_ascii_lowercase(),
-        path: uri
-            .path_and_query()
-            .map_or_else(|| "/".to_owned(), |path| path.as_str().to_owned()),
+        path: match uri.path_and_query().map(|path| path.as_str()) {
+            None => "/".to_owned(),
+            Some(path) if path.starts_with('/') => path.to_owned(),
+            // A query alone.
+            Some(query) => format!("/{query}"),
+        },
     })
 }
 

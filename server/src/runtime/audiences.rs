@@ -51,6 +51,8 @@ pub(super) struct Expansion {
     pub(super) listed: Arc<[DeviceId]>,
     /// Some of the devices ahead may have got it already: an earlier run, or an earlier try, came as far.
     pub(super) repeats: AtomicBool,
+    /// It ended because its record could not be made safe: nobody may be promised anything of it.
+    failed: AtomicBool,
     /// Held for one page, and for the stop: nobody stops in the middle of a page.
     pub(super) alone: tokio::sync::Mutex<()>,
     phase: watch::Sender<Phase>,
@@ -79,6 +81,7 @@ impl Expansion {
             notification,
             listed: Arc::from([]),
             repeats: AtomicBool::new(true),
+            failed: AtomicBool::new(false),
             alone: tokio::sync::Mutex::default(),
             phase: watch::Sender::new(Phase::Open),
             progress: Mutex::new(progress),
@@ -424,7 +427,15 @@ impl Inner {
             outcomes: Vec::new(),
         };
         if let Some(open) = self.audiences.get(app, ping) {
-            return Ok(answer(open.estimate));
+            // Somebody who comes again is promised nothing before it is safe.
+            let opening = async {
+                open.leaves(Phase::Opening).await;
+                Ok(())
+            };
+            self.in_time(opening).await?;
+            if !open.failed.load(Ordering::Relaxed) {
+                return Ok(answer(open.estimate));
+            }
         }
         let stored = !to.notification.transient;
         if stored
@@ -467,6 +478,7 @@ impl Inner {
             notification,
             listed: kept,
             repeats: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             alone: tokio::sync::Mutex::default(),
             phase: watch::Sender::new(Phase::Opening),
             progress: Mutex::default(),
@@ -526,7 +538,10 @@ impl Inner {
                 });
                 self.bring_on();
             }
-            Err(_) => self.audiences.end(expansion),
+            Err(_) => {
+                expansion.failed.store(true, Ordering::Relaxed);
+                self.audiences.end(expansion);
+            }
         }
     }
 

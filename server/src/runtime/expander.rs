@@ -27,6 +27,9 @@ use crate::telemetry::metrics as names;
 const SHARD_YIELDS: usize = 512;
 /// How long it looks away from somebody who has enough to do.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Longest that it looks away from shards that have enough to do: then it goes on with a page all the same. Shards take apps
+/// in turns, so that is fair, and without it one app could keep all audiences waiting.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long it waits after something failed.
 const RETRY: Duration = Duration::from_millis(200);
 /// Places of topics' lists that are tidied up after one page.
@@ -127,6 +130,7 @@ impl Inner {
     /// Waits until nobody else is hurt by going on; `false`: it is off.
     async fn waits_for_room(&self, expansion: &Expansion) -> bool {
         let mut told = None;
+        let mut waited = Duration::ZERO;
         loop {
             if self.is_off(expansion) {
                 return false;
@@ -134,6 +138,10 @@ impl Inner {
             let Some(reason) = self.wanting(expansion) else {
                 return true;
             };
+            if reason == "shards" && waited >= PATIENCE {
+                return true;
+            }
+            waited += PAUSE;
             if told != Some(reason) {
                 told = Some(reason);
                 metrics::counter!(names::EXPANSION_PAUSES_TOTAL, "reason" => reason).increment(1);
@@ -367,7 +375,11 @@ impl Inner {
                 }
             }
             devices.sort_unstable();
-            // There is no room: only for those that it was refused for it is tried again.
+            // There is no room: only for those that it was refused for it is tried again. The shards hear a little later than
+            // the store that there is room again.
+            if !devices.is_empty() {
+                tokio::time::sleep(RETRY).await;
+            }
             if !devices.is_empty() && !self.waits_for_room(expansion).await {
                 return Err(Broken::Off);
             }
@@ -389,6 +401,8 @@ impl Inner {
                 device,
                 notification: Arc::clone(&expansion.notification),
                 may_repeat,
+                // What is handed over again was counted the first time.
+                paced: !may_repeat,
                 waiter: Waiter::Part(Arc::clone(&gather)),
             });
         }

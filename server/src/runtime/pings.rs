@@ -339,6 +339,7 @@ impl Inner {
                     device,
                     notification,
                     may_repeat,
+                    paced: true,
                     waiter: Waiter::One(sender),
                 });
                 drop((gates, turn));
@@ -369,6 +370,7 @@ impl Inner {
                         device,
                         notification: Arc::clone(&notification),
                         may_repeat,
+                        paced: true,
                         waiter: Waiter::Part(Arc::clone(&gather)),
                     });
                 }

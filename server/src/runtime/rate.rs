@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::settings::Limits;
-use crate::delivery::{DeviceId, Mono};
+use crate::delivery::{AppId, DeviceId, Mono};
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const NANOS_PER_MICRO: u64 = 1_000;
@@ -155,7 +155,8 @@ const LOOK_AT: usize = 1_024;
 /// passed says the same as none.
 #[derive(Debug)]
 pub(super) struct DeviceRates {
-    even: HashMap<DeviceId, u64>,
+    /// By app as well: whoever names a device of another app uses nothing of its rate up.
+    even: HashMap<(AppId, DeviceId), u64>,
     /// Entries at which those that say nothing go.
     look_at: usize,
 }
@@ -169,7 +170,7 @@ impl DeviceRates {
     }
 
     /// Takes one for a device; `false`: it is too early, and nothing changes.
-    pub(super) fn take(&mut self, device: DeviceId, now: Mono, pace: Pace) -> bool {
+    pub(super) fn take(&mut self, app: AppId, device: DeviceId, now: Mono, pace: Pace) -> bool {
         if pace.is_free() {
             return true;
         }
@@ -179,7 +180,7 @@ impl DeviceRates {
             self.look_at = (2 * self.even.len()).max(LOOK_AT);
             self.even.shrink_to(self.look_at);
         }
-        let even = self.even.entry(device).or_default();
+        let even = self.even.entry((app, device)).or_default();
         match pace.step(*even, now) {
             Ok(next) => {
                 *even = next;
@@ -264,13 +265,20 @@ mod tests {
             id[..4].copy_from_slice(&number.to_be_bytes());
             DeviceId(id)
         };
-        assert!(rates.take(device(0), Mono(0), pace));
-        assert!(rates.take(device(0), Mono(0), pace));
-        assert!(!rates.take(device(0), Mono(0), pace));
-        assert!(rates.take(device(1), Mono(0), pace));
-        assert!(rates.take(device(0), Mono(1_000), pace));
+        assert!(rates.take(AppId::DEFAULT, device(0), Mono(0), pace));
+        assert!(rates.take(AppId::DEFAULT, device(0), Mono(0), pace));
+        assert!(!rates.take(AppId::DEFAULT, device(0), Mono(0), pace));
+        assert!(rates.take(AppId::DEFAULT, device(1), Mono(0), pace));
+        // Somebody else who names it uses nothing up.
+        assert!(rates.take(AppId(7), device(0), Mono(0), pace));
+        assert!(rates.take(AppId::DEFAULT, device(0), Mono(1_000), pace));
         for number in 0..100_000 {
-            assert!(rates.take(device(number), Mono(u64::from(number) * 100 + 10_000), pace));
+            assert!(rates.take(
+                AppId::DEFAULT,
+                device(number),
+                Mono(u64::from(number) * 100 + 10_000),
+                pace
+            ));
         }
         assert!(rates.even.len() <= LOOK_AT, "{}", rates.even.len());
         assert!(rates.even.capacity() <= 8 * LOOK_AT);

@@ -64,6 +64,8 @@ pub(super) enum Input {
         device: DeviceId,
         notification: Arc<Notification>,
         may_repeat: bool,
+        /// It counts against the rate of the device.
+        paced: bool,
         waiter: Waiter,
     },
     Attach {
@@ -696,10 +698,11 @@ impl ShardTask {
                 device,
                 notification,
                 may_repeat,
+                paced,
                 waiter,
             } => {
                 let pace = self.shared.device_pace.get();
-                if !self.rates.take(device, now.mono, pace) {
+                if paced && !self.rates.take(notification.app, device, now.mono, pace) {
                     self.shared.meters.rejected(Rejection::TooFast);
                     return answer(waiter, device, Settled::Rejected(Rejection::TooFast));
                 }

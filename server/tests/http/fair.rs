@@ -189,8 +189,14 @@ async fn limits_that_were_set_hold_and_are_shown() {
     assert_eq!(large.problem(), "413 body_too_large");
     let padded = format!("{}{BODY}", " ".repeat(200_000));
     assert!(batch(&padded).await.text().contains("\"status\":413"));
+    // A ping may name a hundred thousand devices.
     let single = server.ask("POST", "/v1/pings", &padded).await;
+    assert_eq!(single.status, 202);
+    let beyond = format!("{}{BODY}", " ".repeat(4 << 20));
+    let single = server.ask("POST", "/v1/pings", &beyond).await;
     assert_eq!(single.problem(), "413 body_too_large");
+    let other = server.ask("POST", "/v1/devices", &padded).await;
+    assert_eq!(other.problem(), "413 body_too_large");
     let path = "/v1/pings?wait=acknowledged&timeout_s=3";
     let wait = server.ask("POST", path, BODY).await;
     assert_eq!(wait.problem(), "400 malformed timeout_s");

@@ -11,7 +11,7 @@ use bellwire_server::runtime::{
 };
 
 use crate::house::{APP, Device, House, ping, settings, until};
-use crate::store::Mode;
+use crate::store::{Disk, Mode};
 
 /// Pages of two devices, so that a handful makes several.
 fn small() -> RuntimeSettings {
@@ -271,6 +271,13 @@ async fn a_crash_in_the_middle_leaves_nobody_out_and_gives_nobody_two_outcomes()
     let answer = house.handle.ping(ping(Target::Everyone)).await.unwrap();
     house.store.set_crowded(false);
     let (ping, seq, _) = link.notification().await;
+    // Its outcome is one of a stored row: that is what a crash must not forget.
+    let id = sorted[0].id;
+    until("its row is stored", async || {
+        let stored = |disk: &mut Disk| disk.rows.keys().any(|(device, _)| *device == id);
+        house.store.disk(stored)
+    })
+    .await;
     link.acknowledge(seq);
     assert_eq!(ping, answer.id);
     brought(&house, ping).await;

@@ -272,12 +272,13 @@ async fn outcomes_past_their_time_are_not_told_at_once_and_their_segments_go() {
         (history.records, history.oldest_ms) == (0, 0)
     })
     .await;
-    // An empty one stays, so that no position is used twice.
+    // Empty ones stay, so that no position is used twice.
     let left: Vec<u64> = std::fs::read_dir(dir.path().join("outcomes"))
         .unwrap()
         .map(|file| file.unwrap().metadata().unwrap().len())
         .collect();
-    assert!(left.len() == 1 && left[0] <= 64, "{left:?}");
+    let empty = left.iter().all(|&bytes| bytes <= 64);
+    assert!(empty && (1..=2).contains(&left.len()), "{left:?}");
     drop((device.handle, store));
     stop(house).await;
 }

@@ -30,6 +30,8 @@ use crate::telemetry::metrics as names;
 
 /// Posts under way at once, over all apps.
 const POSTS_MAX: usize = 64;
+/// Tests and dead letters that are posted at once, of all apps; more wait.
+const POSTS_BY_HAND_MAX: usize = 8;
 /// Longest wait for posts that are under way when the server goes down.
 const STOP_MAX: Duration = Duration::from_secs(5);
 /// Bytes of a secret that we make.
@@ -128,6 +130,8 @@ pub(super) struct Callbacks {
     /// Held while one is made, so that no app gets two.
     making: tokio::sync::Mutex<()>,
     places: Semaphore,
+    /// Who posts a test or a dead letter takes one of these, so that no poster waits behind them.
+    by_hand: Semaphore,
     /// Something that concerns every poster changed.
     changed: Notify,
     tasks: TaskTracker,
@@ -177,6 +181,7 @@ impl Callbacks {
             posters: Mutex::default(),
             making: tokio::sync::Mutex::default(),
             places: Semaphore::new(POSTS_MAX),
+            by_hand: Semaphore::new(POSTS_BY_HAND_MAX),
             changed: Notify::new(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -337,6 +342,17 @@ impl Inner {
             None => None,
             Some(text) => Some(body::parse_secret(text).ok_or(CallbackError::Secret)?),
         };
+        let inner = Arc::clone(self);
+        self.callback_to_the_end(async move { inner.setting_callback(app, wish, given).await })
+            .await
+    }
+
+    async fn setting_callback(
+        self: &Arc<Inner>,
+        app: AppId,
+        wish: CallbackWish,
+        given: Option<Vec<u8>>,
+    ) -> Result<(CallbackView, Option<String>), CallbackError> {
         let _making = self.callbacks.making.lock().await;
         if let Some(state) = self.callbacks.find(app) {
             let mut held = state.held.lock().await;
@@ -378,7 +394,7 @@ impl Inner {
             // Letters of a callback that was removed are gone, so none can have a number twice.
             next_letter: 1,
         };
-        self.commit(vec![Op::PutCallback(record.clone())], || {})
+        self.commit_fully(vec![Op::PutCallback(record.clone())], || {})
             .await?;
         let state = self.start_poster(record.clone());
         Ok((
@@ -398,15 +414,25 @@ impl Inner {
         held: &mut Held,
         record: CallbackRecord,
     ) -> Result<(), RuntimeError> {
-        self.commit(vec![Op::PutCallback(record.clone())], || {})
+        self.commit_fully(vec![Op::PutCallback(record.clone())], || {})
             .await?;
         held.record = Some(record);
         Ok(())
     }
 
+    /// Runs a change to its end even if the caller goes away or has waited long enough, so that what is on disk and what is
+    /// done never differ.
+    async fn callback_to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, CallbackError>> + Send + 'static,
+    ) -> Result<T, CallbackError> {
+        let done = self.to_the_end(async move { Ok(work.await) }).await;
+        done.map_err(CallbackError::from).flatten()
+    }
+
     /// A new secret; the one before signs as well for `overlap`.
     pub(super) async fn rotate_callback_secret(
-        &self,
+        self: &Arc<Inner>,
         app: AppId,
         secret: Option<&str>,
         overlap: Option<Duration>,
@@ -415,6 +441,17 @@ impl Inner {
             None => None,
             Some(text) => Some(body::parse_secret(text).ok_or(CallbackError::Secret)?),
         };
+        let inner = Arc::clone(self);
+        self.callback_to_the_end(async move { inner.rotating(app, given, overlap).await })
+            .await
+    }
+
+    async fn rotating(
+        &self,
+        app: AppId,
+        given: Option<Vec<u8>>,
+        overlap: Option<Duration>,
+    ) -> Result<(CallbackView, Option<String>), CallbackError> {
         let state = self.callbacks.find(app).ok_or(CallbackError::Unknown)?;
         let mut held = state.held.lock().await;
         let mut record = held.record.clone().ok_or(CallbackError::Unknown)?;
@@ -441,7 +478,13 @@ impl Inner {
     }
 
     /// Posts nothing any more and forgets the dead letters; `false`: there was none.
-    pub(super) async fn drop_callback(&self, app: AppId) -> Result<bool, RuntimeError> {
+    pub(super) async fn drop_callback(self: &Arc<Inner>, app: AppId) -> Result<bool, RuntimeError> {
+        let inner = Arc::clone(self);
+        self.to_the_end(async move { inner.dropping(app).await })
+            .await
+    }
+
+    async fn dropping(&self, app: AppId) -> Result<bool, RuntimeError> {
         let Some(state) = self.callbacks.find(app) else {
             return Ok(false);
         };
@@ -460,9 +503,10 @@ impl Inner {
             if ops.is_empty() {
                 break;
             }
-            self.commit(ops, || {}).await?;
+            self.commit_fully(ops, || {}).await?;
         }
-        self.commit(vec![Op::DropCallback(app)], || {}).await?;
+        self.commit_fully(vec![Op::DropCallback(app)], || {})
+            .await?;
         held.record = None;
         held.epoch += 1;
         let mut posters = self.callbacks.posters();
@@ -491,7 +535,7 @@ impl Inner {
             body,
         };
         // It is never closed.
-        let _place = self.callbacks.places.acquire().await;
+        let _place = self.callbacks.by_hand.acquire().await;
         let answer = self.callbacks.outbound.line().post(&post).await;
         count(&answer);
         answer

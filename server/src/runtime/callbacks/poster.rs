@@ -192,8 +192,11 @@ impl Poster {
             self.write(epoch, moved, Vec::new()).await?;
         } else {
             let mut held = self.state.held.lock().await;
-            if held.epoch == epoch && held.record.is_some() {
-                held.record = Some(moved);
+            if held.epoch == epoch
+                && let Some(now) = &mut held.record
+            {
+                // Nothing else of it: its secrets may have changed since it was read.
+                (now.position, now.sending, now.failing) = (to, None, None);
             }
         }
         Ok(Next::Go)
