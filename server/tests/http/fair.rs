@@ -228,8 +228,9 @@ async fn limits_that_were_set_hold_and_are_shown() {
     let apps = status["apps"].as_array().unwrap();
     let names: Vec<_> = apps.iter().map(|app| &app["name"]).collect();
     assert_eq!(names, ["default", "other"]);
-    // Three lines of the batch, the padded line, and the one that waited; those that were too large were not read.
-    assert_eq!(apps[0]["pings_left"], 1_000 - 5);
+    // Three lines of the batch, the padded line, the padded ping, and the one that waited; those that were too large were not
+    // read.
+    assert_eq!(apps[0]["pings_left"], 1_000 - 6);
     assert_eq!(apps[1]["pings_left"], 1_000);
     server.stop().await;
 }
