@@ -190,7 +190,7 @@ keys! {
 
     /// Streams of events (`GET /v1/events`) that one app may have at once; more are answered 429.
     LIMITS_EVENT_STREAMS: CountSetting = "limits.event_streams", count(1, 100_000), "64";
-    /// Pings that one app may send in a day, of 24 hours that slide; above it they are answered 429 `quota_exceeded`. Counted from the start of the server. `0`: no limit. `[quota.apps.NAME]` sets this and its neighbours for one app.
+    /// Pings that one app may send at once, refilled evenly over 24 hours, so that in any 24 hours no more than twice as many go; above it they are answered 429 `quota_exceeded`. Full at the start of the server. `0`: no limit. `[quota.apps.NAME]` sets this and its neighbours for one app.
     QUOTA_PINGS: CountSetting = "quota.pings_per_day", count(0, 1_000_000_000_000), "0";
 
     /// Topics that devices may join and leave by themselves, with commas between them: exact names, or a beginning and `*`, such as `news/*`. Without it only the backend says who is in a topic.

@@ -31,7 +31,7 @@ impl Pace {
         }
     }
 
-    /// So many in 24 hours that slide; 0: no limit.
+    /// So many at once, refilled evenly over 24 hours; 0: no limit.
     pub(super) fn per_day(count: u64) -> Pace {
         match NANOS_PER_DAY.checked_div(count) {
             None => Pace::FREE,
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_day_slides() {
+    fn a_days_allowance_is_refilled_evenly() {
         let pace = Pace::per_day(24);
         assert_eq!((pace.burst(), pace.window_s()), (24, 86_400));
         let hour = 3_600_000_000;

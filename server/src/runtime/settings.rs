@@ -107,7 +107,7 @@ impl Default for RuntimeSettings {
 /// What one app may use; 0: as much as it likes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AppQuota {
-    /// Pings in 24 hours that slide, counted from the start of the run. Default 0.
+    /// Pings at once, refilled evenly over 24 hours; full at the start of the run. Default 0.
     pub pings_per_day: u64,
 }
 

@@ -4,6 +4,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use aws_lc_rs::hmac;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use bellwire_server::delivery::{AppId, DeviceId, Outcome, PingId};
 use bellwire_server::ports::{
     Outbound, OutboundLine, OutcomeRecord, Post, PostAnswer, PostError, Posting, Scopes,
@@ -305,5 +308,46 @@ async fn a_batch_that_is_wrong_in_itself_is_given_up_and_the_next_one_goes_out()
         (&json!(0), &json!("ok"))
     );
     assert_eq!(server.ask("DELETE", "/v1/callbacks", "").await.status, 204);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_secret_that_is_rotated_while_the_history_is_read_stays_rotated() {
+    let fake = Fake::default();
+    let server = with(&fake, CallbackLimits::default()).await;
+    let expired = r#"{"url": "https://ok.example/", "outcomes": ["expired"]}"#;
+    assert_eq!(put(&server, &server.key, expired).await.status, 200);
+    server.store.hold_events(true);
+    // Not wanted: the poster only notes that it looked at it.
+    end(&server, AppId::DEFAULT, 1);
+    until(|| server.store.events_held() > 0).await;
+    let rotated = server
+        .ask("POST", "/v1/callbacks/secret", r#"{"overlap_s": 0}"#)
+        .await;
+    assert_eq!(rotated.status, 200);
+    let secret = rotated.json()["secret"].as_str().unwrap().to_owned();
+    server.store.hold_events(false);
+    end(&server, AppId::DEFAULT, 2);
+    until(|| fake.posts().len() == 1).await;
+    let post = &fake.posts()[0];
+    let header = |name: &str| {
+        let found = post.headers.iter().find(|(known, _)| *known == name);
+        found.unwrap().1.clone()
+    };
+    let key = BASE64_STANDARD
+        .decode(secret.strip_prefix("whsec_").unwrap())
+        .unwrap();
+    let signed = format!(
+        "{}.{}.{}",
+        header("webhook-id"),
+        header("webhook-timestamp"),
+        std::str::from_utf8(&post.body).unwrap()
+    );
+    let sum = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key), signed.as_bytes());
+    let expected = format!("v1,{}", BASE64_STANDARD.encode(sum));
+    assert_eq!(
+        header("webhook-signature").split(' ').next(),
+        Some(&*expected)
+    );
     server.stop().await;
 }

@@ -534,6 +534,33 @@ async fn a_repeated_key_finds_the_ping_on_its_way_and_over_a_crash() {
 }
 
 #[tokio::test]
+async fn a_repeat_is_promised_nothing_before_the_ping_is_safe() {
+    let mut settings = small();
+    settings.limits.accept_wait = Duration::from_millis(100);
+    let house = House::with(settings, Arc::default()).await;
+    devices(&house, 5).await;
+    let mut request = ping(Target::Everyone);
+    request.idempotency = Some(("tonight".to_owned(), [4; 32]));
+    house.store.set_mode(Mode::Hold);
+    // Whoever comes again meanwhile is told to come again as well.
+    for _ in 0..2 {
+        let busy = house.handle.ping(request.clone()).await;
+        assert_eq!(busy.unwrap_err(), RuntimeError::StoreBusy.into());
+    }
+    let handle = house.handle.clone();
+    let waits = request.clone();
+    let waiting = tokio::spawn(async move { handle.ping(waits).await });
+    // What was held finds no room: it is on no disk, and nobody may believe that it is.
+    house.store.set_mode(Mode::NoRoom);
+    let lost = waiting.await.unwrap();
+    assert!(lost.is_err(), "{lost:?}");
+    house.store.set_mode(Mode::Commit);
+    let answer = house.handle.ping(request).await.unwrap();
+    brought(&house, answer.id).await;
+    assert_eq!(house.store.disk(|disk| disk.rows.len()), 5);
+}
+
+#[tokio::test]
 async fn more_than_may_be_on_their_way_are_told_to_come_again() {
     let mut settings = small();
     settings.limits.expansions_max = 2;

@@ -253,13 +253,23 @@ struct State {
 }
 
 #[derive(Default)]
-pub(crate) struct FakeStore(Mutex<State>, Held);
+pub(crate) struct FakeStore(Mutex<State>, Held, Held);
 
-/// Reads of mailboxes that are let wait.
+/// Reads that are let wait: those of mailboxes, and those of events.
 #[derive(Default)]
 struct Held {
     hold: AtomicBool,
     waiting: AtomicU64,
+}
+
+impl Held {
+    fn pass(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        while self.hold.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl FakeStore {
@@ -278,7 +288,11 @@ impl FakeStore {
             disk,
             ..State::default()
         };
-        Arc::new(FakeStore(Mutex::new(state), Held::default()))
+        Arc::new(FakeStore(
+            Mutex::new(state),
+            Held::default(),
+            Held::default(),
+        ))
     }
 
     pub(crate) fn set_mode(&self, mode: Mode) {
@@ -302,6 +316,23 @@ impl FakeStore {
 
     pub(crate) fn reads_held(&self) -> u64 {
         self.1.waiting.load(Ordering::SeqCst)
+    }
+
+    /// The same for reads of events.
+    #[allow(
+        dead_code,
+        reason = "for the tests over HTTP, which have this file as well"
+    )]
+    pub(crate) fn hold_events(&self, hold: bool) {
+        self.2.hold.store(hold, Ordering::SeqCst);
+    }
+
+    #[allow(
+        dead_code,
+        reason = "for the tests over HTTP, which have this file as well"
+    )]
+    pub(crate) fn events_held(&self) -> u64 {
+        self.2.waiting.load(Ordering::SeqCst)
     }
 
     pub(crate) fn disk<T>(&self, look: impl FnOnce(&mut Disk) -> T) -> T {
@@ -397,11 +428,7 @@ impl Store for FakeStore {
     }
 
     fn read_mailbox(&self, request: &MailboxRead) -> Result<MailboxView, ReadError> {
-        self.1.waiting.fetch_add(1, Ordering::SeqCst);
-        while self.1.hold.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        self.1.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.1.pass();
         // More than was asked for is allowed by no contract, but everything is: it says so.
         let state = self.0.lock().unwrap();
         let mut rows: Vec<RowMeta> = state
@@ -481,6 +508,7 @@ impl Store for FakeStore {
     }
 
     fn outcome_events(&self, follow: &OutcomeFollow) -> Result<OutcomeEvents, ReadError> {
+        self.2.pass();
         let state = self.0.lock().unwrap();
         let all = (1..).zip(&state.history).skip(follow.from.0 as usize);
         let events = all.filter(|(_, record)| follow.wants(record));

@@ -24,8 +24,6 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(3_600);
 /// How often a batch is tried that the receiver says is wrong in itself (400, 413, 415, 422).
 const REFUSED_TRIES: u32 = 10;
-/// How long what was looked through in vain is remembered in memory alone.
-const QUIET_WRITE: Duration = Duration::from_secs(60);
 /// Wait after trouble with the store.
 const STORE_RETRY: Duration = Duration::from_secs(5);
 
@@ -98,7 +96,7 @@ impl Poster {
                     (STORE_RETRY, false)
                 }
             };
-            let quiet = tokio::time::sleep(wait.min(QUIET_WRITE.max(RETRY_AFTER_MAX)));
+            let quiet = tokio::time::sleep(wait.min(RETRY_AFTER_MAX));
             tokio::select! {
                 () = news, if heeds_news => {}
                 () = settings => {}
@@ -165,9 +163,11 @@ impl Poster {
                 return Ok(Next::Go);
             }
         }
-        let id = self.id(record.position, batch.to);
-        let answer = self.post(&record, &id, &batch.body).await;
-        self.conclude(epoch, &id, batch, answer).await
+        let id = self.id(&record, batch.to);
+        match self.post(epoch, &id, &batch.body).await {
+            Some(answer) => self.conclude(epoch, &id, batch, answer).await,
+            None => Ok(Next::Go),
+        }
     }
 
     /// Nothing to post up to here.
@@ -186,7 +186,8 @@ impl Poster {
             failing: None,
             ..record.clone()
         };
-        // Not for each outcome that is not wanted: in memory at once, on disk with the next post or in a while.
+        // Not for each outcome that is not wanted: in memory at once, on disk with the next post or the next segment. After a
+        // crash it is looked at once more.
         let far = (to.0 >> 32) != (record.position.0 >> 32);
         if far || record.sending.is_some() {
             self.write(epoch, moved, Vec::new()).await?;
@@ -241,7 +242,8 @@ impl Poster {
     }
 
     /// The id of a batch: nobody else can make it, and it is the same however often it is posted.
-    fn id(&self, from: OutcomePosition, to: OutcomePosition) -> String {
+    fn id(&self, record: &CallbackRecord, to: OutcomePosition) -> String {
+        let from = record.position;
         let Some(app) = self.inner.apps.get(&self.state.app) else {
             // Every callback belongs to an app.
             return format!("msg_{:016x}{:016x}", from.0, to.0);
@@ -251,23 +253,33 @@ impl Poster {
         context.update(b"callback");
         context.update(&from.0.to_be_bytes());
         context.update(&to.0.to_be_bytes());
+        // With other outcomes the same places are another batch.
+        for outcome in &record.outcomes {
+            context.update(outcome.as_str().as_bytes());
+            context.update(b",");
+        }
         let sum = context.sign();
         let half = sum.as_ref().get(..16).unwrap_or_default();
         format!("msg_{}", data_encoding::HEXLOWER.encode(half))
     }
 
-    async fn post(&mut self, record: &CallbackRecord, id: &str, body: &Bytes) -> Posted {
+    async fn post(&mut self, epoch: u64, id: &str, body: &Bytes) -> Option<Posted> {
         // It is never closed.
         let _place = self.inner.callbacks.places.acquire().await;
         let now_ms = self.inner.shared.clock.now().unix_ms;
-        let post = Post {
-            url: record.url.clone(),
-            headers: body::headers(record, id, body, now_ms),
-            body: body.clone(),
+        let post = {
+            // Not as it was before reading and waiting: a secret that was replaced at once must not sign any more.
+            let held = self.state.held.lock().await;
+            let record = held.record.as_ref().filter(|_| held.epoch == epoch)?;
+            Post {
+                url: record.url.clone(),
+                headers: body::headers(record, id, body, now_ms),
+                body: body.clone(),
+            }
         };
         let answer = self.line.post(&post).await;
         count(&answer);
-        answer
+        Some(answer)
     }
 
     /// Writes a new state of the callback; `false`: it is not what it was any more, and nothing was written.
