@@ -326,7 +326,10 @@ async fn a_secret_that_is_rotated_while_the_history_is_read_stays_rotated() {
         .await;
     assert_eq!(rotated.status, 200);
     let secret = rotated.json()["secret"].as_str().unwrap().to_owned();
+    let before = server.store.event_reads();
     server.store.hold_events(false);
+    // The read that was held, and the one after what came of it.
+    until(|| server.store.event_reads() >= before + 2).await;
     end(&server, AppId::DEFAULT, 2);
     until(|| fake.posts().len() == 1).await;
     let post = &fake.posts()[0];

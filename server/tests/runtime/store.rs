@@ -260,6 +260,7 @@ pub(crate) struct FakeStore(Mutex<State>, Held, Held);
 struct Held {
     hold: AtomicBool,
     waiting: AtomicU64,
+    passed: AtomicU64,
 }
 
 impl Held {
@@ -269,6 +270,7 @@ impl Held {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.passed.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -333,6 +335,15 @@ impl FakeStore {
     )]
     pub(crate) fn events_held(&self) -> u64 {
         self.2.waiting.load(Ordering::SeqCst)
+    }
+
+    /// How often events were read.
+    #[allow(
+        dead_code,
+        reason = "for the tests over HTTP, which have this file as well"
+    )]
+    pub(crate) fn event_reads(&self) -> u64 {
+        self.2.passed.load(Ordering::SeqCst)
     }
 
     pub(crate) fn disk<T>(&self, look: impl FnOnce(&mut Disk) -> T) -> T {
