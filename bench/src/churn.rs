@@ -26,7 +26,7 @@ use tokio::process::{Child, Command};
 use crate::failure::{During, Failure, Outcome};
 use crate::process;
 use crate::progress::Progress;
-use crate::report::{Budget, Figure, Report};
+use crate::report::{Budget, Figure, Plot, Report};
 
 /// Batches handed over and not yet answered, as several shards would have.
 const UNDER_WAY: usize = 8;
@@ -51,6 +51,13 @@ const BEFORE_KILL: u64 = 50_000;
 
 /// Budget of the resident memory, as a part of what the store may use.
 const OVER_CACHE: f64 = 1.25;
+
+static OVER_ROWS: Plot = Plot {
+    title: "Memory and files while rows come and go",
+    x_label: "rows in and out",
+    x_log: false,
+    y_log: false,
+};
 
 /// Which engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -256,7 +263,13 @@ pub(crate) async fn run(args: Churn, progress: Progress) -> Outcome<Report> {
             ("log", sample.log),
             ("snapshots", sample.snapshots),
         ] {
-            report.push(Figure::new(format!("{at} {name}"), mib(bytes), "MiB"));
+            report.push(
+                Figure::new(format!("{at} {name}"), mib(bytes), "MiB").plotted(
+                    &OVER_ROWS,
+                    name,
+                    (sample.came + sample.went) as f64,
+                ),
+            );
         }
     }
     if done.went != args.rows {

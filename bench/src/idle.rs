@@ -178,9 +178,7 @@ async fn weigh_server(
     report.violations.extend(held.lost());
     drop(held);
     if !server.stop().await {
-        report
-            .violations
-            .push("the server did not end by itself after SIGTERM".to_owned());
+        report.violation("the server did not end by itself after SIGTERM");
     }
     Ok(cost)
 }

@@ -17,6 +17,7 @@ mod progress;
 mod report;
 mod server;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -26,6 +27,9 @@ use crate::failure::{During, Failure, Outcome};
 use crate::progress::Progress;
 use crate::report::Report;
 
+/// Runs of a report that is written to a folder, when nobody says otherwise: as few as show a spread that means something.
+const RUNS_OF_A_REPORT: u32 = 5;
+
 /// Measures a Bellwire server on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "bellwire-bench", version, arg_required_else_help = true)]
@@ -34,7 +38,8 @@ use crate::report::Report;
   bellwire-bench deliver --rate 5000                5,000 pings a second, by the clock
   bellwire-bench deliver --connections 1 --rate 100 one quiet ping at a time
   bellwire-bench deliver --absent --devices 1000    pings that wait on disk
-  bellwire-bench idle                               memory and time of devices that only stay connected
+  bellwire-bench idle --runs 5                      memory and time of devices that only stay connected
+  bellwire-bench idle --out report                  the same, five times, as Markdown, JSON and plots in a folder
   bellwire-bench churn --engine fjall               a million rows into a store and out again")]
 struct Arguments {
     #[command(subcommand)]
@@ -45,6 +50,12 @@ struct Arguments {
     /// Say nothing while working
     #[arg(long, global = true)]
     quiet: bool,
+    /// How often the workload runs, each time with a fresh server; figures are medians. Default: 1, or 5 with --out
+    #[arg(long, global = true, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: Option<u32>,
+    /// Write report.md, report.json and plots (SVG) into this folder as well
+    #[arg(long, global = true, value_name = "DIR")]
+    out: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -60,7 +71,7 @@ enum Workload {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let json = arguments.json;
+    let (json, out) = (arguments.json, arguments.out.clone());
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -68,27 +79,56 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(arguments)) {
-        Ok(None) => ExitCode::SUCCESS,
-        Ok(Some(report)) => print(&report, json),
+    let told = runtime.block_on(run(arguments)).and_then(|reports| {
+        if !reports.is_empty() {
+            tell(&reports, json, out.as_deref())?;
+        }
+        Ok(reports)
+    });
+    let reports = match told {
+        Ok(reports) => reports,
         Err(failure) => {
             eprintln!("bellwire-bench: {failure}");
-            ExitCode::FAILURE
+            return ExitCode::FAILURE;
         }
+    };
+    let mut good = true;
+    for report in &reports {
+        for violation in &report.violations {
+            eprintln!("bellwire-bench: {} failed: {violation}", report.workload);
+            good = false;
+        }
+    }
+    match good {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     }
 }
 
-async fn run(arguments: Arguments) -> Outcome<Option<Report>> {
+/// Runs what was asked for. Parts that this program plays in a process of its own have nothing to report.
+async fn run(arguments: Arguments) -> Outcome<Vec<Report>> {
     let progress = Progress::new(arguments.quiet);
+    let default = if arguments.out.is_some() {
+        RUNS_OF_A_REPORT
+    } else {
+        1
+    };
+    let runs = arguments.runs.unwrap_or(default);
     let mut terminate = signal(SignalKind::terminate()).during("listen for signals")?;
     let work = async {
-        match arguments.workload {
-            Workload::Deliver(args) => deliver::run(args, progress).await.map(Some),
-            Workload::Idle(args) => idle::run(args, progress).await.map(Some),
-            Workload::Churn(args) => churn::run(args, progress).await.map(Some),
-            Workload::ChurnStore(args) => churn::serve(&args).map(|()| None),
-            Workload::FloorServer(args) => floor::serve(args).await.map(|()| None),
-        }
+        Ok(match arguments.workload {
+            Workload::Deliver(args) => {
+                repeat(runs, progress, || deliver::run(args.clone(), progress)).await?
+            }
+            Workload::Idle(args) => {
+                repeat(runs, progress, || idle::run(args.clone(), progress)).await?
+            }
+            Workload::Churn(args) => {
+                repeat(runs, progress, || churn::run(args.clone(), progress)).await?
+            }
+            Workload::ChurnStore(args) => churn::serve(&args).map(|()| Vec::new())?,
+            Workload::FloorServer(args) => floor::serve(args).await.map(|()| Vec::new())?,
+        })
     };
     // Interrupted, the work is dropped here, and with it every process that it started.
     tokio::select! {
@@ -98,23 +138,44 @@ async fn run(arguments: Arguments) -> Outcome<Option<Report>> {
     }
 }
 
-fn print(report: &Report, json: bool) -> ExitCode {
-    let text = match json {
-        true => report.json(),
-        false => Ok(report.markdown()),
+/// Runs a workload so often and makes one report of it.
+async fn repeat<F: Future<Output = Outcome<Report>>>(
+    runs: u32,
+    progress: Progress,
+    workload: impl Fn() -> F,
+) -> Outcome<Vec<Report>> {
+    let mut reports = Vec::new();
+    for run in 0..runs {
+        if runs > 1 {
+            progress.say(&format!("run {} of {runs}", run + 1));
+        }
+        reports.push(workload().await?);
+    }
+    Ok(Report::of_runs(reports).into_iter().collect())
+}
+
+/// Prints the reports, and writes them down where that was asked for.
+fn tell(reports: &[Report], json: bool, out: Option<&std::path::Path>) -> Outcome<()> {
+    let markdown: Vec<String> = reports.iter().map(Report::markdown).collect();
+    let markdown = markdown.join("\n");
+    // One workload is one object, as a script that asks for one expects.
+    let structured = match reports {
+        [one] => serde_json::to_string_pretty(one),
+        several => serde_json::to_string_pretty(several),
     };
-    match text {
-        Ok(text) => println!("{text}"),
-        Err(failure) => {
-            eprintln!("bellwire-bench: {failure}");
-            return ExitCode::FAILURE;
+    let structured = structured.during("write the report")?;
+    if let Some(out) = out {
+        let written = |name: &str, text: &str| {
+            let path = out.join(name);
+            std::fs::write(&path, text).during(format_args!("write {}", path.display()))
+        };
+        std::fs::create_dir_all(out).during(format_args!("make {}", out.display()))?;
+        written("report.md", &markdown)?;
+        written("report.json", &structured)?;
+        for drawing in reports.iter().flat_map(Report::drawings) {
+            written(&drawing.file, &drawing.svg)?;
         }
     }
-    for violation in &report.violations {
-        eprintln!("bellwire-bench: {} failed: {violation}", report.workload);
-    }
-    match report.violations.is_empty() {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    }
+    println!("{}", if json { structured } else { markdown });
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! What the kernel knows of a process and of the machine: time used, memory held.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::failure::{During, Failure, Outcome};
@@ -100,12 +101,14 @@ pub(crate) fn raise_file_limit() -> u64 {
 }
 
 /// The machine, for the head of a report.
-#[derive(Debug, serde::Serialize)]
+#[derive(Debug, Clone, serde::Serialize)]
 pub(crate) struct Machine {
     cpu: String,
     cores: usize,
     memory_gib: f64,
     kernel: String,
+    /// The kind of the file system that data directories are made on.
+    file_system: String,
 }
 
 impl Machine {
@@ -125,8 +128,32 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             memory_gib: (memory as f64 / (1u64 << 30) as f64 * 10.0).round() / 10.0,
             kernel: kernel.trim().to_owned(),
+            file_system: file_system(&std::env::temp_dir()).unwrap_or_else(|| "unknown".to_owned()),
         }
     }
+}
+
+/// The kind of the file system that `path` lies on.
+fn file_system(path: &Path) -> Option<String> {
+    let path = fs::canonicalize(path).ok()?;
+    kind_of(&path, &fs::read_to_string("/proc/self/mounts").ok()?)
+}
+
+/// The same out of the list of what is mounted: a line is device, place, kind and more. Of two at one place the later counts.
+fn kind_of(path: &Path, mounts: &str) -> Option<String> {
+    let mut found: Option<(&Path, &str)> = None;
+    for line in mounts.lines() {
+        let mut words = line.split_whitespace().skip(1);
+        let (Some(place), Some(kind)) = (words.next(), words.next()) else {
+            continue;
+        };
+        let place = Path::new(place);
+        let longer = found.is_none_or(|(best, _)| place.starts_with(best));
+        if path.starts_with(place) && longer {
+            found = Some((place, kind));
+        }
+    }
+    found.map(|(_, kind)| kind.to_owned())
 }
 
 impl std::fmt::Display for Machine {
@@ -136,8 +163,12 @@ impl std::fmt::Display for Machine {
             cores,
             memory_gib,
             kernel,
+            file_system,
         } = self;
-        write!(f, "{cores} × {cpu}, {memory_gib} GiB, Linux {kernel}")
+        write!(
+            f,
+            "{cores} × {cpu}, {memory_gib} GiB, Linux {kernel}, {file_system}"
+        )
     }
 }
 
@@ -152,6 +183,16 @@ mod tests {
         cpu_time(me).unwrap();
         let memory = memory(me).unwrap();
         assert!(memory.resident >= memory.proportional && memory.proportional > 0);
+    }
+
+    #[test]
+    fn the_file_system_is_that_of_the_longest_mount() {
+        let mounts =
+            "/dev/vda / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/vdb /tmp/data xfs rw 0 0\n";
+        assert_eq!(kind_of(Path::new("/tmp/x"), mounts).unwrap(), "tmpfs");
+        assert_eq!(kind_of(Path::new("/tmp/data/x"), mounts).unwrap(), "xfs");
+        assert_eq!(kind_of(Path::new("/tmpx"), mounts).unwrap(), "ext4");
+        assert_eq!(kind_of(Path::new("/tmp"), ""), None);
     }
 
     #[test]

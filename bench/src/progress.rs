@@ -24,6 +24,13 @@ impl Progress {
         }
     }
 
+    /// One line.
+    pub(crate) fn say(self, what: &str) {
+        if !self.silent {
+            eprintln!("{what}");
+        }
+    }
+
     /// A phase of so many steps.
     pub(crate) fn phase(self, name: &str, steps: usize) -> Phase {
         self.begin(name, steps, "{msg:22} {bar:40} {pos}/{len} {elapsed}")
