@@ -45,9 +45,10 @@ impl Carrier {
 }
 
 impl KeepAlive {
-    /// How long a server bears silence before it drops the link: 2.5 times the advised maximum, in milliseconds.
-    pub const fn silence_ms(self) -> u64 {
-        self.max_s as u64 * 2_500
+    /// How long a server bears silence before it drops the link: so many percent of the advised maximum
+    /// ([`SILENCE_PERCENT`](crate::limits::SILENCE_PERCENT) unless its operator says otherwise), in milliseconds.
+    pub const fn silence_ms(self, percent: u32) -> u64 {
+        self.max_s as u64 * 10 * percent as u64
     }
 }
 

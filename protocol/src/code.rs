@@ -140,7 +140,7 @@ codes! {
         "The frame or request does not follow the format: not well-formed, a missing or repeated member, a wrong type, a number out of range.";
         "Compare it with docs/protocol.md (frames) or the OpenAPI document (requests); the message names the member where it can.";
     FrameTooLarge = "frame_too_large", Device, -, 6, Later;
-        "A frame is larger than the receiver accepts (16 KiB from a device).";
+        "A frame is larger than the receiver accepts (16 KiB from a device, unless the operator takes more).";
         "Send less in one frame: split `ack` and `subscribe`, shorten `seen`.";
     HelloExpected = "hello_expected", Device, -, 7, Later;
         "The first frame was not `hello`.";
@@ -173,7 +173,7 @@ codes! {
         "The peer's transport has not taken what was sent within 30 s.";
         "Nothing is lost: it comes again after reconnecting. If it repeats, look at the network, or ask for a smaller `window`.";
     Silence = "silence", Network, -, 17, Now;
-        "Nothing was heard from the device for 2.5 times the advised keep-alive maximum.";
+        "Nothing was heard from the device for too long: 2.5 times the advised keep-alive maximum, unless the operator set another bound.";
         "Send `ping` within the advised bounds; look for network equipment that forgets idle flows.";
     UnsupportedVersion = "unsupported_version", Device, 426, 18, Never;
         "The client speaks a version of the link or of WebSocket that this server does not.";

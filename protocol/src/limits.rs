@@ -6,9 +6,14 @@
 /// Greatest integer that a frame may carry: 2^53 - 1, so that every JSON implementation reads it exactly.
 pub const INTEGER_MAX: u64 = (1 << 53) - 1;
 
-/// Greatest frame that a device may send, in bytes, checked before decoding. 16 KiB holds the largest useful one: a
-/// `subscribe` with [`TOPICS_MAX`] names of [`TOPIC_BYTES_MAX`] bytes, or a `hello` with [`SEEN_MAX`] ids.
+/// Greatest frame that a device may send to any server, in bytes, checked before decoding. 16 KiB holds the largest useful
+/// one: a `subscribe` with [`TOPICS_MAX`] names of [`TOPIC_BYTES_MAX`] bytes, or a `hello` with [`SEEN_MAX`] ids. An operator
+/// may take larger ones, never only smaller ones.
 pub const DEVICE_FRAME_MAX_BYTES: usize = 16 * 1024;
+
+/// Greatest frame from a device that an operator may let in, in bytes: what each connection may make a server hold. Room for
+/// members of later versions.
+pub const DEVICE_FRAME_CEILING_BYTES: usize = 64 * 1024;
 
 /// Default bound of one notification's content, in bytes of [`Content::size`](crate::Content::size). 4,096 is what the
 /// older push systems agree on.
@@ -112,6 +117,13 @@ pub const QUIC_KEEP_ALIVE_S: (u32, u32) = (20, 120);
 /// Advised keep-alive on WebSocket in seconds: networks and proxies forget TCP flows late.
 pub const WEBSOCKET_KEEP_ALIVE_S: (u32, u32) = (60, 900);
 
+/// How much silence a server bears unless its operator says otherwise, in percent of the longest advised keep-alive: two that
+/// were lost, and half of one for a slow network.
+pub const SILENCE_PERCENT: u32 = 250;
+
+/// Least of that which an operator may set: a device that pings at the advised maximum is heard in time even if that ping is late.
+pub const SILENCE_PERCENT_MIN: u32 = 150;
+
 /// Greatest advised keep-alive that a client believes, in seconds.
 pub const KEEP_ALIVE_MAX_S: u32 = 86_400;
 
@@ -152,7 +164,8 @@ macro_rules! table {
 }
 
 table! {
-    DEVICE_FRAME_MAX_BYTES, "bytes", "frame from a device, either codec";
+    DEVICE_FRAME_MAX_BYTES, "bytes", "frame from a device, either codec, that every server takes";
+    DEVICE_FRAME_CEILING_BYTES, "bytes", "the same, as far as an operator may raise it";
     SERVER_FRAME_MAX_BYTES, "bytes", "CBOR frame from a server";
     SERVER_JSON_FRAME_MAX_BYTES, "bytes", "JSON frame from a server";
     CONTENT_MAX_BYTES, "bytes", "content of one notification, as far as an operator may raise it";
@@ -191,6 +204,8 @@ table! {
 
 const _: () = {
     assert!(CONTENT_DEFAULT_MAX_BYTES <= CONTENT_MAX_BYTES);
+    assert!(DEVICE_FRAME_MAX_BYTES <= DEVICE_FRAME_CEILING_BYTES);
+    assert!(100 < SILENCE_PERCENT_MIN && SILENCE_PERCENT_MIN <= SILENCE_PERCENT);
     // Every known content member has a head of at most 7 bytes (key 2, length 5), every sync name one of at most 5.
     assert!(CONTENT_ENTRIES_MAX * 7 + SYNC_MAX * 5 + 256 <= NOTIFY_OVERHEAD_MAX_BYTES);
     // The largest subscribe: a head of 3 bytes for each name.
@@ -215,7 +230,7 @@ const _: () = {
         QUIC_KEEP_ALIVE_S.1 <= KEEP_ALIVE_MAX_S && WEBSOCKET_KEEP_ALIVE_S.1 <= KEEP_ALIVE_MAX_S
     );
     // A device that pings at the advised maximum and waits in vain has noticed before the server gives it up.
-    assert!(PONG_TIMEOUT_MS < QUIC_KEEP_ALIVE_S.1 as u64 * 1_500);
+    assert!(PONG_TIMEOUT_MS < QUIC_KEEP_ALIVE_S.1 as u64 * (SILENCE_PERCENT_MIN as u64 - 100) * 10);
     // The device has said `bye` before the server closes.
     assert!(FAREWELL_MS < GOAWAY_GRACE_MS);
     assert!(BACKOFF_FIRST_MS <= BACKOFF_MAX_MS);

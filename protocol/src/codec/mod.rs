@@ -148,7 +148,19 @@ impl Codec {
     /// # Errors
     /// The device's fault, always: the frame is too large, or does not follow docs/protocol.md.
     pub fn decode_device(self, bytes: &[u8]) -> Result<Decoded<DeviceFrame>, DecodeError> {
-        check_size(bytes, DEVICE_FRAME_MAX_BYTES)?;
+        self.decode_device_within(bytes, DEVICE_FRAME_MAX_BYTES)
+    }
+
+    /// The same with a bound of one's own, for a server whose operator takes larger frames.
+    ///
+    /// # Errors
+    /// As [`decode_device`](Self::decode_device).
+    pub fn decode_device_within(
+        self,
+        bytes: &[u8],
+        most: usize,
+    ) -> Result<Decoded<DeviceFrame>, DecodeError> {
+        check_size(bytes, most)?;
         let decoded = match self {
             Self::Cbor => cbor::read_device(bytes)?,
             Self::Json => json::read_device(bytes)?,

@@ -197,6 +197,10 @@ pub struct Limits {
     pub keep_alive_quic: KeepAlive,
     /// Advised over WebSocket.
     pub keep_alive_websocket: KeepAlive,
+    /// Silence after which a link is dropped, in percent of the longest advised keep-alive.
+    pub silence_percent: u32,
+    /// Largest frame from a device.
+    pub frame_bytes: u64,
     /// Connections of one address before hello.
     pub per_address: u32,
     /// Networks that are not counted per address.
@@ -637,6 +641,8 @@ fn limits(source: &Source) -> Limits {
             &keys::LIMITS_KEEP_ALIVE_WEBSOCKET_MIN,
             &keys::LIMITS_KEEP_ALIVE_WEBSOCKET_MAX,
         ),
+        silence_percent: clamp(source.get(&keys::LIMITS_SILENCE)),
+        frame_bytes: source.get(&keys::LIMITS_FRAME),
         per_address: clamp(source.get(&keys::LIMITS_PER_ADDRESS)),
         exempt: source.get(&keys::LIMITS_EXEMPT),
         unauthenticated: clamp(source.get(&keys::LIMITS_UNAUTHENTICATED)),

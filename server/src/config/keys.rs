@@ -151,12 +151,16 @@ keys! {
     LIMITS_ACK: SpanSetting = "limits.ack_timeout", span(SECOND, HOUR), "5m";
     /// Shortest keep-alive advised to devices over QUIC.
     LIMITS_KEEP_ALIVE_QUIC_MIN: SpanSetting = "limits.keep_alive_quic_min", span(SECOND, HOUR), "20s";
-    /// Longest keep-alive advised to devices over QUIC. A link is dropped after 2.5 times this much silence.
+    /// Longest keep-alive advised to devices over QUIC.
     LIMITS_KEEP_ALIVE_QUIC_MAX: SpanSetting = "limits.keep_alive_quic_max", span(SECOND, HOUR), "2m";
     /// Shortest keep-alive advised to devices over WebSocket.
     LIMITS_KEEP_ALIVE_WEBSOCKET_MIN: SpanSetting = "limits.keep_alive_websocket_min", span(SECOND, HOUR), "1m";
-    /// Longest keep-alive advised to devices over WebSocket. A link is dropped after 2.5 times this much silence.
+    /// Longest keep-alive advised to devices over WebSocket.
     LIMITS_KEEP_ALIVE_WEBSOCKET_MAX: SpanSetting = "limits.keep_alive_websocket_max", span(SECOND, HOUR), "15m";
+    /// Silence after which a link is dropped, in percent of the longest advised keep-alive. Smaller notices dead links earlier, and drops living ones whose network loses a packet.
+    LIMITS_SILENCE: CountSetting = "limits.silence_percent", count(150, 1_000), "250";
+    /// Largest frame from a device; above it the link ends with `frame_too_large`. Every client counts on 16 KiB, so it can only be raised. Each connection may make the server hold so much.
+    LIMITS_FRAME: BytesSetting = "limits.frame_bytes", bytes(16 * KIB, 64 * KIB), "16KiB";
     /// Connections from one address that have not said hello yet.
     LIMITS_PER_ADDRESS: CountSetting = "limits.connections_per_address", count(1, 1_000_000), "256";
     /// Networks whose connections are not counted per address, such as a NAT or a load balancer. Loopback never is.

@@ -46,7 +46,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 pub use document::document;
 pub use loaded::LoadedSettings;
-pub use serve::{ALPN, Listening, ServeReport, TlsSource, serve};
+pub use serve::{ALPN, Listening, Places, ServeReport, TlsSource, serve};
 pub use site::Site;
 
 use crate::runtime::Handle;
@@ -57,6 +57,7 @@ struct Backend {
     handle: Handle,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
     loaded: Arc<LoadedSettings>,
+    connections: ConnectionsNow,
     /// The OpenAPI document as it is served.
     document: bytes::Bytes,
     /// The same as a page for people.
@@ -71,8 +72,26 @@ pub struct ApiState {
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
     /// What is known of the settings in force.
     pub loaded: Arc<LoadedSettings>,
+    /// Tells what connections there are.
+    pub connections: ConnectionsNow,
     /// The front doors of other systems, served beside the native API under their own paths.
     pub doors: OpenApiRouter,
+}
+
+/// Tells what connections there are at this moment.
+pub type ConnectionsNow = Arc<dyn Fn() -> Connections + Send + Sync>;
+
+/// Connections, as far as the sites themselves cannot know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Connections {
+    /// Of devices, that have not said hello yet.
+    pub unauthenticated: u32,
+    /// Of these, those of the address that has most.
+    pub busiest_address: u32,
+    /// Of the API.
+    pub api: usize,
+    /// As many as the API serves at once.
+    pub api_max: usize,
 }
 
 /// The two sites of a server.
@@ -92,6 +111,7 @@ pub fn routers(state: ApiState) -> Sites {
         handle: state.handle.clone(),
         metrics: state.metrics,
         loaded: state.loaded,
+        connections: state.connections,
         // Made of constants, which a test serialises.
         page: docs_page::render(&serde_json::to_value(&document).unwrap_or_default()).into(),
         document: bytes::Bytes::from(document::render(&document)),

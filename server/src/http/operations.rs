@@ -3,7 +3,6 @@
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
-use bellwire_protocol::limits::DEVICE_FRAME_MAX_BYTES;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
@@ -13,7 +12,7 @@ use super::auth::{Read, Scoped};
 use super::document::refusals;
 use super::error::Problem;
 use super::loaded::SettingsReport;
-use super::{Backend, answer};
+use super::{Backend, Connections, answer};
 use crate::delivery::OverflowRule;
 use crate::runtime::{CallbackFigures, ClockState, Status, StoreHealth};
 
@@ -35,6 +34,7 @@ pub(super) struct StatusReport {
     /// Whether it is going down.
     draining: bool,
     devices: DevicesReport,
+    connections: ConnectionsReport,
     /// Pings on their way to audiences.
     expansions: u64,
     memory: MemoryReport,
@@ -88,6 +88,18 @@ struct DevicesReport {
     quic: u64,
     /// Over WebSocket.
     websocket: u64,
+}
+
+/// Connections that `limits` bounds.
+#[derive(Serialize, ToSchema)]
+struct ConnectionsReport {
+    /// Of devices, that have not said hello yet; `limits.unauthenticated_connections` is the bound.
+    unauthenticated: u32,
+    /// Of these, those of the address that has most; `limits.connections_per_address` is the bound. Loopback and
+    /// networks that are exempt are not among them.
+    busiest_address: u32,
+    /// Of the API, with one place that is ready for the next; `limits.api_connections` is the bound.
+    api: usize,
 }
 
 /// What is held in memory.
@@ -234,16 +246,24 @@ struct LimitsReport {
     in_flight: u16,
     /// Most notifications in flight that a device is granted.
     in_flight_max: u16,
-    /// Largest frame from a device, bytes. A part of version 1 of the protocol, not a setting.
+    /// Largest frame from a device, bytes.
     frame_max: usize,
     /// TLS and hello together, seconds.
     hello_deadline_s: u64,
-    /// Advised keep-alive over QUIC, seconds, least and most. A link is dropped after 2.5 times the most without a sign.
+    /// Advised keep-alive over QUIC, seconds, least and most.
     keep_alive_quic_s: (u32, u32),
     /// Advised keep-alive over WebSocket, seconds, least and most.
     keep_alive_websocket_s: (u32, u32),
+    /// Silence after which a link is dropped, in percent of the longest advised keep-alive.
+    silence_percent: u32,
+    /// Over how long devices are sent away at a stop, seconds.
+    drain_window_s: u64,
+    /// Connections that the API serves at once; `connections.api` are there.
+    api_connections: usize,
     /// Connections of one address that have not said hello.
     connections_per_address: u32,
+    /// Networks whose connections are not counted by address; loopback never is.
+    exempt_networks: Vec<String>,
     /// Connections in all that have not said hello.
     unauthenticated_connections: u32,
     /// Wait for acknowledgements of a ping that names none, seconds.
@@ -293,6 +313,7 @@ impl StatusReport {
     fn new(
         status: &Status,
         callbacks: CallbackFigures,
+        connections: Connections,
         ready: bool,
         settings: SettingsReport,
     ) -> StatusReport {
@@ -324,6 +345,11 @@ impl StatusReport {
                 connected: status.connected(),
                 quic: status.connected_quic,
                 websocket: status.connected_websocket,
+            },
+            connections: ConnectionsReport {
+                unauthenticated: connections.unauthenticated,
+                busiest_address: connections.busiest_address,
+                api: connections.api,
             },
             expansions: status.expansions,
             memory: MemoryReport {
@@ -399,11 +425,20 @@ impl StatusReport {
                 },
                 in_flight: status.link.window_default,
                 in_flight_max: status.link.window_max,
-                frame_max: DEVICE_FRAME_MAX_BYTES,
+                frame_max: status.link.frame_max,
                 hello_deadline_s: status.link.hello_deadline.as_secs(),
                 keep_alive_quic_s: status.link.keep_alive_quic_s,
                 keep_alive_websocket_s: status.link.keep_alive_websocket_s,
+                silence_percent: status.link.silence_percent,
+                drain_window_s: status.limits.drain_window.as_secs(),
+                api_connections: connections.api_max,
                 connections_per_address: status.link.per_address,
+                exempt_networks: status
+                    .link
+                    .exempt
+                    .iter()
+                    .map(|(network, prefix)| format!("{network}/{prefix}"))
+                    .collect(),
                 unauthenticated_connections: status.link.unauthenticated,
                 wait_default_s: status.limits.wait_default.as_secs(),
                 wait_max_s: status.limits.wait_max.as_secs(),
@@ -454,6 +489,7 @@ pub(super) async fn status(_who: Scoped<Read>, State(backend): State<Backend>) -
         &StatusReport::new(
             &handle.status(),
             handle.callback_figures(),
+            (backend.connections)(),
             handle.ready().is_ok(),
             backend.loaded.report(),
         ),

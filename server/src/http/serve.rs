@@ -62,10 +62,41 @@ pub struct Listening {
     pub tls: Option<TlsSource>,
     /// `api` or `operations`, for logs and metrics.
     pub name: &'static str,
-    /// Connections served at once; more wait in the system's queue. Default in the configuration: 4,096.
-    pub connections_max: usize,
+    /// Places of connections that are served at once; more wait in the system's queue.
+    pub places: Places,
     /// How long requests may go on after the shutdown began.
     pub drain: Duration,
+}
+
+/// Places of connections. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Places {
+    free: Arc<Semaphore>,
+    max: usize,
+}
+
+impl Places {
+    /// So many, at least one. Default in the configuration: 4,096.
+    #[must_use]
+    pub fn new(max: usize) -> Places {
+        let max = max.clamp(1, Semaphore::MAX_PERMITS);
+        Places {
+            free: Arc::new(Semaphore::new(max)),
+            max,
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn max(&self) -> usize {
+        self.max
+    }
+
+    /// How many are taken: one of them is held ready for the next connection while the listener accepts.
+    #[must_use]
+    pub fn taken(&self) -> usize {
+        self.max.saturating_sub(self.free.available_permits())
+    }
 }
 
 /// How serving ended.
@@ -81,11 +112,10 @@ pub async fn serve(listening: Listening, site: Site, shutdown: CancellationToken
         listener,
         tls,
         name,
-        connections_max,
+        places,
         drain,
     } = listening;
-    let connections_max = connections_max.clamp(1, Semaphore::MAX_PERMITS);
-    let places = Arc::new(Semaphore::new(connections_max));
+    let places = places.free;
     let tracker = TaskTracker::new();
     let cut = CancellationToken::new();
     let mut pause = ACCEPT_PAUSE.0;

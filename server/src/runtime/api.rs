@@ -142,6 +142,10 @@ pub struct LinkSettings {
     pub keep_alive_quic_s: (u32, u32),
     /// Advised keep-alive over WebSocket, seconds. Default 60..900.
     pub keep_alive_websocket_s: (u32, u32),
+    /// Silence that is borne, in percent of the longest advised keep-alive. Default 250.
+    pub silence_percent: u32,
+    /// Largest frame from a device, bytes. Default 16 KiB, which is also the least: devices were promised it.
+    pub frame_max: usize,
     /// Largest content of one notification, bytes. Default 4,096.
     pub content_max: u32,
     /// Notifications in flight for a device that asks for no number. Default 32.
@@ -161,6 +165,8 @@ impl Default for LinkSettings {
             proxies: Vec::new(),
             keep_alive_quic_s: (20, 120),
             keep_alive_websocket_s: (60, 900),
+            silence_percent: 250,
+            frame_max: 16 << 10,
             content_max: 4_096,
             window_default: 32,
             window_max: 256,

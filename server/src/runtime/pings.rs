@@ -487,7 +487,12 @@ impl Inner {
         };
         // Either way, what is known is read below.
         let ended = self.parted.run_until_cancelled(ended);
-        drop(tokio::time::timeout(wait, ended).await);
+        let result = match tokio::time::timeout(wait, ended).await {
+            Ok(Some(())) => "settled",
+            Ok(None) => "drain",
+            Err(_) => "timeout",
+        };
+        metrics::counter!(names::WAITS_TOTAL, "result" => result).increment(1);
         let limit = self.limits.load().devices_max as usize;
         match self.ping_view(app, ping, None, limit, Depth::Recent).await {
             Ok(Some(view)) => view.devices,

@@ -185,6 +185,9 @@ pub struct Limits {
     pub secret_overlap: Duration,
     /// How outcomes are posted.
     pub callbacks: CallbackLimits,
+    /// Over how long devices are sent away at a stop, for whoever looks; [`Handle::drain`](super::Handle::drain) is told.
+    /// Default 30 s.
+    pub drain_window: Duration,
 }
 
 impl Default for Limits {
@@ -213,6 +216,7 @@ impl Default for Limits {
             event_streams: 64,
             secret_overlap: Duration::from_secs(24 * 3_600),
             callbacks: CallbackLimits::default(),
+            drain_window: Duration::from_secs(30),
         }
     }
 }

@@ -173,6 +173,7 @@ metrics! {
     EVENT_STREAMS: Gauge "bellwire_event_streams" [] "Streams of events that are open.";
     EVENTS_SENT_TOTAL: Counter "bellwire_events_sent_total" [] "Events handed to streams.";
     HTTP_REFUSALS_TOTAL: Counter "bellwire_http_refusals_total" ["code"] "Requests of the native API that were refused, by the code of docs/errors.md. Lines of batches are not among them.";
+    WAITS_TOTAL: Counter "bellwire_waits_total" ["result"] "Pings with `wait=acknowledged` that were answered: `settled` (everything had ended), `timeout` (`timeout_s` was over), `drain`.";
     TTLS_LOWERED_TOTAL: Counter "bellwire_ttls_lowered_total" [] "Pings whose TTL was lowered to `limits.ttl_max`.";
     PINGS_THROTTLED_TOTAL: Counter "bellwire_pings_throttled_total" ["app", "by"] "Pings turned away because an allowance was used up: that of their API key (`key`, `limits.pings_per_second`) or of their app (`app`, `quota.pings_per_day`).";
     HTTP_BATCH_LINES_TOTAL: Counter "bellwire_http_batch_lines_total" ["status"] "Lines of batches that were answered, by the class of their status (`2xx`, `4xx`, `5xx`).";

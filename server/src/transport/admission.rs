@@ -139,6 +139,11 @@ impl Admission {
         self.counts.total.load(Ordering::Relaxed)
     }
 
+    /// Those of the address that has most, if it is counted.
+    pub(crate) fn busiest(&self) -> u32 {
+        self.counts.addresses().values().copied().max().unwrap_or(0)
+    }
+
     /// The address to count under; `None` if it is not counted.
     fn counted_as(&self, from: IpAddr, limits: &LinkSettings) -> Option<IpAddr> {
         let from = from.to_canonical();
@@ -222,7 +227,9 @@ mod tests {
             Some(Crowded::Address)
         );
         let _other = admission.knock(ip("192.0.2.2"), &limits).unwrap();
+        assert_eq!(admission.busiest(), 2);
         drop(first);
+        assert_eq!(admission.busiest(), 1);
         let _again = admission.knock(ip("192.0.2.1"), &limits).unwrap();
         assert_eq!(admission.total(), 3);
     }

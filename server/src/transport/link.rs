@@ -18,7 +18,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bellwire_protocol::limits::{
-    GOAWAY_GRACE_MS, REPLACED_AWAY_MIN_MS, WINDOW_MAX, WINDOW_MIN, WITHDRAW_IDS_MAX,
+    DEVICE_FRAME_CEILING_BYTES, GOAWAY_GRACE_MS, REPLACED_AWAY_MIN_MS, WINDOW_MAX, WINDOW_MIN,
+    WITHDRAW_IDS_MAX,
 };
 use bellwire_protocol::{
     Ack, Carrier, Code, Codec, DecodeError, Goaway, GoawayReason, Hello, Id, KeepAlive,
@@ -149,6 +150,12 @@ pub(crate) fn keep_alive<D: Door>(door: &D, carrier: Carrier) -> KeepAlive {
     .into()
 }
 
+/// Silence that is borne on a carrier.
+pub(crate) fn silence<D: Door>(door: &D, carrier: Carrier) -> Duration {
+    let percent = door.link_settings().silence_percent;
+    Duration::from_millis(keep_alive(door, carrier).silence_ms(percent))
+}
+
 /// Since when something waits without progress.
 #[derive(Debug, Default)]
 struct Waiting {
@@ -236,7 +243,7 @@ impl<D: Door, P: Pipe> Link<D, P> {
         // Silence on QUIC is noticed by its own idle timer (quic.rs); the wheel only knows the link.
         let silence = match P::CARRIER {
             Carrier::Quic => u32::MAX,
-            Carrier::WebSocket => silence_ticks(keep_alive(&shared.door, P::CARRIER)),
+            Carrier::WebSocket => silence_ticks(silence(&shared.door, P::CARRIER)),
         };
         let outbox = Outbox::new(Arc::clone(&shared.wheel), silence);
         outbox.watch_silence();
@@ -349,7 +356,10 @@ impl<D: Door, P: Pipe> Link<D, P> {
             *frames_left -= 1;
             if let Some(frame) = received? {
                 self.meters().frame_received();
-                let decoded = self.pipe.codec().decode_device(&frame);
+                let decoded = self
+                    .pipe
+                    .codec()
+                    .decode_device_within(&frame, DEVICE_FRAME_CEILING_BYTES);
                 self.drive(|session, actions| session.handle_decoded(decoded, actions));
             }
         }
@@ -820,9 +830,9 @@ impl<D: Door, P: Pipe> Drop for Link<D, P> {
     }
 }
 
-/// Ticks of silence that are borne.
-fn silence_ticks(keep_alive: KeepAlive) -> u32 {
-    u32::try_from(keep_alive.silence_ms().div_ceil(1_000)).unwrap_or(u32::MAX)
+/// Ticks of silence that are borne: a tick is a second, and a part of one counts.
+fn silence_ticks(silence: Duration) -> u32 {
+    u32::try_from(silence.as_millis().div_ceil(1_000)).unwrap_or(u32::MAX)
 }
 
 fn attach_request(

@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 
 use super::admission::{Admission, Knock};
 use super::door::Door;
-use super::link::{Link, Shared, keep_alive};
+use super::link::{Link, Shared, silence};
 use super::meters::Meters;
 use super::outbox::Kick;
 use super::tls::{Prepared, Tls, TlsError, TlsSettings};
@@ -107,13 +107,32 @@ pub struct Transport {
     wheel: Arc<Wheel>,
     endpoint: Endpoint,
     /// What the endpoint's configuration is made of at a reload.
-    advised: Box<dyn Fn() -> bellwire_protocol::KeepAlive + Send + Sync>,
+    silence: Box<dyn Fn() -> Duration + Send + Sync>,
+    admission: Admission,
     /// Stops accepting.
     accepting: CancellationToken,
     /// Stops the wheel.
     turning: CancellationToken,
     /// Everything that belongs to connections.
     tasks: TaskTracker,
+}
+
+/// Connections of devices that have not said hello yet. Cheap to clone.
+#[derive(Clone)]
+pub struct Knocking(Admission);
+
+impl Knocking {
+    /// How many there are.
+    #[must_use]
+    pub fn total(&self) -> u32 {
+        self.0.total()
+    }
+
+    /// How many the busiest address has, of those that are counted by address. Looks at all of them: for people, not for loops.
+    #[must_use]
+    pub fn busiest(&self) -> u32 {
+        self.0.busiest()
+    }
 }
 
 impl Transport {
@@ -136,7 +155,7 @@ impl Transport {
         };
         let local_addr = tcp.local_addr().map_err(failed("TCP"))?;
         let tcp = TcpListener::from_std(tcp).map_err(failed("TCP"))?;
-        let config = quic::server_config(tls.quic(), keep_alive(&door, Carrier::Quic));
+        let config = quic::server_config(tls.quic(), silence(&door, Carrier::Quic));
         let endpoint = Endpoint::new(
             EndpointConfig::default(),
             Some(config),
@@ -166,7 +185,8 @@ impl Transport {
             tls,
             wheel: Arc::clone(&wheel),
             endpoint: endpoint.clone(),
-            advised: Box::new(move || keep_alive(&door, Carrier::Quic)),
+            silence: Box::new(move || silence(&door, Carrier::Quic)),
+            admission: port.admission.clone(),
             accepting: port.accepting.clone(),
             turning: CancellationToken::new(),
             tasks: port.tasks.clone(),
@@ -220,7 +240,7 @@ impl Transport {
             // Going down: QUIC lets nobody in any more, and must not begin again.
             return;
         }
-        let config = quic::server_config(self.tls.quic(), (self.advised)());
+        let config = quic::server_config(self.tls.quic(), (self.silence)());
         self.endpoint.set_server_config(Some(config));
     }
 
@@ -231,6 +251,12 @@ impl Transport {
     pub fn reload(&self, tls: &TlsSettings) -> Result<(), TlsError> {
         self.take(self.prepare(tls)?);
         Ok(())
+    }
+
+    /// Tells who knocks, at any time.
+    #[must_use]
+    pub fn knocking(&self) -> Knocking {
+        Knocking(self.admission.clone())
     }
 
     /// Lets nobody in any more, and leaves the living links alone: the first step of a drain.
@@ -482,7 +508,7 @@ async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, kno
         debug!(%peer, %error, "the socket's options cannot be set");
     }
     let accepted = tokio::select! {
-        accepted = websocket::accept(tcp, port.tls.tcp()) => accepted,
+        accepted = websocket::accept(tcp, port.tls.tcp(), settings.frame_max) => accepted,
         () = &mut deadline => Err(Code::HelloTimeout.name()),
     };
     link(&port, accepted, knock, deadline, peer);
@@ -528,7 +554,7 @@ async fn serve_plain<D: Door>(
         return;
     }
     let accepted = tokio::select! {
-        accepted = websocket::accept_plain(tcp) => accepted,
+        accepted = websocket::accept_plain(tcp, settings.frame_max) => accepted,
         () = &mut deadline => Err(Code::HelloTimeout.name()),
     };
     link(&port, accepted, knock, deadline, peer);
@@ -574,8 +600,14 @@ async fn accept_quic<D: Door>(port: Port<D>, endpoint: Endpoint) {
             Ok(knock) => {
                 meters.accepted();
                 let deadline = Box::pin(sleep(limits.hello_deadline));
-                port.tasks
-                    .spawn(serve_quic(port.clone(), incoming, peer, knock, deadline));
+                port.tasks.spawn(serve_quic(
+                    port.clone(),
+                    incoming,
+                    peer,
+                    knock,
+                    deadline,
+                    limits.frame_max,
+                ));
             }
             Err(crowded) => {
                 meters.refused(crowded.as_str());
@@ -591,9 +623,10 @@ async fn serve_quic<D: Door>(
     peer: SocketAddr,
     knock: Knock,
     mut deadline: Pin<Box<Sleep>>,
+    frame_max: usize,
 ) {
     let accepted = match incoming.accept() {
-        Ok(connecting) => quic::accept(connecting, deadline.as_mut()).await,
+        Ok(connecting) => quic::accept(connecting, deadline.as_mut(), frame_max).await,
         // The first packet was not what it seemed.
         Err(_) => Err("closed"),
     };

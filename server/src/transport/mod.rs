@@ -24,7 +24,7 @@ mod websocket;
 mod wheel;
 
 pub use door::Door;
-pub use listen::{Transport, TransportError, TransportSettings};
+pub use listen::{Knocking, Transport, TransportError, TransportSettings};
 pub use tls::{PemSource, Prepared, TlsError, TlsSettings};
 
 #[cfg(test)]

@@ -10,8 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bellwire_protocol::limits::DEVICE_FRAME_MAX_BYTES;
-use bellwire_protocol::{Carrier, Code, Codec, FrameReader, KeepAlive, LengthPrefix};
+use bellwire_protocol::{Carrier, Code, Codec, FrameReader, LengthPrefix};
 use bytes::Bytes;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{
@@ -47,9 +46,8 @@ const INCOMING_BUFFER_TOTAL_BYTES: u64 = 8 * 1024 * 1024;
 const SCRATCH_BYTES: usize = 2 * 1024;
 
 /// The configuration of the endpoint.
-pub(crate) fn server_config(tls: Arc<QuicServerConfig>, keep_alive: KeepAlive) -> ServerConfig {
+pub(crate) fn server_config(tls: Arc<QuicServerConfig>, silence: Duration) -> ServerConfig {
     let mut transport = TransportConfig::default();
-    let silence = Duration::from_millis(keep_alive.silence_ms());
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
@@ -87,6 +85,7 @@ pub(crate) fn server_config(tls: Arc<QuicServerConfig>, keep_alive: KeepAlive) -
 pub(crate) async fn accept(
     connecting: quinn::Connecting,
     mut deadline: Pin<&mut Sleep>,
+    frame_max: usize,
 ) -> Result<QuicPipe, &'static str> {
     let late = Code::HelloTimeout;
     let connection = tokio::select! {
@@ -104,7 +103,7 @@ pub(crate) async fn accept(
         connection,
         send,
         receive,
-        reader: FrameReader::new(DEVICE_FRAME_MAX_BYTES),
+        reader: FrameReader::new(frame_max),
         outgoing: Outgoing::default(),
         traffic: Traffic::default(),
         end: None,

@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bellwire_protocol::limits::DEVICE_FRAME_MAX_BYTES;
 use bellwire_protocol::{Carrier, Code, Codec};
 use bytes::Bytes;
 use futures_util::task::noop_waker_ref;
@@ -72,6 +71,7 @@ pub(crate) type Refusal = &'static str;
 pub(crate) async fn accept(
     tcp: TcpStream,
     tls: Arc<rustls::ServerConfig>,
+    frame_max: usize,
 ) -> Result<WebSocketPipe, Refusal> {
     let mut first = [0];
     if tcp.peek(&mut first).await.map_err(|_| "closed")? == 0 {
@@ -90,22 +90,25 @@ pub(crate) async fn accept(
     };
     let accept = TlsAcceptor::from(tls).accept(counted);
     let tls = Box::new(accept.await.map_err(|error| tls_refusal(&error))?);
-    upgrade(Wire::Tls(tls)).await
+    upgrade(Wire::Tls(tls), frame_max).await
 }
 
 /// Takes a TCP connection from which a load balancer took TLS through the upgrade.
 ///
 /// # Errors
 /// When it is no device link. Whoever can be told has been told.
-pub(crate) async fn accept_plain(tcp: TcpStream) -> Result<WebSocketPipe, Refusal> {
+pub(crate) async fn accept_plain(
+    tcp: TcpStream,
+    frame_max: usize,
+) -> Result<WebSocketPipe, Refusal> {
     let counted = Counted {
         tcp,
         traffic: Traffic::default(),
     };
-    upgrade(Wire::Plain(Box::new(counted))).await
+    upgrade(Wire::Plain(Box::new(counted)), frame_max).await
 }
 
-async fn upgrade(mut wire: Wire) -> Result<WebSocketPipe, Refusal> {
+async fn upgrade(mut wire: Wire, frame_max: usize) -> Result<WebSocketPipe, Refusal> {
     let mut head = Vec::with_capacity(1024);
     loop {
         if wire.read_buf(&mut head).await.map_err(|_| "closed")? == 0 {
@@ -124,7 +127,8 @@ async fn upgrade(mut wire: Wire) -> Result<WebSocketPipe, Refusal> {
                     .map_err(|_| "closed")?;
                 wire.flush().await.map_err(|_| "closed")?;
                 let early = head.split_off(length);
-                return Ok(WebSocketPipe::new(wire, early, upgrade.negotiated.codec).await);
+                let codec = upgrade.negotiated.codec;
+                return Ok(WebSocketPipe::new(wire, early, codec, frame_max).await);
             }
         }
     }
@@ -376,13 +380,13 @@ pub(crate) struct WebSocketPipe {
 }
 
 impl WebSocketPipe {
-    async fn new(wire: Wire, early: Vec<u8>, codec: Codec) -> WebSocketPipe {
+    async fn new(wire: Wire, early: Vec<u8>, codec: Codec, frame_max: usize) -> WebSocketPipe {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0)
             .max_write_buffer_size(PONGS_MAX_BYTES)
-            .max_message_size(Some(DEVICE_FRAME_MAX_BYTES))
-            .max_frame_size(Some(DEVICE_FRAME_MAX_BYTES));
+            .max_message_size(Some(frame_max))
+            .max_frame_size(Some(frame_max));
         let tunnel = Tunnel {
             wire,
             outgoing: Outgoing::default(),

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use bellwire_server::compat;
 use bellwire_server::delivery::{Acknowledged, AppId, DeviceId, Urgency};
-use bellwire_server::http::{self, ApiState, Listening, LoadedSettings, ServeReport, TlsSource};
+use bellwire_server::http::{
+    self, ApiState, Connections, Listening, LoadedSettings, Places, ServeReport, TlsSource,
+};
 use bellwire_server::ports::{AppRecord, NoOutbound, Outbound, Scopes};
 use bellwire_server::runtime::{
     AttachRequest, Handle, HashKey, Identity, Out, Outlet, Runtime, RuntimeSettings, SystemClock,
@@ -90,28 +92,36 @@ async fn start_on(setup: Setup, store: Arc<FakeStore>, key: Option<String>) -> S
     let handle = runtime.handle.clone();
     let made = handle.ensure_bootstrap_key().await.unwrap();
     let key = key.or(made).unwrap();
+    let places = Places::new(setup.connections_max);
+    let counted = places.clone();
     let sites = http::routers(ApiState {
         handle: handle.clone(),
         metrics: Arc::new(setup.metrics),
         loaded: Arc::new(LoadedSettings::new(handle.now_ms())),
+        connections: Arc::new(move || Connections {
+            unauthenticated: 3,
+            busiest_address: 2,
+            api: counted.taken(),
+            api_max: counted.max(),
+        }),
         doors: compat::doors(handle.clone()),
     });
     let shutdown = CancellationToken::new();
-    let listen = async |name, tls, connections_max| {
+    let listen = async |name, tls, places| {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let listening = Listening {
             listener,
             tls,
             name,
-            connections_max,
+            places,
             drain: setup.drain,
         };
         (address, listening)
     };
-    let (api, listening) = listen("api", setup.tls.clone(), setup.connections_max).await;
+    let (api, listening) = listen("api", setup.tls.clone(), places).await;
     let serving = tokio::spawn(http::serve(listening, sites.api, shutdown.clone()));
-    let (operations, listening) = listen("operations", None, 64).await;
+    let (operations, listening) = listen("operations", None, Places::new(64)).await;
     tokio::spawn(http::serve(listening, sites.operations, shutdown.clone()));
     Server {
         api,

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use bellwire_client::parts::Given;
 use bellwire_protocol::limits::{
-    DEVICE_FRAME_MAX_BYTES, HELLO_TIMEOUT_MS, SERVER_JSON_FRAME_MAX_BYTES, WINDOW_DEFAULT,
-    WINDOW_MAX, WINDOW_MIN,
+    DEVICE_FRAME_MAX_BYTES, HELLO_TIMEOUT_MS, SERVER_JSON_FRAME_MAX_BYTES, SILENCE_PERCENT,
+    WINDOW_DEFAULT, WINDOW_MAX, WINDOW_MIN,
 };
 use bellwire_protocol::{
     Ack, ClientAction, ClientSession, Code, Codec, Content, DeviceFrame, EXPIRED, FrameReader,

@@ -13,7 +13,8 @@ use bellwire_server::config::{
 };
 use bellwire_server::delivery::{AppId, OverflowRule, Policy};
 use bellwire_server::http::{
-    ApiState, Listening, LoadedSettings, ServeReport, Sites, routers, serve as serve_http,
+    ApiState, Connections, Listening, LoadedSettings, Places, ServeReport, Sites, routers,
+    serve as serve_http,
 };
 use bellwire_server::outbound::{Caller, SharedCaller, Ways};
 use bellwire_server::ports::Scopes;
@@ -282,6 +283,9 @@ impl House {
         let shutdown = CancellationToken::new();
         let rendering = exposition.clone();
         let loaded = Arc::new(LoadedSettings::new(handle.now_ms()));
+        let connections = usize::try_from(checked.limits.api_connections).unwrap_or(usize::MAX);
+        let places = Places::new(connections);
+        let (knocking, counted) = (transport.knocking(), places.clone());
         let Sites {
             api: api_site,
             operations: operations_site,
@@ -289,23 +293,28 @@ impl House {
             handle: handle.clone(),
             metrics: Arc::new(move || rendering.render()),
             loaded: Arc::clone(&loaded),
+            connections: Arc::new(move || Connections {
+                unauthenticated: knocking.total(),
+                busiest_address: knocking.busiest(),
+                api: counted.taken(),
+                api_max: counted.max(),
+            }),
             doors: compat::doors(handle.clone()),
         });
         tokio::spawn(upkeep(exposition, shutdown.clone()));
         let scheme = if api_tls.is_some() { "https" } else { "http" };
-        let connections = usize::try_from(checked.limits.api_connections).unwrap_or(usize::MAX);
         let on_api = Listening {
             listener: api_listener,
             tls: api_tls.as_ref().map(ApiTls::source),
             name: "api",
-            connections_max: connections,
+            places,
             drain: HTTP_DRAIN,
         };
         let on_operations = Listening {
             listener: operations_listener,
             tls: None,
             name: "operations",
-            connections_max: OPERATIONS_CONNECTIONS,
+            places: Places::new(OPERATIONS_CONNECTIONS),
             drain: HTTP_DRAIN,
         };
         Ok(House {
@@ -597,6 +606,8 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
                 limits.keep_alive_websocket.min_s,
                 limits.keep_alive_websocket.max_s,
             ),
+            silence_percent: limits.silence_percent,
+            frame_max: size(limits.frame_bytes),
             content_max: limits.content_bytes,
             window_default: window(limits.in_flight),
             window_max: window(limits.in_flight_max),
@@ -621,6 +632,7 @@ fn runtime_settings(checked: &Checked) -> RuntimeSettings {
                 give_up: callbacks.give_up,
                 dead_letters: callbacks.dead_letters,
             },
+            drain_window: checked.drain_window,
             wait_default: limits.wait_default,
             wait_max: limits.wait_max,
             body_max: size(limits.body_bytes),

@@ -306,7 +306,7 @@ impl World {
                 house.inbox.push_back((device, Event::Expire { rows }));
             }
         }
-        let silence_us = KEEP_ALIVE.silence_ms() * 1_000;
+        let silence_us = KEEP_ALIVE.silence_ms(SILENCE_PERCENT) * 1_000;
         let silent: Vec<u64> = house
             .links
             .iter()
