@@ -5,6 +5,7 @@
 //! it starts it ends, also when it is interrupted.
 
 mod api;
+mod child;
 mod churn;
 mod deliver;
 mod device;
@@ -16,6 +17,7 @@ mod process;
 mod progress;
 mod report;
 mod server;
+mod tls;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -40,7 +42,8 @@ const RUNS_OF_A_REPORT: u32 = 5;
   bellwire-bench deliver --absent --devices 1000    pings that wait on disk
   bellwire-bench idle --runs 5                      memory and time of devices that only stay connected
   bellwire-bench idle --out report                  the same, five times, as Markdown, JSON and plots in a folder
-  bellwire-bench churn --engine fjall               a million rows into a store and out again")]
+  bellwire-bench churn --engine fjall               a million rows into a store and out again
+  bellwire-bench floor                              what the bare libraries and the disk allow")]
 struct Arguments {
     #[command(subcommand)]
     workload: Workload,
@@ -65,8 +68,15 @@ enum Workload {
     Churn(churn::Churn),
     #[command(hide = true)]
     ChurnStore(churn::ChurnStore),
+    /// Measure what the bare libraries and the disk allow
+    #[command(name = "floor")]
+    Floors(floor::Floors),
     #[command(hide = true)]
     FloorServer(floor::FloorServer),
+    #[command(hide = true)]
+    FloorCommit(floor::FloorCommit),
+    #[command(hide = true)]
+    FloorWrite(floor::FloorWrite),
 }
 
 fn main() -> ExitCode {
@@ -126,7 +136,12 @@ async fn run(arguments: Arguments) -> Outcome<Vec<Report>> {
             Workload::Churn(args) => {
                 repeat(runs, progress, || churn::run(args.clone(), progress)).await?
             }
+            Workload::Floors(args) => {
+                repeat(runs, progress, || floor::run(args.clone(), progress)).await?
+            }
             Workload::ChurnStore(args) => churn::serve(&args).map(|()| Vec::new())?,
+            Workload::FloorCommit(args) => floor::serve_commit(&args).map(|()| Vec::new())?,
+            Workload::FloorWrite(args) => floor::serve_write(args).await.map(|()| Vec::new())?,
             Workload::FloorServer(args) => floor::serve(args).await.map(|()| Vec::new())?,
         })
     };

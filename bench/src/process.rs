@@ -71,6 +71,13 @@ pub(crate) struct KernelMemory {
     pub(crate) tcp_buffers: u64,
 }
 
+impl KernelMemory {
+    /// Both together.
+    pub(crate) fn sum(self) -> u64 {
+        self.slab + self.tcp_buffers
+    }
+}
+
 /// What the kernel holds now; `None` where it does not say.
 pub(crate) fn kernel_memory() -> Option<KernelMemory> {
     let slab = kilobytes(&fs::read_to_string("/proc/meminfo").ok()?, "Slab:")?;

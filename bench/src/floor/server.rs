@@ -1,4 +1,4 @@
-//! The floor under a figure: a server that only accepts connections and keeps them, on the same libraries with the same
+//! The floor under a connection: a server that only accepts connections and keeps them, on the same libraries with the same
 //! certificates and limits, without hello, mailboxes or anything else of Bellwire. It runs as a child process of this
 //! program, so that its memory and time are its own.
 
@@ -9,13 +9,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bellwire_certs::{DevAuthority, Validity};
 use bellwire_protocol::ALPN;
 use futures_util::StreamExt;
 use quinn::crypto::rustls::QuicServerConfig;
-use rustls::server::NoServerSessionStorage;
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -25,6 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 
 use crate::failure::{During, Failure, Outcome};
+use crate::tls::Identity;
 
 /// How long the child may take to listen.
 const START_MAX: Duration = Duration::from_secs(30);
@@ -133,38 +130,26 @@ impl Floor {
 /// Runs until the parent is gone.
 pub(crate) async fn serve(args: FloorServer) -> Outcome<()> {
     crate::process::raise_file_limit();
-    let authority = DevAuthority::generate(
-        "Floor",
-        Validity::authority(time::OffsetDateTime::now_utc()).during("date a certificate")?,
-    )
-    .during("make an authority")?;
-    let names = ["localhost", "127.0.0.1"]
-        .iter()
-        .map(|name| name.parse())
-        .collect::<Result<Vec<_>, _>>()
-        .during("name the server")?;
-    let validity = Validity::leaf(time::OffsetDateTime::now_utc()).during("date a certificate")?;
-    let issued = authority
-        .server(&names, validity)
-        .during("make a certificate")?;
-    let chain = CertificateDer::pem_slice_iter(issued.chain_pem.as_bytes())
-        .collect::<Result<Vec<_>, _>>()
-        .during("read a certificate")?;
-    let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes()).during("read a key")?;
+    let identity = Identity::fresh()?;
     let address = match args.carrier {
-        FloorCarrier::Websocket => websocket(tls(chain, key)?)?,
-        FloorCarrier::Quic => quic(tls(chain, key)?)?,
+        FloorCarrier::Websocket => websocket(identity.server()?)?,
+        FloorCarrier::Quic => quic(identity.server()?)?,
     };
     let told = Told {
         address,
-        authority: authority.certificate_pem().to_owned(),
+        authority: identity.authority,
     };
     let mut line = serde_json::to_string(&told).during("tell the parent")?;
     line.push('\n');
     std::io::stdout()
         .write_all(line.as_bytes())
         .during("tell the parent")?;
-    // Ends with the parent, however that ends. A thread of its own, because nobody waits for it at the end.
+    parent_gone().await
+}
+
+/// Waits until standard input ends, which it does with the parent, however that ends.
+async fn parent_gone() -> Outcome<()> {
+    // A thread of its own, because nobody waits for it at the end.
     let (ended, end) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
@@ -173,32 +158,19 @@ pub(crate) async fn serve(args: FloorServer) -> Outcome<()> {
     end.await.during("wait for the parent")
 }
 
-/// As the server's: one ticket, no state kept for it, no early data.
-fn tls(
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-) -> Outcome<rustls::ServerConfig> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .during("set up TLS")?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .during("set up TLS")?;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().during("set up tickets")?;
-    config.send_tls13_tickets = 1;
-    Ok(config)
-}
-
-fn websocket(tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
+/// A TCP listener on a free port of loopback.
+pub(super) fn listen() -> Outcome<TcpListener> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
         .during("make a socket")?;
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
     socket.bind(&any.into()).during("bind a socket")?;
     socket.listen(BACKLOG).during("listen")?;
     socket.set_nonblocking(true).during("set an option")?;
-    let listener = TcpListener::from_std(socket.into()).during("listen")?;
+    TcpListener::from_std(socket.into()).during("listen")
+}
+
+fn websocket(tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
+    let listener = listen()?;
     let address = listener.local_addr().during("find the port")?;
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     tokio::spawn(async move {
@@ -230,7 +202,23 @@ async fn accept_websocket(tcp: TcpStream, acceptor: TlsAcceptor) {
     }
 }
 
-fn quic(mut tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
+fn quic(tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
+    let endpoint = endpoint(tls, None)?;
+    let address = endpoint.local_addr().during("find the port")?;
+    tokio::spawn(async move {
+        while let Some(incoming) = endpoint.accept().await {
+            tokio::spawn(accept_quic(incoming));
+        }
+    });
+    Ok(address)
+}
+
+/// A QUIC endpoint on a free port of loopback, with the server's limits. `unacknowledged`: bytes that a connection may have
+/// written before the other side acknowledges some.
+pub(super) fn endpoint(
+    mut tls: rustls::ServerConfig,
+    unacknowledged: Option<u64>,
+) -> Outcome<quinn::Endpoint> {
     tls.alpn_protocols = vec![ALPN.to_vec()];
     let crypto = QuicServerConfig::try_from(tls).during("set up QUIC")?;
     let mut transport = quinn::TransportConfig::default();
@@ -246,6 +234,9 @@ fn quic(mut tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
         // With it a connection keeps a buffer for ten packets for good.
         .enable_segmentation_offload(false)
         .crypto_buffer_size(CRYPTO_BUFFER_BYTES);
+    if let Some(bytes) = unacknowledged {
+        transport.send_window(bytes);
+    }
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config.transport_config(Arc::new(transport));
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
@@ -254,20 +245,13 @@ fn quic(mut tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
     let _ = socket.set_send_buffer_size(UDP_BUFFER_BYTES);
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
     socket.bind(&any.into()).during("bind a socket")?;
-    let endpoint = quinn::Endpoint::new(
+    quinn::Endpoint::new(
         quinn::EndpointConfig::default(),
         Some(config),
         socket.into(),
         Arc::new(quinn::TokioRuntime),
     )
-    .during("start a QUIC endpoint")?;
-    let address = endpoint.local_addr().during("find the port")?;
-    tokio::spawn(async move {
-        while let Some(incoming) = endpoint.accept().await {
-            tokio::spawn(accept_quic(incoming));
-        }
-    });
-    Ok(address)
+    .during("start a QUIC endpoint")
 }
 
 async fn accept_quic(incoming: quinn::Incoming) {

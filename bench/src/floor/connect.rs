@@ -1,0 +1,83 @@
+//! The floor under a device that is connected and silent: what the bare libraries keep for it, and what its handshake cost.
+
+use std::time::{Duration, Instant};
+
+use bellwire_protocol::Carrier;
+use tokio::time::sleep;
+
+use super::server::{Floor, FloorCarrier};
+use crate::device::Dialer;
+use crate::failure::Outcome;
+use crate::fleet;
+use crate::process;
+
+/// Connections that come and leave before anything is measured, so that what a process makes once is there.
+const WARM_UP: usize = 64;
+
+/// Time for those to be gone.
+const GONE: Duration = Duration::from_secs(1);
+
+/// What one connection costs the server.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Found {
+    /// Growth of memory, bytes.
+    pub(crate) proportional: f64,
+    /// Growth of the kernel's memory, bytes, half of it, because both ends are on this machine.
+    pub(crate) kernel: Option<f64>,
+    /// Processor time from the first packet to the end of the quiet time, microseconds.
+    pub(crate) cpu_micros: f64,
+    pub(crate) per_second: f64,
+    /// Connections that stood at the end.
+    pub(crate) connected: usize,
+}
+
+/// Connects `count` times, `at_once` at a time, by full handshakes, and weighs the server after `settle`.
+pub(crate) async fn measure(
+    carrier: FloorCarrier,
+    count: usize,
+    at_once: usize,
+    settle: Duration,
+) -> Outcome<Found> {
+    let floor = Floor::start(carrier).await?;
+    let dialer = Dialer::new(floor.address, &floor.authority, false)?;
+    let carrier = match carrier {
+        FloorCarrier::Quic => Carrier::Quic,
+        FloorCarrier::Websocket => Carrier::WebSocket,
+    };
+    let connect = |count: usize| {
+        let dialer = dialer.clone();
+        fleet::connect_all(count, at_once, move |_| {
+            let dialer = dialer.clone();
+            async move {
+                let mut link = dialer.connect(carrier).await?;
+                // QUIC shows a stream to the other side with its first byte.
+                link.send_bytes(&[0]).await?;
+                Ok((link, None))
+            }
+        })
+    };
+    drop(connect(count.min(WARM_UP)).await?);
+    sleep(GONE).await;
+    let pid = floor.pid()?;
+    let before = process::memory(pid)?;
+    let kernel = process::kernel_memory();
+    let cpu = process::cpu_time(pid)?;
+    let started = Instant::now();
+    let links = connect(count).await?;
+    let took = started.elapsed();
+    sleep(settle).await;
+    let cpu = process::cpu_time(pid)?.saturating_sub(cpu);
+    let after = process::memory(pid)?;
+    let kernel = kernel.zip(process::kernel_memory());
+    let each = |before: u64, after: u64| (after as f64 - before as f64) / count as f64;
+    let found = Found {
+        proportional: each(before.proportional, after.proportional),
+        kernel: kernel.map(|(before, after)| each(before.sum(), after.sum()) / 2.0),
+        cpu_micros: cpu.as_secs_f64() * 1e6 / count as f64,
+        per_second: count as f64 / took.as_secs_f64(),
+        connected: links.len(),
+    };
+    drop(links);
+    floor.stop().await;
+    Ok(found)
+}
