@@ -206,11 +206,11 @@ async fn writes(args: &Floors, report: &mut Report, progress: Progress) -> Outco
         for &bytes in &args.message {
             let readers = args.readers as usize;
             let manners: [(String, write::Manner, usize); 3] = [
-                ("one each".to_owned(), write::Manner::Write(1), WRITTEN_TO),
+                ("one each".to_owned(), write::Manner::Write(1), readers),
                 (
                     format!("{TOGETHER} in one write"),
                     write::Manner::Write(TOGETHER),
-                    WRITTEN_TO,
+                    readers,
                 ),
                 ("there and back".to_owned(), write::Manner::Echo, 1),
             ];
