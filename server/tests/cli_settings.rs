@@ -123,8 +123,8 @@ fn a_check_finds_a_port_in_use_and_a_key_of_somebody_else() {
         .as_array()
         .unwrap()
         .iter()
-        .filter(|finding| finding["mark"] == "wrong")
-        .map(|finding| finding["text"].as_str().unwrap().to_owned())
+        .filter(|finding| finding["mark"] == "failed")
+        .map(|finding| finding["found"].as_str().unwrap().to_owned())
         .collect();
     assert_eq!(wrong.len(), 2, "{wrong:?}");
     assert!(wrong[0].contains("does not belong"), "{wrong:?}");

@@ -450,6 +450,7 @@ impl World {
                     ticket,
                     notification,
                     may_repeat: flag("repeat"),
+                    too_fast: flag("too_fast"),
                 }));
             }
             "attach" => {

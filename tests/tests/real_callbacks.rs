@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use bellwire_tests::real::{Api, Server, Site, eventually};
 use http::Method;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -156,7 +157,7 @@ async fn serve(
 /// A site whose settings allow this machine.
 fn site() -> Site {
     Site::new()
-        .with("CALLBACKS__ALLOW", "127.0.0.0/8")
+        .with("CALLBACKS__ALLOW", "127.0.0.0/8:*")
         .with("CALLBACKS__PLAIN_HTTP", "true")
         .with("CALLBACKS__RETRY_MAX", "1s")
 }
@@ -456,7 +457,7 @@ async fn nothing_goes_where_the_operator_does_not_allow_it() {
 
     // A name that is allowed does not lead to this machine: neither as it is set nor when it is looked up.
     let site = site
-        .with("CALLBACKS__ALLOW", "localhost")
+        .with("CALLBACKS__ALLOW", "localhost:*")
         .with("CALLBACKS__PLAIN_HTTP", "true");
     let server = site.start();
     let api = server.api();
@@ -475,7 +476,7 @@ async fn nothing_goes_where_the_operator_does_not_allow_it() {
 
     // A redirect is an answer like any that is no 2xx, wherever it leads.
     let site = site
-        .with("CALLBACKS__ALLOW", "127.0.0.0/8")
+        .with("CALLBACKS__ALLOW", "127.0.0.0/8:*")
         .with("CALLBACKS__RETRY_MAX", "1s");
     let server = site.start();
     let api = server.api();
@@ -491,6 +492,58 @@ async fn nothing_goes_where_the_operator_does_not_allow_it() {
         .to_owned();
     assert!(why.contains("redirects are not followed"), "{why}");
     assert_eq!(other.all().len(), 0);
+    assert!(server.stop().await.success());
+}
+
+#[tokio::test]
+async fn a_reload_changes_where_posts_may_go_at_once() {
+    let receiver = Receiver::start().await;
+    let site = Site::new();
+    let settings = site.dir().join("bellwire.toml");
+    let allow = |entries: &str| {
+        let text =
+            format!("[callbacks]\nallow = [{entries}]\nplain_http = true\nretry_max = \"1h\"\n");
+        std::fs::write(&settings, text).unwrap();
+    };
+    let here = format!("\"{}\"", receiver.address);
+    allow("\"127.0.0.1\"");
+    let server = site.start();
+    let api = server.api();
+    let reloaded = async |times: u64| {
+        server.signal(Signal::HUP);
+        eventually("the reload is taken", async || {
+            (api.get("/v1/status").await.json()["settings"]["reloads"] == times).then_some(())
+        })
+        .await;
+    };
+    // The host alone is not enough: an entry without a port is for that of the scheme.
+    let wanted = json!({ "url": receiver.url() });
+    let refused = api.call(Method::PUT, "/v1/callbacks", &wanted).await;
+    assert_eq!(refused.code(), "callback_not_allowed");
+    assert!(refused.text.contains(&receiver.address.port().to_string()));
+    allow(&here);
+    reloaded(1).await;
+    set(&api, wanted).await;
+    let (device, _) = api.device("ana").await;
+    let mut posted = vec![ping(&api, &device).await];
+    receiver.came(1).await;
+
+    // Taken off the list, it is posted nothing, over the connection that stands neither.
+    allow("\"127.0.0.1:9\"");
+    reloaded(2).await;
+    posted.push(ping(&api, &device).await);
+    eventually("it says why it waits", async || {
+        let why = state(&api).await["failing"]["why"].clone();
+        why.as_str()?.contains("callbacks.allow").then_some(())
+    })
+    .await;
+    assert_eq!(receiver.all().len(), 1);
+
+    // And on it again, at once, however long the wait for the next try would be.
+    allow(&here);
+    reloaded(3).await;
+    let came: Vec<String> = receiver.came(2).await.iter().flat_map(Got::pings).collect();
+    assert_eq!(came, posted);
     assert!(server.stop().await.success());
 }
 

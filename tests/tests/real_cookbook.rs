@@ -190,7 +190,7 @@ fn every_recipe_of_the_cookbook_does_what_it_shows() {
         .with_data(data)
         .with("LIMITS__PINGS_PER_SECOND", "50")
         .with("LIMITS__PING_BURST", "100")
-        .with("CALLBACKS__ALLOW", "127.0.0.1/32")
+        .with("CALLBACKS__ALLOW", "127.0.0.1:*")
         .with("CALLBACKS__PLAIN_HTTP", "true");
     let server = site.start();
     let listen = server.listen();

@@ -75,11 +75,26 @@ async fn a_reload_cuts_no_device_and_newcomers_see_the_new_certificate_and_limit
     }
     // And devices that come now are shown the new certificate on both carriers: they trust nothing else.
     fs::write(server.ca(), second).unwrap();
-    for way in [Way::Quic, Way::WebSocket] {
-        let mut phone = Phone::register(&server, &api, site.dir(), "bea", way).await;
-        phone.attach(&server, &api).await;
-        phone.leave().await;
-    }
+    let newcomers = async || {
+        for way in [Way::Quic, Way::WebSocket] {
+            let mut phone = Phone::register(&server, &api, site.dir(), "bea", way).await;
+            phone.attach(&server, &api).await;
+            phone.leave().await;
+        }
+    };
+    newcomers().await;
+    // Settings that lost it lock nobody out: none for development takes its place.
+    fs::write(&settings, "[limits]\ncontent_bytes = 3000\n").unwrap();
+    server.signal(Signal::HUP);
+    let refused = eventually("the reload is refused", async || {
+        let status = api.get("/v1/status").await.json();
+        (status["settings"]["refused"] == 1).then_some(status)
+    })
+    .await;
+    let problem = &refused["settings"]["last_reload"]["problems"][0];
+    assert!(problem.as_str().unwrap().contains("tls.cert"), "{problem}");
+    assert_eq!(refused["limits"]["content_max"], 2_000);
+    newcomers().await;
     for mut phone in phones {
         phone.leave().await;
     }

@@ -1,5 +1,6 @@
 //! `bellwire ping --batch`: many pings out of a file, one a line, sent in batches as large as a server takes.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read as _};
 use std::path::Path;
@@ -85,6 +86,65 @@ impl Line {
     }
 }
 
+/// Whom lines address that were accepted.
+#[derive(Default)]
+struct Addressed {
+    devices: HashSet<String>,
+    users: HashSet<String>,
+}
+
+impl Addressed {
+    /// Topics and everyone are not here: such a ping takes its place in a mailbox when it arrives there.
+    fn by(line: &Line) -> Addressed {
+        let ping: Value = serde_json::from_slice(&line.text).unwrap_or(Value::Null);
+        let named = |one: &str, several: &str| {
+            let to = ping.get("to");
+            let one = to.and_then(|to| to.get(one)).into_iter();
+            let several = to.and_then(|to| to.get(several)).and_then(Value::as_array);
+            one.chain(several.into_iter().flatten())
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect()
+        };
+        Addressed {
+            devices: named("device", "devices"),
+            users: named("user", "users"),
+        }
+    }
+
+    fn add(&mut self, other: Addressed) {
+        self.devices.extend(other.devices);
+        self.users.extend(other.users);
+    }
+
+    /// Whether both may have reached one device. Who owns which is not known here.
+    fn may_meet(&self, other: &Addressed) -> bool {
+        let mixed =
+            |one: &HashSet<String>, other: &HashSet<String>| !one.is_empty() && !other.is_empty();
+        !self.devices.is_disjoint(&other.devices)
+            || !self.users.is_disjoint(&other.users)
+            || mixed(&self.devices, &other.users)
+            || mixed(&self.users, &other.devices)
+    }
+}
+
+/// Of the lines to be sent again (`again`, by place, in order), those that would arrive behind a later line to the same device
+/// (`accepted`, by place, in order).
+fn overtaken(lines: &[Line], again: &[usize], accepted: &[usize]) -> HashSet<usize> {
+    let mut later = Addressed::default();
+    let mut accepted = accepted.iter().rev().peekable();
+    let mut overtaken = HashSet::new();
+    for &place in again.iter().rev() {
+        while let Some(&behind) = accepted.next_if(|behind| **behind > place) {
+            later.add(Addressed::by(&lines[behind]));
+        }
+        if later.may_meet(&Addressed::by(&lines[place])) {
+            overtaken.insert(place);
+        }
+    }
+    overtaken
+}
+
 /// Reads as many lines as one request takes; the one that is too many waits in `kept`. A line that is longer than servers take is
 /// cut a little behind that, so that it is refused at its place.
 fn gather(
@@ -127,7 +187,8 @@ fn gather(
     Ok(lines)
 }
 
-/// Sends lines, and again those for which the server had no room, as long as that brings something.
+/// Sends lines, and again those for which the server had no room, as long as that brings something. One that a later line to the same
+/// device has overtaken meanwhile is refused: each device is reached in the order of the file.
 async fn send(api: &Api, mut lines: Vec<Line>, as_json: bool, tally: &mut Tally) -> Outcome {
     let mut fruitless = 0;
     loop {
@@ -164,7 +225,8 @@ async fn post(
         .collect();
     let mut waiting = Vec::new();
     let mut answered = 0;
-    let mut again = Vec::new();
+    let mut again: Vec<(usize, Value)> = Vec::new();
+    let mut accepted = Vec::new();
     let mut pause = Duration::ZERO;
     let sent = api
         .batch(Bytes::from(bytes), &mut |piece| {
@@ -176,10 +238,15 @@ async fn post(
                 let problem = answer.get("problem").unwrap_or(&Value::Null);
                 match problem.get("retry_after_s").and_then(Value::as_u64) {
                     Some(seconds) if may_repeat && line.may_repeat(&text(problem, "code")) => {
-                        again.push(answered);
+                        again.push((answered, answer));
                         pause = pause.max(Duration::from_secs(seconds.min(PAUSE_MAX_S)));
                     }
-                    Some(_) | None => take(answer, line.number, as_json, tally)?,
+                    Some(_) | None => {
+                        if problem.is_null() {
+                            accepted.push(answered);
+                        }
+                        take(answer, line.number, as_json, tally)?;
+                    }
                 }
                 answered += 1;
             }
@@ -191,7 +258,19 @@ async fn post(
         .await;
     let unknown = &lines[answered.min(lines.len())..];
     match (sent, unknown.first()) {
-        (Ok(()), None) => Ok((again, pause)),
+        (Ok(()), None) => {
+            let places: Vec<usize> = again.iter().map(|(place, _)| *place).collect();
+            let overtaken = overtaken(lines, &places, &accepted);
+            for (place, answer) in again {
+                if overtaken.contains(&place) {
+                    take(answer, lines[place].number, as_json, tally)?;
+                }
+            }
+            let again = places
+                .into_iter()
+                .filter(|place| !overtaken.contains(place));
+            Ok((again.collect(), pause))
+        }
         (Ok(()), Some(_)) => Err(strange()),
         (Err(failure), first) => {
             if let Some(first) = first {
@@ -332,6 +411,43 @@ mod tests {
             found.extend(lines.into_iter().map(|line| line.number));
         }
         assert_eq!(found, (1..=9).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_line_that_was_overtaken_on_its_way_to_a_device_is_not_sent_again() {
+        let lines: Vec<Line> = [
+            r#"{"to": {"device": "a"}}"#,
+            r#"{"to": {"devices": ["b", "c"]}}"#,
+            r#"{"to": {"device": "d"}}"#,
+            r#"{"to": {"topic": "t"}}"#,
+            r#"{"to": {"device": "c"}}"#,
+            r#"{"to": {"device": "a"}}"#,
+            r#"{"to": {"everyone": true}}"#,
+        ]
+        .into_iter()
+        .map(|text| Line {
+            number: 1,
+            text: text.as_bytes().to_vec(),
+        })
+        .collect();
+        let found = |again: &[usize], accepted: &[usize]| {
+            let mut found: Vec<_> = overtaken(&lines, again, accepted).into_iter().collect();
+            found.sort_unstable();
+            found
+        };
+        assert_eq!(found(&[0, 1, 2, 3], &[4, 6]), [1]);
+        assert_eq!(found(&[0, 1, 2, 5], &[3, 4]), [1]);
+        assert_eq!(found(&[1, 4], &[0, 2, 5]), [0_usize; 0]);
+        assert_eq!(found(&[0, 1], &[4, 5]), [0, 1]);
+        // Who owns which device is not known here.
+        let mixed: Vec<Line> = [r#"{"to": {"user": "ana"}}"#, r#"{"to": {"device": "a"}}"#]
+            .into_iter()
+            .map(|text| Line {
+                number: 1,
+                text: text.as_bytes().to_vec(),
+            })
+            .collect();
+        assert_eq!(overtaken(&mixed, &[0], &[1]).len(), 1);
     }
 
     #[test]

@@ -10,11 +10,10 @@ use bellwire_certs::check_server_files;
 use bellwire_server::config::{self, AnyKey, ApiAccess, Checked, Environment, PemPair, keys};
 use bellwire_server::store::place::{self, FileSystem, Trust};
 use clap::Args;
-use serde_json::json;
 
 use super::api::ListenFile;
-use super::console::Paint;
-use super::{ConfigArg, Console, Failure, Outcome, now};
+use super::findings::{Finding, Mark, good, report};
+use super::{ConfigArg, Outcome, now};
 
 /// A certificate that ends within so many days is worth a word.
 const SOON_DAYS: i64 = 30;
@@ -37,36 +36,11 @@ pub(crate) struct CheckArgs {
     pub(crate) json: bool,
 }
 
-/// How one look turned out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mark {
-    Good,
-    Warning,
-    Bad,
-}
-
-impl Mark {
-    fn word(self) -> &'static str {
-        match self {
-            Mark::Good => "ok",
-            Mark::Warning => "warning",
-            Mark::Bad => "wrong",
-        }
-    }
-}
-
-struct Finding {
-    mark: Mark,
-    about: &'static str,
-    text: String,
-}
-
 pub(crate) fn run(args: &CheckArgs) -> Outcome {
     let checked = config::load(args.config.config.as_deref(), &Environment::of_process())?;
-    let mut findings = vec![Finding {
-        mark: Mark::Good,
-        about: "settings",
-        text: match &args.config.config {
+    let mut findings = vec![good(
+        "settings",
+        match &args.config.config {
             Some(file) => format!("{} is fine", file.display()),
             None if Path::new(config::DEFAULT_FILE).exists() => {
                 format!("{} is fine", config::DEFAULT_FILE)
@@ -75,21 +49,16 @@ pub(crate) fn run(args: &CheckArgs) -> Outcome {
                 "no file; every setting has its default or comes from the environment".to_owned()
             }
         },
-    }];
+    )];
     for warning in &checked.warnings {
-        findings.push(Finding {
-            mark: Mark::Warning,
-            about: "settings",
-            text: warning.clone(),
-        });
+        findings.push(Finding::new(Mark::Warned, "settings", warning.clone()));
     }
     match &checked.tls {
         Some(pair) => findings.push(certificate("devices' certificate", pair)),
-        None => findings.push(Finding {
-            mark: Mark::Good,
-            about: "devices' certificate",
-            text: "none is set: a development authority and certificate are made in the data directory".to_owned(),
-        }),
+        None => findings.push(good(
+            "devices' certificate",
+            "none is set: a development authority and certificate are made in the data directory",
+        )),
     }
     if let ApiAccess::Https(pair) = &checked.api {
         findings.push(certificate("API's certificate", pair));
@@ -103,43 +72,9 @@ pub(crate) fn run(args: &CheckArgs) -> Outcome {
         findings.push(backup_dir(&backup.dir, &checked.data_dir));
     }
     ports(&checked, &mut findings);
-    tell(&findings, args.json);
-    let bad = findings
-        .iter()
-        .filter(|finding| finding.mark == Mark::Bad)
-        .count();
-    if bad > 0 {
-        return Err(Failure::new(
-            format!(
-                "a start would fail: {bad} of {} checks went wrong",
-                findings.len()
-            ),
-            "each line above that says `wrong` tells what to do",
-        ));
-    }
-    Ok(())
-}
-
-fn tell(findings: &[Finding], as_json: bool) {
-    let out = Console::out();
-    if as_json {
-        let list: Vec<_> = findings
-            .iter()
-            .map(|finding| json!({ "mark": finding.mark.word(), "about": finding.about, "text": finding.text }))
-            .collect();
-        let fine = findings.iter().all(|finding| finding.mark != Mark::Bad);
-        out.line(&json!({ "ok": fine, "findings": list }).to_string());
-        return;
-    }
-    for finding in findings {
-        let paint = match finding.mark {
-            Mark::Good => Paint::Green,
-            Mark::Warning => Paint::Yellow,
-            Mark::Bad => Paint::Red,
-        };
-        let word = out.paint(paint, &format!("{:<7}", finding.mark.word()));
-        out.line(&format!("{word}  {}: {}", finding.about, finding.text));
-    }
+    report(&findings, args.json, |failed, all| {
+        format!("a start would fail: {failed} of {all} checks went wrong")
+    })
 }
 
 fn certificate(about: &'static str, pair: &PemPair) -> Finding {
@@ -152,7 +87,7 @@ fn certificate(about: &'static str, pair: &PemPair) -> Finding {
                     .is_err() =>
             {
                 (
-                    Mark::Warning,
+                    Mark::Warned,
                     format!(
                         "{} ends at {}: renew it soon",
                         pair.cert.display(),
@@ -169,37 +104,33 @@ fn certificate(about: &'static str, pair: &PemPair) -> Finding {
                 ),
             ),
             None => (
-                Mark::Bad,
+                Mark::Failed,
                 format!("{} holds no certificate", pair.cert.display()),
             ),
         },
-        Err(error) => (Mark::Bad, error.to_string()),
+        Err(error) => (Mark::Failed, error.to_string()),
     };
-    Finding { mark, about, text }
+    Finding::new(mark, about, text)
 }
 
 fn data_dir(path: &Path) -> Finding {
     let (mark, text) = match look_at(path) {
         Ok(text) if fs::metadata(path).is_ok_and(|found| place::is_open(&found)) => (
-            Mark::Warning,
+            Mark::Warned,
             format!(
                 "{text}, but others on this machine may look into it: a start closes it to them (mode 0700)"
             ),
         ),
         Ok(text) => (Mark::Good, text),
         Err(error) => (
-            Mark::Bad,
+            Mark::Failed,
             format!(
                 "{}: {error}; name a directory that this user can write with data_dir (BELLWIRE__DATA_DIR)",
                 path.display()
             ),
         ),
     };
-    Finding {
-        mark,
-        about: "data directory",
-        text,
-    }
+    Finding::new(mark, "data directory", text)
 }
 
 /// What the data directory lies on, or would lie on.
@@ -213,21 +144,17 @@ fn file_system(path: &Path, trusted: bool) -> Finding {
             (_, None) => (Mark::Good, format!("{system}, on this machine")),
             (Trust::Layered, Some(remark)) => (Mark::Good, remark),
             (Trust::Distant, Some(remark)) if !trusted => (
-                Mark::Bad,
+                Mark::Failed,
                 format!(
                     "{remark}: a start refuses it; use a disk of this machine, or set store.trust_file_system = true \
                      (BELLWIRE__STORE__TRUST_FILE_SYSTEM) if you know that it keeps both promises"
                 ),
             ),
-            (_, Some(remark)) => (Mark::Warning, remark),
+            (_, Some(remark)) => (Mark::Warned, remark),
         },
-        Err(error) => (Mark::Warning, format!("its type cannot be seen: {error}")),
+        Err(error) => (Mark::Warned, format!("its type cannot be seen: {error}")),
     };
-    Finding {
-        mark,
-        about: "file system",
-        text,
-    }
+    Finding::new(mark, "file system", text)
 }
 
 /// Why a start would not take an existing directory although it can be written.
@@ -247,11 +174,11 @@ fn backup_dir(path: &Path, data_dir: &Path) -> Finding {
     let help = "name a directory that is there and that this user can write with backup.dir (BELLWIRE__BACKUP__DIR)";
     let (mark, text) = match fs::metadata(path) {
         Ok(found) if !found.is_dir() => (
-            Mark::Bad,
+            Mark::Failed,
             format!("{} is no directory; {help}", path.display()),
         ),
         Ok(_) if real(path).starts_with(real(data_dir)) => (
-            Mark::Bad,
+            Mark::Failed,
             format!(
                 "{} lies in the data directory, and would be lost with it; {help}",
                 path.display()
@@ -259,22 +186,18 @@ fn backup_dir(path: &Path, data_dir: &Path) -> Finding {
         ),
         Ok(found) => match try_to_write(path) {
             Ok(()) if fs::metadata(data_dir).is_ok_and(|data| data.dev() == found.dev()) => (
-                Mark::Warning,
+                Mark::Warned,
                 format!(
                     "{} can be written, but lies on the same volume as the data: both may be lost at once",
                     path.display()
                 ),
             ),
             Ok(()) => (Mark::Good, format!("{} can be written", path.display())),
-            Err(error) => (Mark::Bad, format!("{}: {error}; {help}", path.display())),
+            Err(error) => (Mark::Failed, format!("{}: {error}; {help}", path.display())),
         },
-        Err(error) => (Mark::Bad, format!("{}: {error}; {help}", path.display())),
+        Err(error) => (Mark::Failed, format!("{}: {error}; {help}", path.display())),
     };
-    Finding {
-        mark,
-        about: "backups",
-        text,
-    }
+    Finding::new(mark, "backups", text)
 }
 
 /// Makes a file and removes it.
@@ -316,15 +239,14 @@ fn look_at(path: &Path) -> io::Result<String> {
 fn ports(checked: &Checked, findings: &mut Vec<Finding>) {
     // A server on this data directory holds them, as it should.
     if let Ok(Some(listen)) = ListenFile::read(&checked.data_dir) {
-        findings.push(Finding {
-            mark: Mark::Good,
-            about: "ports",
-            text: format!(
+        findings.push(good(
+            "ports",
+            format!(
                 "a server with process id {} uses this data directory and listens on {} (devices), {} (API) and {} \
                  (operations)",
                 listen.pid, listen.devices, listen.api, listen.operations
             ),
-        });
+        ));
         return;
     }
     let listen = &checked.listen;
@@ -365,9 +287,9 @@ fn ports(checked: &Checked, findings: &mut Vec<Finding>) {
                 (Mark::Good, format!("{address}: a free port will be picked"))
             }
             Ok(()) => (Mark::Good, format!("{address} is free")),
-            Err(error) => (Mark::Bad, cannot_listen(key.name(), address, &error)),
+            Err(error) => (Mark::Failed, cannot_listen(key.name(), address, &error)),
         };
-        findings.push(Finding { mark, about, text });
+        findings.push(Finding::new(mark, about, text));
     }
 }
 

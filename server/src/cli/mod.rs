@@ -12,6 +12,7 @@ mod doctor;
 mod events;
 mod failure;
 mod files;
+mod findings;
 mod key;
 mod notify;
 mod outbound;

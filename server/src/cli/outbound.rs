@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use bellwire_server::config::{Checked, Host};
-use bellwire_server::outbound::{AllowedHost, Rules, Ways};
+use bellwire_server::config::{self, Checked, Host};
+use bellwire_server::outbound::{Allowed, AllowedHost, AllowedPort, Rules, Ways};
 
 use super::Failure;
 use super::api::trusted;
@@ -43,10 +43,17 @@ pub(crate) fn ways(checked: &Checked) -> Result<Ways, Failure> {
     })
 }
 
-fn allowed(host: Host) -> AllowedHost {
-    match host {
-        Host::Name(name) => AllowedHost::Name(name),
-        Host::Below(end) => AllowedHost::Below(end),
-        Host::Network(address, prefix) => AllowedHost::Network(address, prefix),
+fn allowed(listed: config::Allowed) -> Allowed {
+    Allowed {
+        host: match listed.host {
+            Host::Name(name) => AllowedHost::Name(name),
+            Host::Below(end) => AllowedHost::Below(end),
+            Host::Network(address, prefix) => AllowedHost::Network(address, prefix),
+        },
+        port: match listed.port {
+            config::AllowedPort::OfScheme => AllowedPort::OfScheme,
+            config::AllowedPort::Only(port) => AllowedPort::Only(port),
+            config::AllowedPort::Any => AllowedPort::Any,
+        },
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::keys;
 use super::problem::Problems;
 use super::reload::Values;
-use super::setting::{AnyKey, Host};
+use super::setting::{Allowed, AnyKey};
 use super::source::Source;
 
 /// Every setting, checked one by one and against its neighbours. Made by [`super::load`] only.
@@ -239,7 +239,7 @@ pub struct Limits {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Callbacks {
     /// Hosts and networks; none: nowhere.
-    pub allow: Vec<Host>,
+    pub allow: Vec<Allowed>,
     /// `http://` as well.
     pub plain_http: bool,
     /// Authorities to trust; `None`: those of the system.

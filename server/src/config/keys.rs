@@ -211,7 +211,7 @@ keys! {
     /// a share of a sync for each notification that reaches its device at once.
     RECEIPTS_DURABLE: FlagSetting = "receipts.durable", FlagSetting, "false";
 
-    /// Where outcomes may be posted: names (`hooks.example.com`, `*.example.com`) and networks (`10.20.0.0/16`). A name leads to public addresses only, unless a network that is listed has them. Empty: nowhere, and nothing is looked up.
+    /// Where outcomes may be posted: names (`hooks.example.com`, `*.example.com`) and networks (`10.20.0.0/16`). A name leads to public addresses only, unless a network that is listed has them. Only the port that belongs to `https` (443; 80 for `http`) is reached, unless the entry names one (`hooks.example.com:8443`, `10.20.0.0/16:8443`, `[fd00::/8]:8443`) or all (`:*`). Empty: nowhere, and nothing is looked up.
     CALLBACKS_ALLOW: HostsSetting = "callbacks.allow", HostsSetting, "";
     /// Outcomes may be posted to `http://` as well. Whoever is on the way can read ids of pings and devices then.
     CALLBACKS_PLAIN: FlagSetting = "callbacks.plain_http", FlagSetting, "false";

@@ -22,7 +22,7 @@ pub use checked::{
 };
 pub use problem::{Problem, Problems};
 pub use reload::{Changes, is_live};
-pub use setting::{AnyKey, Host, Key, Setting};
+pub use setting::{Allowed, AllowedPort, AnyKey, Host, Key, Setting};
 pub use source::{ENV_PREFIX, Environment, MAX_FILE_BYTES, Source, variable_of};
 pub use suggest::closest;
 pub use table::{BEGIN_MARK, END_MARK, markdown};

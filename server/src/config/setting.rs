@@ -454,6 +454,26 @@ impl Setting for NetworksSetting {
     }
 }
 
+/// What may be posted to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Allowed {
+    /// Which host.
+    pub host: Host,
+    /// At which port of it.
+    pub port: AllowedPort,
+}
+
+/// A port that may be posted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AllowedPort {
+    /// That of the URL's scheme: 443 for https, 80 for http.
+    OfScheme,
+    /// This one.
+    Only(u16),
+    /// Every one.
+    Any,
+}
+
 /// A host that may be posted to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
@@ -472,9 +492,9 @@ pub struct HostsSetting;
 const MAX_HOSTS: usize = 256;
 
 impl Setting for HostsSetting {
-    type Value = Vec<Host>;
+    type Value = Vec<Allowed>;
 
-    fn parse(&self, given: &Given) -> Result<Vec<Host>, Unfit> {
+    fn parse(&self, given: &Given) -> Result<Vec<Allowed>, Unfit> {
         let listed: Vec<&str> = match given {
             Given::List(list) => list.iter().map(String::as_str).collect(),
             Given::Text(text) if text.is_empty() => Vec::new(),
@@ -490,9 +510,10 @@ impl Setting for HostsSetting {
         listed
             .into_iter()
             .map(|text| {
-                parse_host(text).ok_or_else(|| Unfit {
+                parse_allowed(text).ok_or_else(|| Unfit {
                     what: format!("\"{text}\" is neither a host nor a network"),
-                    help: "write names such as \"hooks.example.com\" or \"*.example.com\", and networks such as \"10.0.0.0/8\""
+                    help: "write names such as \"hooks.example.com\" or \"*.example.com:8443\", and networks such as \"10.0.0.0/8\" or \
+                           \"[fd00::/8]:8443\""
                         .to_owned(),
                 })
             })
@@ -501,9 +522,40 @@ impl Setting for HostsSetting {
 
     fn takes(&self) -> String {
         format!(
-            "a list of hosts such as \"hooks.example.com\" and networks such as \"10.0.0.0/8\"; at most {MAX_HOSTS}"
+            "a list of hosts such as \"hooks.example.com\" and networks such as \"10.0.0.0/8\", each with a port such as \":8443\" \
+             where it is another; at most {MAX_HOSTS}"
         )
     }
+}
+
+fn parse_allowed(text: &str) -> Option<Allowed> {
+    // What is an address or a network as it stands has no port, whatever follows its last colon.
+    if let Some((address, prefix)) = parse_network(text) {
+        return Some(Allowed {
+            host: Host::Network(address, prefix),
+            port: AllowedPort::OfScheme,
+        });
+    }
+    let (host, port) = match text.strip_prefix('[') {
+        // An address of IPv6 has colons itself, so its port stands behind brackets.
+        Some(rest) => {
+            let (inside, port) = rest.split_once(']')?;
+            let (address, prefix) =
+                parse_network(inside).filter(|(address, _)| address.is_ipv6())?;
+            (Host::Network(address, prefix), port)
+        }
+        None => {
+            let end = text.find(':').unwrap_or(text.len());
+            (parse_host(&text[..end])?, &text[end..])
+        }
+    };
+    let port = match port.strip_prefix(':') {
+        Some("*") => AllowedPort::Any,
+        Some(number) => AllowedPort::Only(number.parse().ok().filter(|port| *port > 0)?),
+        None if port.is_empty() => AllowedPort::OfScheme,
+        None => return None,
+    };
+    Some(Allowed { host, port })
 }
 
 fn parse_host(text: &str) -> Option<Host> {
@@ -668,16 +720,44 @@ mod tests {
     #[test]
     fn hosts_are_names_endings_and_networks() {
         let both = HostsSetting
-            .parse(&text("Hooks.example.com, *.bank.internal,10.0.0.0/8 , ::1"))
+            .parse(&text(
+                "Hooks.example.com, *.bank.internal,10.0.0.0/8 , ::1, fd00::/8, [::1]",
+            ))
             .unwrap();
         let network = |address: &str, prefix| Host::Network(address.parse().unwrap(), prefix);
+        let name = Host::Name("hooks.example.com".to_owned());
+        let below = Host::Below(".bank.internal".to_owned());
+        let hosts = [
+            name.clone(),
+            below.clone(),
+            network("10.0.0.0", 8),
+            network("::1", 128),
+            network("fd00::", 8),
+            network("::1", 128),
+        ];
+        let of_scheme = hosts.map(|host| Allowed {
+            host,
+            port: AllowedPort::OfScheme,
+        });
+        assert_eq!(both, of_scheme);
+        let with_ports = HostsSetting
+            .parse(&text(
+                "hooks.example.com:8443,*.bank.internal:*,10.0.0.0/8:80,127.0.0.1:*,[::1]:1,[fd00::/8]:65535",
+            ))
+            .unwrap();
+        let with_ports: Vec<_> = with_ports
+            .into_iter()
+            .map(|one| (one.host, one.port))
+            .collect();
         assert_eq!(
-            both,
+            with_ports,
             [
-                Host::Name("hooks.example.com".to_owned()),
-                Host::Below(".bank.internal".to_owned()),
-                network("10.0.0.0", 8),
-                network("::1", 128),
+                (name, AllowedPort::Only(8_443)),
+                (below, AllowedPort::Any),
+                (network("10.0.0.0", 8), AllowedPort::Only(80)),
+                (network("127.0.0.1", 32), AllowedPort::Any),
+                (network("::1", 128), AllowedPort::Only(1)),
+                (network("fd00::", 8), AllowedPort::Only(65_535)),
             ]
         );
         assert_eq!(HostsSetting.parse(&text("")).unwrap(), []);
@@ -689,7 +769,17 @@ mod tests {
             "https://a.b",
             "a b",
             "*.*.b",
-            "a.b:80",
+            "a.b:",
+            "a.b:0",
+            "a.b:65536",
+            "a.b:80:80",
+            "a.b:http",
+            ":443",
+            "fd00::/8:443",
+            "[10.0.0.1]:443",
+            "[a.b]:443",
+            "[::1]443",
+            "[::1",
         ] {
             assert!(HostsSetting.parse(&text(bad)).is_err(), "{bad}");
         }

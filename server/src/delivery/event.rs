@@ -79,6 +79,8 @@ pub struct Enqueue {
     pub notification: Arc<Notification>,
     /// The id was derived from an idempotency key: look whether it waits already.
     pub may_repeat: bool,
+    /// The device is sent too much: it is accepted only if it waits already.
+    pub too_fast: bool,
 }
 
 /// What a device's `hello` means to its mailbox.

@@ -339,6 +339,7 @@ mod tests {
                     hold: Hold::default(),
                 }),
                 may_repeat: false,
+                too_fast: false,
             };
             shard.handle(device, Event::Enqueue(enqueue), NOW, &mut effects);
             let view = MailboxView {

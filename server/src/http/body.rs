@@ -56,8 +56,13 @@ impl From<BodyError> for Problem {
     }
 }
 
-/// Steps in which room for a body that does not say its size is taken, bytes.
-const RESERVE_STEP: usize = 256 << 10;
+/// Room that the first bytes of a body take, bytes. It doubles as more arrive: what a caller holds is what it sent, at most twice,
+/// and never what it only announced.
+const RESERVE_FIRST: usize = 16 << 10;
+
+/// Largest body of one ping that takes no room of its own while it is read, bytes. Nearly every ping is smaller, and has its room
+/// from when it is published.
+const UNRESERVED_MAX: usize = 64 << 10;
 
 /// Reads a body of at most `max` bytes; each part of it is only kept once `hold` has given room for it. What `hold` gave is given
 /// back with the body.
@@ -78,11 +83,6 @@ pub(super) async fn read_reserved<S>(
     let mut held = 0;
     let mut whole = BytesMut::new();
     let collect = async {
-        if known > 0 {
-            shares.push(hold(known)?);
-            held = known;
-            whole.reserve(known);
-        }
         while let Some(frame) = body.frame().await {
             let Ok(data) = frame.map_err(|_| BodyError::Broken)?.into_data() else {
                 continue;
@@ -92,9 +92,11 @@ pub(super) async fn read_reserved<S>(
                 return Err(BodyError::TooLarge(max).into());
             }
             if size > held {
-                let step = (size - held).max(RESERVE_STEP);
-                shares.push(hold(step)?);
-                held += step;
+                let most = if known > 0 { known } else { max };
+                let room = size.max(RESERVE_FIRST).max(2 * held).min(most.max(size));
+                shares.push(hold(room - held)?);
+                held = room;
+                whole.reserve(room - whole.len());
             }
             whole.extend_from_slice(&data);
         }
@@ -113,19 +115,20 @@ pub(super) async fn read_reserved<S>(
     }
 }
 
-/// Reads a body of at most `max` bytes; one of more than `most` is only kept once `hold` has given room for it, as with
-/// [`read_reserved`].
+/// Reads a body of at most `max` bytes; one that may be more than [`UNRESERVED_MAX`] is only kept once `hold` has given room for it,
+/// as with [`read_reserved`].
 ///
 /// # Errors
 /// As [`BodyError`], and what `hold` refused with.
 pub(super) async fn read_long<S>(
     body: Body,
-    (most, max): (usize, usize),
+    max: usize,
     hold: impl Fn(usize) -> Result<S, RuntimeError>,
 ) -> Result<(Bytes, Vec<S>), Problem> {
+    let small = max.min(UNRESERVED_MAX);
     let size = body.size_hint();
-    if size.upper().is_some_and(|upper| upper <= most as u64) {
-        return Ok((read(body, most).await?, Vec::new()));
+    if size.upper().is_some_and(|upper| upper <= small as u64) {
+        return Ok((read(body, small).await?, Vec::new()));
     }
     read_reserved(body, max, hold).await
 }

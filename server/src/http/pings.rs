@@ -255,7 +255,7 @@ async fn publish(
     let key = idempotency_key(&parts.headers)?;
     body::expect_json(&parts.headers)?;
     let most = backend.handle.limits().body_max;
-    let (bytes, _room) = body::read_long(body, (most, most.max(PING_BODY_MAX)), |size| {
+    let (bytes, _room) = body::read_long(body, most.max(PING_BODY_MAX), |size| {
         backend.handle.hold_body(who.app(), size)
     })
     .await?;

@@ -80,7 +80,7 @@ impl Line {
         let kept = self.open.take().filter(|open| {
             open.tls == place.tls
                 && open.authority == place.authority
-                && ways.rules.may_reach(open.address)
+                && ways.rules.may_reach(&place, open.address)
         });
         if let Some(mut open) = kept
             && open.sender.ready().await.is_ok()
@@ -139,14 +139,15 @@ async fn addresses(place: &Place, rules: &Rules) -> Result<Vec<SocketAddr>, Post
     let allowed: Vec<SocketAddr> = found
         .iter()
         .copied()
-        .filter(|address| rules.may_reach(address.ip()))
+        .filter(|address| rules.may_reach(place, address.ip()))
         .take(ADDRESSES_MAX)
         .collect();
     match (allowed.is_empty(), found.first()) {
         (false, _) => Ok(allowed),
         (true, Some(kept)) => Err(PostError::NotAllowed(format!(
-            "{name} leads to {}, which is no public address and in none of the networks of `callbacks.allow`",
-            kept.ip()
+            "{name} leads to {}, which is no public address, and none of the networks of `callbacks.allow` has it with port {}",
+            kept.ip(),
+            place.port
         ))),
         (true, None) => Err(PostError::Lookup("it has no address".to_owned())),
     }

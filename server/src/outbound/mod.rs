@@ -14,7 +14,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use rustls::ClientConfig;
 
-pub use self::rules::{AllowedHost, Rules};
+pub use self::rules::{Allowed, AllowedHost, AllowedPort, Rules};
 use crate::ports::{Outbound, OutboundLine, UrlRefusal};
 
 /// How posts are made; it can be exchanged while they are.

@@ -2,7 +2,8 @@
 //!
 //! A name is looked up only if it is listed. An address that is part of the public internet is allowed for a listed name; any other
 //! (this machine, private networks, what clouds keep their metadata on) only if a listed network has it, by whatever name it
-//! was reached. An address in the URL itself needs a listed network.
+//! was reached. An address in the URL itself needs a listed network. Whatever lets a URL through lets it through at one port only: that
+//! of the scheme, unless it names another one, or all.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,6 +11,26 @@ use http::Uri;
 use http::uri::Scheme;
 
 use crate::ports::{CallbackRecord, UrlRefusal};
+
+/// What is allowed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Allowed {
+    /// Which host.
+    pub host: AllowedHost,
+    /// At which port of it.
+    pub port: AllowedPort,
+}
+
+/// A port that is allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AllowedPort {
+    /// That of the URL's scheme.
+    OfScheme,
+    /// This one.
+    Only(u16),
+    /// Every one.
+    Any,
+}
 
 /// A host that is allowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,7 +47,7 @@ pub enum AllowedHost {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules {
     /// Hosts and networks. None: nothing.
-    pub allow: Vec<AllowedHost>,
+    pub allow: Vec<Allowed>,
     /// `http://` as well.
     pub plain_http: bool,
 }
@@ -69,37 +90,55 @@ impl Rules {
             ));
         }
         match &place.host {
-            Host::Address(address) if self.has(*address) => Ok(place),
+            Host::Address(address) if self.has(&place, *address) => Ok(place),
             Host::Address(address) => Err(UrlRefusal::NotAllowed(format!(
-                "the address {address} is in none of the networks of the operator's `callbacks.allow`"
+                "the address {address} with port {} is in none of the networks of the operator's `callbacks.allow`",
+                place.port
             ))),
-            Host::Name(name) if self.knows(name) => Ok(place),
+            Host::Name(name) if self.knows(&place, name) => Ok(place),
             Host::Name(name) => Err(UrlRefusal::NotAllowed(format!(
-                "the host {name} is not among those of the operator's `callbacks.allow`"
+                "the host {name} with port {} is not among those of the operator's `callbacks.allow`",
+                place.port
             ))),
         }
     }
 
-    /// Whether a connection may be made to an address that a listed name was looked up to.
-    pub(super) fn may_reach(&self, address: IpAddr) -> bool {
-        self.has(address) || is_public(address)
+    /// Whether a connection may be made to an address that the listed host of a place was looked up to.
+    pub(super) fn may_reach(&self, place: &Place, address: IpAddr) -> bool {
+        self.has(place, address) || is_public(address)
     }
 
-    fn knows(&self, name: &str) -> bool {
-        self.allow.iter().any(|allowed| match allowed {
+    /// The hosts that are listed with the port of a place.
+    fn at(&self, place: &Place) -> impl Iterator<Item = &AllowedHost> {
+        let port = place.port;
+        let of_scheme = port == port_of_scheme(place.tls);
+        let fits = move |allowed: &&Allowed| match allowed.port {
+            AllowedPort::OfScheme => of_scheme,
+            AllowedPort::Only(only) => only == port,
+            AllowedPort::Any => true,
+        };
+        self.allow.iter().filter(fits).map(|allowed| &allowed.host)
+    }
+
+    fn knows(&self, place: &Place, name: &str) -> bool {
+        self.at(place).any(|allowed| match allowed {
             AllowedHost::Name(known) => known == name,
             AllowedHost::Below(end) => name.ends_with(end.as_str()) && name.len() > end.len(),
             AllowedHost::Network(..) => false,
         })
     }
 
-    fn has(&self, address: IpAddr) -> bool {
+    fn has(&self, place: &Place, address: IpAddr) -> bool {
         let address = address.to_canonical();
-        self.allow.iter().any(|allowed| match allowed {
+        self.at(place).any(|allowed| match allowed {
             AllowedHost::Network(network, prefix) => in_network(address, *network, *prefix),
             AllowedHost::Name(_) | AllowedHost::Below(_) => false,
         })
     }
+}
+
+fn port_of_scheme(tls: bool) -> u16 {
+    if tls { 443 } else { 80 }
 }
 
 fn parse(url: &str) -> Result<Place, UrlRefusal> {
@@ -150,7 +189,7 @@ fn parse(url: &str) -> Result<Place, UrlRefusal> {
     Ok(Place {
         tls,
         host,
-        port: port.unwrap_or(if tls { 443 } else { 80 }),
+        port: port.unwrap_or(port_of_scheme(tls)),
         authority: authority.as_str().to_ascii_lowercase(),
         path: match uri.path_and_query().map(|path| path.as_str()) {
             None => "/".to_owned(),
@@ -242,15 +281,33 @@ mod tests {
     use super::*;
 
     fn rules(plain_http: bool) -> Rules {
-        Rules {
-            allow: vec![
+        let network =
+            |address: &str, prefix| AllowedHost::Network(address.parse().unwrap(), prefix);
+        let allow = [
+            (
                 AllowedHost::Name("hooks.example.com".to_owned()),
+                AllowedPort::OfScheme,
+            ),
+            (
                 AllowedHost::Below(".bank.internal".to_owned()),
-                AllowedHost::Network("10.20.0.0".parse().unwrap(), 16),
-                AllowedHost::Network("fd00::".parse().unwrap(), 8),
-            ],
+                AllowedPort::OfScheme,
+            ),
+            (
+                AllowedHost::Name("own.bank.internal".to_owned()),
+                AllowedPort::Only(8_443),
+            ),
+            (network("10.20.0.0", 16), AllowedPort::OfScheme),
+            (network("10.30.0.0", 16), AllowedPort::Only(8_443)),
+            (network("fd00::", 8), AllowedPort::Any),
+        ];
+        Rules {
+            allow: allow.map(|(host, port)| Allowed { host, port }).to_vec(),
             plain_http,
         }
+    }
+
+    fn reaches(rules: &Rules, url: &str, address: &str) -> bool {
+        rules.may_reach(&rules.place(url).unwrap(), address.parse().unwrap())
     }
 
     #[test]
@@ -259,7 +316,10 @@ mod tests {
         for allowed in [
             "https://hooks.example.com",
             "https://HOOKS.example.com./a?b=c",
-            "https://hooks.example.com:8443/",
+            "https://hooks.example.com:443/",
+            "https://own.bank.internal:8443/",
+            "https://own.bank.internal/",
+            "https://10.30.0.1:8443/",
             "https://a.bank.internal/x",
             "https://a.b.bank.internal/x",
             "https://10.20.255.1/x",
@@ -270,6 +330,14 @@ mod tests {
         }
         for refused in [
             "http://hooks.example.com/",
+            "https://hooks.example.com:8443/",
+            "https://hooks.example.com:22/",
+            "https://hooks.example.com:80/",
+            "https://a.bank.internal:8443/",
+            "https://own.bank.internal:8444/",
+            "https://10.20.0.1:8443/",
+            "https://10.30.0.1/",
+            "https://10.30.0.1:444/",
             "https://example.com/",
             "https://evilhooks.example.com/",
             "https://hooks.example.com.evil.org/",
@@ -288,6 +356,37 @@ mod tests {
             );
         }
         assert_eq!(Rules::default().place("https://a.b"), Err(UrlRefusal::Off));
+    }
+
+    #[test]
+    fn without_a_port_an_entry_is_for_that_of_the_scheme() {
+        let rules = rules(true);
+        for allowed in [
+            "http://hooks.example.com/",
+            "http://hooks.example.com:80/",
+            "https://10.20.0.1:443/",
+            "http://10.20.0.1/",
+            "http://own.bank.internal:8443/",
+            "http://[fd00::1]:9/",
+        ] {
+            assert!(rules.place(allowed).is_ok(), "{allowed}");
+        }
+        for refused in [
+            "http://hooks.example.com:443/",
+            "https://hooks.example.com:80/",
+            "http://hooks.example.com:6379/",
+            "http://10.20.0.1:443/",
+            "http://10.30.0.1/",
+        ] {
+            assert!(rules.place(refused).is_err(), "{refused}");
+        }
+        // Name and network each allow their own ports, and both are asked.
+        let other = "https://own.bank.internal:8443/";
+        assert!(reaches(&rules, other, "10.30.0.1"));
+        assert!(reaches(&rules, other, "fd00::1"));
+        assert!(!reaches(&rules, other, "10.20.0.1"));
+        assert!(reaches(&rules, "https://own.bank.internal/", "10.20.0.1"));
+        assert!(!reaches(&rules, "https://own.bank.internal/", "10.30.0.1"));
     }
 
     #[test]
@@ -338,7 +437,10 @@ mod tests {
             "fd12::1",
             "::ffff:8.8.8.8",
         ] {
-            assert!(rules.may_reach(reached.parse().unwrap()), "{reached}");
+            assert!(
+                reaches(&rules, "https://hooks.example.com/", reached),
+                "{reached}"
+            );
         }
         for kept in [
             "0.0.0.0",
@@ -363,7 +465,10 @@ mod tests {
             "2001:db8::1",
             "2002:7f00:1::",
         ] {
-            assert!(!rules.may_reach(kept.parse().unwrap()), "{kept}");
+            assert!(
+                !reaches(&rules, "https://hooks.example.com/", kept),
+                "{kept}"
+            );
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The words between the runtime and its neighbours: what transports and front doors ask for and are answered.
 
+use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -192,12 +193,21 @@ pub enum Target {
 }
 
 /// Content, as the front door encoded it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Content {
     /// The encoded map that transports understand.
     pub encoded: Bytes,
     /// Its size as limits count it.
     pub size: u32,
+}
+
+/// Content is never shown.
+impl fmt::Debug for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Content")
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
 }
 
 /// One publish request, checked by a front door.

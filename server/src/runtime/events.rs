@@ -5,6 +5,7 @@
 //! within some ten milliseconds instead of once a second, and wakes all of them.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -144,12 +145,17 @@ pub enum Step {
     End,
 }
 
+/// A read of the history that has begun.
+type Reading = Pin<Box<dyn Future<Output = Result<OutcomeEvents, RuntimeError>> + Send>>;
+
 /// The outcomes of an app, from a position on and without an end.
 pub struct EventStream {
     inner: Arc<Inner>,
     who: Principal,
     wanted: EventsOf,
     at: OutcomePosition,
+    /// What goes on while a reader is told that nothing is new: it keeps its turn.
+    reading: Option<Reading>,
     /// Nothing was said yet.
     fresh: bool,
     /// It begins with the oldest that is kept, and what is not kept any more is no gap.
@@ -174,19 +180,38 @@ impl EventStream {
             tokio::pin!(woken);
             // Before looking: what is written meanwhile wakes.
             woken.as_mut().enable();
-            let follow = OutcomeFollow {
-                app: self.who.app(),
-                ping: self.wanted.ping,
-                device: self.wanted.device,
-                outcomes: self.wanted.outcomes.clone(),
-                from: self.at,
-                limit: PAGE,
+            let carried = self.reading.is_some();
+            let reading = match &mut self.reading {
+                Some(reading) => reading,
+                none => {
+                    let follow = OutcomeFollow {
+                        app: self.who.app(),
+                        ping: self.wanted.ping,
+                        device: self.wanted.device,
+                        outcomes: self.wanted.outcomes.clone(),
+                        from: self.at,
+                        limit: PAGE,
+                    };
+                    let inner = Arc::clone(&inner);
+                    none.insert(Box::pin(async move { inner.read_events(follow).await }))
+                }
             };
-            let found = inner.read_events(follow).await;
+            let found = tokio::select! {
+                biased;
+                // What is looked for may be far away, and whoever waits for it must not seem gone.
+                () = &mut quiet => None,
+                found = reading => Some(found),
+            };
+            if found.is_some() {
+                self.reading = None;
+            }
             // After the read, so that nothing is told of what ended after the key did.
             if inner.draining() || !inner.key_lives(&self.who) {
                 return Ok(Step::End);
             }
+            let Some(found) = found else {
+                return Ok(Step::Quiet(self.at));
+            };
             let mut found = found?;
             self.at = found.next;
             if self.oldest {
@@ -199,7 +224,8 @@ impl EventStream {
                 metrics::counter!(names::EVENTS_SENT_TOTAL).increment(found.items.len() as u64);
                 return Ok(Step::Events(found.items));
             }
-            if found.more {
+            // What one saw that had begun earlier may be older than the last wake-up.
+            if found.more || carried {
                 continue;
             }
             tokio::select! {
@@ -240,6 +266,7 @@ impl Inner {
             inner: Arc::clone(self),
             who: who.clone(),
             wanted,
+            reading: None,
             fresh: true,
             oldest: from == EventsFrom::Oldest,
         })
@@ -250,8 +277,8 @@ impl Inner {
         &self,
         follow: OutcomeFollow,
     ) -> Result<OutcomeEvents, RuntimeError> {
-        // It is never closed. The place is free again when the read is over, even if nobody waits for it any more.
-        let place = Arc::clone(&self.listings).acquire_owned().await;
+        // The place is free again when the read is over, even if nobody waits for it any more.
+        let place = self.listings.place(follow.app).await;
         let read = move |store: &dyn Store| {
             let events = store.outcome_events(&follow);
             drop(place);

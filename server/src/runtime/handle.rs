@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use smallvec::SmallVec;
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -27,6 +27,7 @@ use super::directory::{Keys, Users};
 use super::events::{EventStream, EventsFrom, EventsOf, Followers};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
+use super::listings::Listings;
 use super::pings::Depth;
 use super::quota::{AllowanceView, App, Throttle};
 use super::rate::Pace;
@@ -73,8 +74,8 @@ pub(super) struct Inner {
     pub(super) run: u32,
     /// How long outcomes are told, milliseconds.
     pub(super) receipts_keep_ms: u64,
-    /// Who lists outcomes takes one: half of the reading threads at most, so that mailboxes never wait for them all.
-    pub(super) listings: Arc<Semaphore>,
+    /// Who reads the history takes one: half of the reading threads at most, so that mailboxes never wait for them all.
+    pub(super) listings: Listings,
     /// Who follows outcomes as they happen.
     pub(super) followers: Followers,
     /// Where outcomes are posted.

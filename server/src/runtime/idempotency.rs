@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::api::{PingAnswer, PingError};
 use super::locked;
+use super::turn::Turn;
 use crate::delivery::{AppId, PingId};
 
 /// Stripes, each with its own lock: a growing map is moved in small parts, so that nobody waits for long.
@@ -46,6 +47,15 @@ impl Done {
 /// An answer that several requests share.
 pub(super) type Shared = Option<Result<PingAnswer, PingError>>;
 
+/// A request that is under way, for those who sent the same.
+#[derive(Clone)]
+pub(super) struct Flight {
+    ping: PingId,
+    /// Whether it has its places; nobody says so any more if it went away.
+    pub(super) placed: watch::Receiver<bool>,
+    pub(super) answer: watch::Receiver<Shared>,
+}
+
 /// What a key means now.
 pub(super) enum Begin {
     /// It got this answer before.
@@ -53,7 +63,7 @@ pub(super) enum Begin {
     /// It was, or is being, used with another body.
     Conflict,
     /// A request with it is under way: wait for its answer; if it goes away without one, begin again.
-    Join(watch::Receiver<Shared>),
+    Join(Flight),
     /// It is new here: do the work, then [`Lead::finish`].
     Lead(Lead),
 }
@@ -74,7 +84,7 @@ struct Keys {
     done: HashMap<Short, Done>,
     /// By age.
     order: VecDeque<(Short, u64)>,
-    flights: HashMap<Short, (PingId, watch::Receiver<Shared>)>,
+    flights: HashMap<Short, Flight>,
 }
 
 /// The right and duty to answer for a key. Dropped unfinished, those who wait begin again.
@@ -82,6 +92,7 @@ pub(super) struct Lead {
     keys: Arc<Idempotency>,
     app: AppId,
     short: Short,
+    placed: Option<watch::Sender<bool>>,
     tell: watch::Sender<Shared>,
     finished: bool,
 }
@@ -132,19 +143,26 @@ impl Idempotency {
                 Begin::Conflict
             };
         }
-        if let Some((under_way, answer)) = keys.flights.get(&short) {
-            return if *under_way == ping {
-                Begin::Join(answer.clone())
+        if let Some(flight) = keys.flights.get(&short) {
+            return if flight.ping == ping {
+                Begin::Join(flight.clone())
             } else {
                 Begin::Conflict
             };
         }
         let (tell, answer) = watch::channel(None);
-        keys.flights.insert(short, (ping, answer));
+        let (placed, told) = watch::channel(false);
+        let flight = Flight {
+            ping,
+            placed: told,
+            answer,
+        };
+        keys.flights.insert(short, flight);
         Begin::Lead(Lead {
             keys: Arc::clone(self),
             app,
             short,
+            placed: Some(placed),
             tell,
             finished: false,
         })
@@ -173,6 +191,14 @@ impl Idempotency {
 }
 
 impl Lead {
+    /// The turn of the ping that is published now, which tells those who joined as well when it is over.
+    pub(super) fn turn(&mut self, turn: Option<Turn>) -> Option<Turn> {
+        match self.placed.take() {
+            Some(placed) => Some(Turn::told(turn, placed)),
+            None => turn,
+        }
+    }
+
     /// Answers everybody. An answer worth remembering is given as `done`.
     pub(super) fn finish(mut self, answer: Result<PingAnswer, PingError>, done: Option<Done>) {
         self.finished = true;
@@ -277,11 +303,12 @@ mod tests {
     async fn those_who_joined_begin_again_when_the_first_goes_away() {
         let keys = Arc::new(Idempotency::new(10, 1_000));
         let first = lead(keys.begin(APP, &hash(1), PingId([1; 16]), 0));
-        let Begin::Join(mut answer) = keys.begin(APP, &hash(1), PingId([1; 16]), 0) else {
+        let Begin::Join(mut flight) = keys.begin(APP, &hash(1), PingId([1; 16]), 0) else {
             panic!("expected to join");
         };
         drop(first);
-        assert!(answer.changed().await.is_err());
+        assert!(flight.answer.changed().await.is_err());
+        assert!(flight.placed.changed().await.is_err());
         lead(keys.begin(APP, &hash(1), PingId([1; 16]), 0));
     }
 

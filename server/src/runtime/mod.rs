@@ -18,6 +18,7 @@ mod hashing;
 mod idempotency;
 mod lanes;
 mod ledger;
+mod listings;
 mod meters;
 mod pings;
 mod quota;

@@ -156,18 +156,21 @@ impl Inner {
                     hits("conflict");
                     return Err(PingError::IdempotencyConflict);
                 }
-                Begin::Join(mut answer) => {
+                Begin::Join(mut flight) => {
                     hits("joined");
-                    // It has the places of the other, which may be behind us in the same hands.
-                    drop(turn.take());
-                    if let Ok(shared) = answer.wait_for(Option::is_some).await
+                    // It has the places of the other, which waits for nobody behind us: it had begun before. What is ours to be
+                    // followed by follows it.
+                    if turn.is_some() && flight.placed.wait_for(|placed| *placed).await.is_ok() {
+                        drop(turn.take());
+                    }
+                    if let Ok(shared) = flight.answer.wait_for(Option::is_some).await
                         && let Some(answer) = shared.clone()
                     {
                         return answer;
                     }
                     // The first one went away without an answer.
                 }
-                Begin::Lead(lead) => {
+                Begin::Lead(mut lead) => {
                     let (answer, fresh) = match self.remembered(request.app, key_hash, now_ms).await
                     {
                         Err(error) => (Err(error.into()), false),
@@ -189,7 +192,8 @@ impl Inner {
                                 trace,
                                 key: Some((key_hash, *body_hash)),
                             };
-                            (self.publish(publication, turn.take()).await, true)
+                            let turn = lead.turn(turn.take());
+                            (self.publish(publication, turn).await, true)
                         }
                     };
                     let done = answer
@@ -627,8 +631,8 @@ impl Inner {
             query.devices = Some(devices);
         }
         self.in_time(async {
-            // It is never closed. The place is free again when the read is over, even if nobody waits for it any more.
-            let place = Arc::clone(&self.listings).acquire_owned().await;
+            // The place is free again when the read is over, even if nobody waits for it any more.
+            let place = self.listings.place(query.app).await;
             let read = move |store: &dyn Store| {
                 let page = store.outcomes(&query);
                 drop(place);

@@ -702,7 +702,13 @@ impl ShardTask {
                 waiter,
             } => {
                 let pace = self.shared.device_pace.get();
-                if paced && !self.rates.take(notification.app, device, now.mono, pace) {
+                let too_fast = paced && !self.rates.take(notification.app, device, now.mono, pace);
+                // What was accepted before is answered as before: with a key by whoever knows of it.
+                if too_fast && may_repeat && self.shared.ledger.has_ended(notification.ping, device)
+                {
+                    return answer(waiter, device, Settled::Accepted);
+                }
+                if too_fast && !may_repeat {
                     self.shared.meters.rejected(Rejection::TooFast);
                     return answer(waiter, device, Settled::Rejected(Rejection::TooFast));
                 }
@@ -721,6 +727,7 @@ impl ShardTask {
                     ticket,
                     notification,
                     may_repeat,
+                    too_fast,
                 };
                 (device, Event::Enqueue(enqueue))
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{OnceCell, Semaphore, oneshot};
+use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,6 +18,7 @@ use super::handle::{Handle, Inner, millis};
 use super::hashing::HashKey;
 use super::idempotency::Idempotency;
 use super::ledger::Ledger;
+use super::listings::Listings;
 use super::meters::Meters;
 use super::quota::App;
 use super::rate::{LivePace, Pace};
@@ -161,7 +162,7 @@ impl Runtime {
             erasures_keep_ms: millis(settings.erasures_keep),
             run,
             receipts_keep_ms: millis(settings.receipts_keep),
-            listings: Arc::new(Semaphore::new((threads / 2).max(1))),
+            listings: Listings::new(threads / 2),
             followers: Followers::default(),
             callbacks: Callbacks::new(outbound),
             started,

@@ -3,10 +3,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tokio::sync::watch;
+
 /// Held by a ping until it has its place in every mailbox that it addresses, or is refused. Dropping it tells the [`Placed`] that was
 /// made with it, and wakes nobody: whoever looks polls the ping itself.
 #[derive(Debug)]
-pub struct Turn(Arc<AtomicBool>);
+pub struct Turn {
+    over: Arc<AtomicBool>,
+    /// Those who have the same places as this ping, and wait for them.
+    joined: Option<watch::Sender<bool>>,
+}
 
 /// Whether a ping has its places.
 #[derive(Debug)]
@@ -17,13 +23,27 @@ impl Turn {
     #[must_use]
     pub fn new() -> (Turn, Placed) {
         let over = Arc::new(AtomicBool::new(false));
-        (Turn(Arc::clone(&over)), Placed(over))
+        let turn = Turn {
+            over: Arc::clone(&over),
+            joined: None,
+        };
+        (turn, Placed(over))
+    }
+
+    /// The same turn, whose end others are told as well.
+    pub(super) fn told(turn: Option<Turn>, joined: watch::Sender<bool>) -> Turn {
+        let mut turn = turn.unwrap_or_else(|| Turn::new().0);
+        turn.joined = Some(joined);
+        turn
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+        self.over.store(true, Ordering::Release);
+        if let Some(joined) = &self.joined {
+            joined.send_replace(true);
+        }
     }
 }
 

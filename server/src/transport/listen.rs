@@ -22,6 +22,7 @@ use super::door::Door;
 use super::link::{Link, Shared, silence};
 use super::meters::Meters;
 use super::outbox::Kick;
+use super::proxy::Unfit;
 use super::tls::{Prepared, Tls, TlsError, TlsSettings};
 use super::websocket::ProxyTrouble;
 use super::wheel::Wheel;
@@ -377,8 +378,9 @@ struct Port<D> {
 
 impl<D: Door> Port<D> {
     /// Tells the operator of a load balancer that is set up wrongly, now and then.
-    fn complain(&self, peer: SocketAddr, advice: &'static str) {
-        if self.complaints.due(self.shared.door.now_ms()) {
+    fn complain(&self, peer: SocketAddr, mistake: Mistake) {
+        let advice = mistake.advice();
+        if self.complaints.due(mistake, self.shared.door.now_ms()) {
             warn!(%peer, advice, "a connection on listen.devices_plain was refused; others like it are not logged for a minute");
         } else {
             debug!(%peer, advice, "a connection on listen.devices_plain was refused");
@@ -408,19 +410,47 @@ enum Way {
     Plain,
 }
 
-/// When the operator was last told of a load balancer that is set up wrongly.
+/// What is wrong with a connection on the listener for load balancers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mistake {
+    /// It does not come from a balancer that is listed.
+    NotAProxy,
+    /// What the balancer says of it cannot be taken.
+    Header(Unfit),
+}
+
+impl Mistake {
+    const COUNT: usize = 1 + Unfit::COUNT;
+
+    fn advice(self) -> &'static str {
+        match self {
+            Mistake::NotAProxy => NOT_A_PROXY,
+            Mistake::Header(unfit) => unfit.advice(),
+        }
+    }
+
+    fn place(self) -> usize {
+        match self {
+            Mistake::NotAProxy => 0,
+            Mistake::Header(unfit) => 1 + unfit as usize,
+        }
+    }
+}
+
+/// When the operator was last told of each mistake.
 #[derive(Debug, Default)]
 struct Complaints {
-    last_ms: AtomicU64,
+    last_ms: [AtomicU64; Mistake::COUNT],
 }
 
 impl Complaints {
-    /// Whether to tell again. A balancer brings thousands of connections, each with the same mistake.
-    fn due(&self, now_ms: u64) -> bool {
-        let last = self.last_ms.load(Ordering::Relaxed);
+    /// Whether to tell again. A balancer brings thousands of connections, each with the same mistake; a stranger's must not hide
+    /// what is wrong with it.
+    fn due(&self, mistake: Mistake, now_ms: u64) -> bool {
+        let told = &self.last_ms[mistake.place()];
+        let last = told.load(Ordering::Relaxed);
         (last == 0 || now_ms.saturating_sub(last) >= millis(COMPLAINT_EVERY))
-            && self
-                .last_ms
+            && told
                 .compare_exchange(last, now_ms.max(1), Ordering::Relaxed, Ordering::Relaxed)
                 .is_ok()
     }
@@ -453,7 +483,7 @@ async fn accept_tcp<D: Door>(port: Port<D>, listener: TcpListener, way: Way) {
                     Way::Tls => port.admission.knock(peer.ip(), &limits),
                     Way::Plain if !Admission::is_proxy(peer.ip(), &limits) => {
                         meters.refused("not_a_proxy");
-                        port.complain(peer, NOT_A_PROXY);
+                        port.complain(peer, Mistake::NotAProxy);
                         websocket::reset(&tcp);
                         continue;
                     }
@@ -541,7 +571,7 @@ async fn serve_plain<D: Door>(
         }
         Err(ProxyTrouble::Unfit(unfit)) => {
             port.shared.websocket.refused(unfit.as_str());
-            port.complain(proxy, unfit.advice());
+            port.complain(proxy, Mistake::Header(unfit));
             return;
         }
     };
@@ -640,5 +670,23 @@ async fn serve_quic<D: Door>(
             debug!(%peer, reason, "a QUIC connection is no device link");
             port.shared.quic.refused(reason);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mistake_is_told_once_a_minute_and_hides_no_other() {
+        let complaints = Complaints::default();
+        let stranger = Mistake::NotAProxy;
+        assert!(complaints.due(stranger, 1_000));
+        assert!(!complaints.due(stranger, 60_999));
+        for unfit in [Unfit::Missing, Unfit::Version1, Unfit::Checksum] {
+            assert!(complaints.due(Mistake::Header(unfit), 1_000), "{unfit:?}");
+            assert!(!complaints.due(Mistake::Header(unfit), 2_000), "{unfit:?}");
+        }
+        assert!(complaints.due(stranger, 61_000));
     }
 }

@@ -67,6 +67,9 @@ pub(crate) enum Unfit {
 }
 
 impl Unfit {
+    /// How many there are.
+    pub(crate) const COUNT: usize = Unfit::Checksum as usize + 1;
+
     /// The word for it in metrics.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -139,9 +142,10 @@ pub(crate) fn parse(bytes: &[u8]) -> Header {
     };
     let local = command == 0;
     let read = match fixed[13] {
-        // What a balancer says of its own connections is to be skipped whatever it is; so is what it does not know.
+        // What a balancer says of its own connections is to be skipped whatever it is; so is what comes with a family that is not
+        // specified, whose addresses have no length that anybody knows.
         _ if local => Ok((None, None)),
-        0x00 => Ok((None, Some(0))),
+        0x00 => Ok((None, None)),
         0x11 => ipv4(body),
         0x21 => ipv6(body),
         // Paths of sockets say nothing about who connects.
@@ -272,7 +276,11 @@ mod tests {
         // Whatever stands in the header of an own connection is skipped, also what would be wrong elsewhere.
         whole(&header(0, 0x11, &V4), None);
         whole(&header(0, 0xff, b"?"), None);
+        whole(&header(1, 0x00, &[]), None);
         whole(&header(1, 0x00, &tlv(0x04, b"x")), None);
+        // Addresses of a family that nobody knows are no additions.
+        whole(&header(1, 0x00, &[0xff; 12]), None);
+        whole(&header(1, 0x00, &[0; UNIX_BYTES]), None);
         whole(&header(1, 0x31, &[0; UNIX_BYTES]), None);
     }
 

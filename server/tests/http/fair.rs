@@ -4,8 +4,10 @@ use bellwire_server::delivery::AppId;
 use bellwire_server::ports::Scopes;
 use bellwire_server::runtime::RuntimeSettings;
 use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
-use crate::support::{OTHER_APP, Reply, Server, Setup, raw, send, start, start_with};
+use crate::support::{OTHER_APP, Reply, Server, Setup, raw, send, start, start_with, until};
 
 const BODY: &str = r#"{"to":{"user":"nobody"}}"#;
 
@@ -232,5 +234,79 @@ async fn limits_that_were_set_hold_and_are_shown() {
     // read.
     assert_eq!(apps[0]["pings_left"], 1_000 - 6);
     assert_eq!(apps[1]["pings_left"], 1_000);
+    server.stop().await;
+}
+
+/// Begins a request, sends these bytes of its body, and leaves it open.
+async fn begins(server: &Server, bearer: &str, length: usize, sent: &[u8]) -> TcpStream {
+    let mut stream = TcpStream::connect(server.api).await.unwrap();
+    let head = format!(
+        "POST /v1/pings/batch HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {bearer}\r\n\
+         content-type: application/x-ndjson\r\ncontent-length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(sent).await.unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn a_body_holds_the_room_of_what_has_arrived_and_not_of_what_is_announced() {
+    let mut settings = RuntimeSettings::default();
+    settings.limits.memory_reserve = 4 << 20;
+    let server = start_with(Setup {
+        settings,
+        ..Setup::default()
+    })
+    .await;
+    const ANNOUNCED: usize = 8 << 20;
+    let held = || server.handle.status().reserve_bytes;
+    // Far more is announced than there is; a byte of each came.
+    let mut open = Vec::new();
+    for number in 1..=20 {
+        open.push(begins(&server, &server.key, ANNOUNCED, b" ").await);
+        until(|| held() > number * 1_024).await;
+    }
+    assert!(held() <= 20 * (17 << 10), "{}", held());
+    // Whoever announces and says nothing holds nothing at all, and a stranger not even what it sent.
+    let quiet = begins(&server, &server.key, ANNOUNCED, b"").await;
+    let before = held();
+    let mut stranger = begins(&server, "bw_nobody", ANNOUNCED, &[b' '; 1_000]).await;
+    let mut answer = [0; 12];
+    stranger.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 401");
+    assert_eq!(held(), before);
+    // So there is room for those who send what they announce, and it grows with what comes.
+    let padded = format!("{}\n{BODY}", " ".repeat(300_000));
+    let bearer = format!("Bearer {}", server.key);
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("content-type", "application/x-ndjson"),
+    ];
+    let path = "/v1/pings/batch";
+    let whole = send(server.api, "POST", path, &headers, padded.as_bytes()).await;
+    assert_eq!(whole.status, 200);
+    let growing = begins(&server, &server.key, ANNOUNCED, &[b' '; 300_000]).await;
+    until(|| held() >= before + 300_000).await;
+    assert!(held() <= before + 2 * 300_000 + (17 << 10), "{}", held());
+    drop((open, quiet, growing, stranger));
+    until(|| held() == 0).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_long_ping_takes_room_while_it_arrives() {
+    let server = start().await;
+    let held = || server.handle.status().reserve_bytes;
+    let mut stream = TcpStream::connect(server.api).await.unwrap();
+    let head = format!(
+        "POST /v1/pings HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\n\
+         content-length: 1000000\r\n\r\n",
+        server.key
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(&[b' '; 200_000]).await.unwrap();
+    until(|| held() >= 200_000).await;
+    drop(stream);
+    until(|| held() == 0).await;
     server.stop().await;
 }

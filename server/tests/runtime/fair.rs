@@ -6,7 +6,7 @@ use std::time::Duration;
 use bellwire_server::delivery::{AppId, Rejection};
 use bellwire_server::ports::{AppRecord, Scopes};
 use bellwire_server::runtime::{
-    Allowance, AppQuota, PingError, Principal, RuntimeError, RuntimeSettings, Target,
+    Allowance, AppQuota, PingError, PingRequest, Principal, RuntimeError, RuntimeSettings, Target,
 };
 
 use crate::house::{House, ping, settings, until};
@@ -206,4 +206,41 @@ async fn fan_outs_of_one_app_leave_turns_to_another() {
     // In every mailbox the order is that of acceptance, and nothing was lost on the way through the lanes.
     let rows = house.store.disk(|disk| disk.rows.len());
     assert_eq!(rows, 40 * 1_000 + 1);
+}
+
+#[tokio::test]
+async fn what_was_accepted_is_answered_again_by_its_key_however_fast_its_device_is_sent() {
+    let settings = with(|settings| {
+        settings.limits.device_pings_per_second = 1;
+        settings.limits.device_ping_burst = 2;
+    });
+    let store = Arc::<FakeStore>::default();
+    let house = House::with(settings, Arc::clone(&store)).await;
+    let device = house.device("ana").await;
+    let keyed = |key: &str| PingRequest {
+        idempotency: Some((key.to_owned(), [1; 32])),
+        ..ping(Target::Device(device.id))
+    };
+    // The caller goes away before the answer: nobody remembers the key.
+    store.set_mode(Mode::Hold);
+    let (handle, request) = (house.handle.clone(), keyed("waits"));
+    let gone = tokio::spawn(async move { handle.ping(request).await });
+    until("it is on its way", async || store.held() > 0).await;
+    gone.abort();
+    drop(gone.await);
+    store.set_mode(Mode::Commit);
+    let refused = loop {
+        if let Err(error) = house.handle.ping(ping(Target::Device(device.id))).await {
+            break error;
+        }
+    };
+    assert_eq!(refused, PingError::DeviceTooFast);
+    let rows = || store.disk(|disk| disk.rows.len());
+    let before = rows();
+    house.handle.ping(keyed("waits")).await.unwrap();
+    assert_eq!(rows(), before);
+    // A new one is still one too many.
+    let refused = house.handle.ping(keyed("new")).await.unwrap_err();
+    assert_eq!(refused, PingError::DeviceTooFast);
+    assert_eq!(rows(), before);
 }

@@ -1,6 +1,6 @@
 //! One key, one ping, one answer.
 
-use bellwire_server::runtime::{PingError, PingRequest, RuntimeError, Target};
+use bellwire_server::runtime::{PingError, PingRequest, RuntimeError, Target, Turn};
 
 use crate::house::{House, ping, until};
 use crate::store::Mode;
@@ -154,5 +154,63 @@ async fn a_refused_ping_may_be_tried_again_with_its_key() {
         house.handle.ping(request.clone()).await.is_ok()
     })
     .await;
+    assert_eq!(house.store.disk(|disk| disk.rows.len()), 1);
+}
+
+#[tokio::test]
+async fn who_follows_a_repeat_waits_for_the_places_of_the_first() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    // The first has not come to the mailboxes: it does not know yet which they are.
+    house.store.hold_reads(true);
+    let request = || keyed(Target::Users(vec!["anna".to_owned()]), "order-1", 1);
+    let (handle, first) = (house.handle.clone(), request());
+    let first = tokio::spawn(async move { handle.ping(first).await });
+    until("it looks for the devices", async || {
+        house.store.reads_held() > 0
+    })
+    .await;
+    let (turn, placed) = Turn::new();
+    let (handle, second) = (house.handle.clone(), request());
+    let second = tokio::spawn(async move { handle.ping_in_turn(second, turn, None).await });
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!placed.is_so(), "what follows would overtake it");
+    house.store.hold_reads(false);
+    until("both are there", async || placed.is_so()).await;
+    let first = first.await.unwrap().unwrap();
+    assert_eq!(second.await.unwrap().unwrap(), first);
+    assert_eq!(
+        house.store.disk(|disk| disk.rows.keys().next().unwrap().0),
+        device.id
+    );
+}
+
+#[tokio::test]
+async fn who_joined_one_that_went_away_takes_its_own_places() {
+    let house = House::open().await;
+    house.device("anna").await;
+    house.store.hold_reads(true);
+    let request = || keyed(Target::Users(vec!["anna".to_owned()]), "order-1", 1);
+    let (handle, first) = (house.handle.clone(), request());
+    let first = tokio::spawn(async move { handle.ping(first).await });
+    until("it looks for the devices", async || {
+        house.store.reads_held() > 0
+    })
+    .await;
+    let (turn, placed) = Turn::new();
+    let (handle, second) = (house.handle.clone(), request());
+    let second = tokio::spawn(async move { handle.ping_in_turn(second, turn, None).await });
+    tokio::task::yield_now().await;
+    first.abort();
+    drop(first.await);
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!placed.is_so(), "it has no places yet");
+    house.store.hold_reads(false);
+    second.await.unwrap().unwrap();
+    assert!(placed.is_so());
     assert_eq!(house.store.disk(|disk| disk.rows.len()), 1);
 }

@@ -189,6 +189,7 @@ impl World {
                     ticket,
                     notification,
                     may_repeat: *repeat,
+                    too_fast: false,
                 }));
             }
             Step::Attach {

@@ -15,9 +15,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::{ANSWER_MAX, Finding, failed, good, warned};
+use super::ANSWER_MAX;
 use crate::cli::api::{ListenFile, reachable};
 use crate::cli::files::DEV_SERVER;
+use crate::cli::findings::{Finding, failed, good, warned};
 use crate::cli::now;
 
 /// A certificate that ends within so many days is worth a word.

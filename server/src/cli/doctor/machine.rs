@@ -18,7 +18,8 @@ use time::OffsetDateTime;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::{ANSWER_MAX, Finding, TEXT_MAX, failed, good, warned};
+use super::{ANSWER_MAX, TEXT_MAX};
+use crate::cli::findings::{Finding, failed, good, warned};
 use crate::cli::now;
 
 /// Writes that are synced to learn how long that takes: enough for a median, few enough to be done in a moment.
@@ -391,8 +392,8 @@ fn memory(checked: &Checked) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::Mark;
     use super::*;
+    use crate::cli::findings::Mark;
 
     #[test]
     fn syncs_are_measured_and_nothing_is_left_behind() {

@@ -9,11 +9,10 @@ use std::time::Duration;
 
 use bellwire_server::config::{self, Environment};
 use clap::Args;
-use serde_json::json;
 
 use super::api::ListenFile;
-use super::console::Paint;
-use super::{ConfigArg, Console, Failure, Outcome};
+use super::findings::{good, report, warned};
+use super::{ConfigArg, Outcome};
 
 /// How long one answer from this machine may take.
 const ANSWER_MAX: Duration = Duration::from_secs(3);
@@ -41,65 +40,6 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
-/// How one look turned out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mark {
-    Good,
-    Warned,
-    Failed,
-}
-
-impl Mark {
-    fn word(self) -> &'static str {
-        match self {
-            Mark::Good => "ok",
-            Mark::Warned => "warned",
-            Mark::Failed => "failed",
-        }
-    }
-
-    fn paint(self) -> Paint {
-        match self {
-            Mark::Good => Paint::Green,
-            Mark::Warned => Paint::Yellow,
-            Mark::Failed => Paint::Red,
-        }
-    }
-}
-
-/// One look: what was found, and what to do unless all is well.
-#[derive(Debug)]
-struct Finding {
-    mark: Mark,
-    about: &'static str,
-    found: String,
-    advice: Option<String>,
-}
-
-fn good(about: &'static str, found: impl Into<String>) -> Finding {
-    Finding {
-        mark: Mark::Good,
-        about,
-        found: found.into(),
-        advice: None,
-    }
-}
-
-fn warned(about: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Finding {
-    Finding {
-        mark: Mark::Warned,
-        advice: Some(advice.into()),
-        ..good(about, found)
-    }
-}
-
-fn failed(about: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Finding {
-    Finding {
-        mark: Mark::Failed,
-        ..warned(about, found, advice)
-    }
-}
-
 pub(crate) async fn run(args: &DoctorArgs) -> Outcome {
     let checked = config::load(args.config.config.as_deref(), &Environment::of_process())?;
     let mut findings = Vec::new();
@@ -125,46 +65,7 @@ pub(crate) async fn run(args: &DoctorArgs) -> Outcome {
     findings.push(machine::clock(&checked.data_dir).await);
     machine::disk(&checked, &mut findings);
     machine::limits(&checked, &mut findings);
-    tell(&findings, args.json);
-    let bad = findings
-        .iter()
-        .filter(|finding| finding.mark == Mark::Failed)
-        .count();
-    if bad > 0 {
-        return Err(Failure::new(
-            format!(
-                "{bad} of {} looks found something that must be mended",
-                findings.len()
-            ),
-            "each line above that says `failed` tells what to do",
-        ));
-    }
-    Ok(())
-}
-
-fn tell(findings: &[Finding], as_json: bool) {
-    let out = Console::out();
-    if as_json {
-        let list: Vec<_> = findings
-            .iter()
-            .map(|finding| {
-                json!({
-                    "mark": finding.mark.word(),
-                    "about": finding.about,
-                    "found": finding.found,
-                    "advice": finding.advice,
-                })
-            })
-            .collect();
-        let fine = findings.iter().all(|finding| finding.mark != Mark::Failed);
-        out.line(&json!({ "ok": fine, "findings": list }).to_string());
-        return;
-    }
-    for finding in findings {
-        let word = out.paint(finding.mark.paint(), &format!("{:<6}", finding.mark.word()));
-        out.line(&format!("{word}  {}: {}", finding.about, finding.found));
-        if let Some(advice) = &finding.advice {
-            out.line(&format!("        -> {advice}"));
-        }
-    }
+    report(&findings, args.json, |failed, all| {
+        format!("{failed} of {all} looks found something that must be mended")
+    })
 }

@@ -13,9 +13,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::time::timeout;
 
 use super::certificates::Look;
-use super::{ANSWER_MAX, Finding, TEXT_MAX, failed, good, warned};
+use super::{ANSWER_MAX, TEXT_MAX};
 use crate::cli::api::{ListenFile, reachable};
 use crate::cli::check::cannot_listen;
+use crate::cli::findings::{Finding, failed, good, warned};
 use crate::cli::now;
 
 /// A server is said to run: does it answer, wherever it listens? Answers with the certificate that it shows to devices.
@@ -24,7 +25,7 @@ pub(super) async fn running_server(
     findings: &mut Vec<Finding>,
 ) -> Option<CertificateDer<'static>> {
     findings.push(match readiness(reachable(listen.operations)) {
-        Ok(answer) if answer.contains(" 200 ") => good(
+        Ok(answer) if is_ready(&answer) => good(
             "server",
             format!(
                 "the server with process id {} runs and is ready",
@@ -71,7 +72,17 @@ pub(super) async fn running_server(
     shown
 }
 
-/// The status line of `/readyz`.
+/// Whether an answer of HTTP/1.1 says 200. What stands behind its first line says nothing about that.
+fn is_ready(answer: &str) -> bool {
+    let line = answer.split("\r\n").next().unwrap_or_default();
+    let mut words = line.split(' ');
+    words
+        .next()
+        .is_some_and(|version| version.starts_with("HTTP/1."))
+        && words.next() == Some("200")
+}
+
+/// The answer of `/readyz`.
 fn readiness(operations: SocketAddr) -> io::Result<String> {
     let mut tcp = TcpStream::connect_timeout(&operations, ANSWER_MAX)?;
     tcp.set_read_timeout(Some(ANSWER_MAX))?;
@@ -235,8 +246,23 @@ async fn try_quic(address: SocketAddr, look: &Arc<Look>) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::Mark;
     use super::*;
+    use crate::cli::findings::Mark;
+
+    #[test]
+    fn only_the_status_line_says_that_a_server_is_ready() {
+        assert!(is_ready("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"));
+        assert!(is_ready("HTTP/1.1 200 \r\n\r\n"));
+        for other in [
+            "HTTP/1.1 503 Service Unavailable\r\nx-waits: 200 \r\n\r\nsince 200 ms",
+            "HTTP/1.1 503 after 200 ms\r\n\r\n",
+            "HTTP/1.1 2000 OK\r\n\r\n",
+            "SSH-2.0 200 \r\n",
+            "",
+        ] {
+            assert!(!is_ready(other), "{other}");
+        }
+    }
 
     #[tokio::test]
     async fn a_handshake_shows_whether_packets_come_back() {

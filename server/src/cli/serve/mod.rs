@@ -382,7 +382,7 @@ impl House {
                 )
             })?;
         // Everything that can fail comes first, and changes nothing.
-        let prepared = self.prepare(&next, data).and_then(|prepared| {
+        let prepared = self.prepare(&next, current, data).and_then(|prepared| {
             // The last step that can fail, and it changes nothing if it does.
             self.levels.set(&next.log.level).map_err(|error| {
                 Failure::new(error.to_string(), "set log.level to something like info")
@@ -427,8 +427,17 @@ impl House {
     fn prepare(
         &self,
         next: &Checked,
+        current: &Checked,
         data: &DataDir,
     ) -> Result<(Prepared, Option<FreshApi<'_>>, Ways), Failure> {
+        // Devices that trust the operator's authority would all be locked out at once.
+        if current.tls.is_some() && next.tls.is_none() {
+            return Err(Failure::new(
+                "tls.cert and tls.key are gone from the settings, and a reload does not put a certificate for development in \
+                 place of yours",
+                "set them again; to serve with a certificate for development stop the server and start it",
+            ));
+        }
         let devices = self
             .transport
             .prepare(&devices_tls(next, data)?)

@@ -17,6 +17,7 @@ impl Mailbox {
             ticket,
             notification,
             may_repeat,
+            too_fast,
         } = enqueue;
         let ping = notification.ping;
         if cx.disk == Disk::Failed {
@@ -30,6 +31,9 @@ impl Mailbox {
         }
         if may_repeat && self.join(ticket, ping, cx) {
             return;
+        }
+        if too_fast {
+            return cx.reject(ticket, ping, Rejection::TooFast);
         }
         if notification.expires_ms <= cx.now.unix_ms {
             return self.end_at_once(

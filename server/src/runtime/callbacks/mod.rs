@@ -9,6 +9,7 @@ mod body;
 mod poster;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -64,7 +65,7 @@ impl Default for CallbackLimits {
 }
 
 /// What is asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct CallbackWish {
     /// Where to.
     pub url: String,
@@ -72,6 +73,16 @@ pub struct CallbackWish {
     pub outcomes: Vec<Outcome>,
     /// A secret of the caller's own, as it is written.
     pub secret: Option<String>,
+}
+
+impl fmt::Debug for CallbackWish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CallbackWish")
+            .field("url", &self.url)
+            .field("outcomes", &self.outcomes)
+            .field("secret", &self.secret.as_ref().map(|_| "(hidden)"))
+            .finish()
+    }
 }
 
 /// Why a callback cannot be.
@@ -547,8 +558,17 @@ impl Inner {
         after: Option<u64>,
         limit: usize,
     ) -> Result<Page<DeadLetter, u64>, RuntimeError> {
-        let read = move |store: &dyn Store| store.dead_letters(app, after, limit);
-        self.in_time(self.shared.reading.read(read)).await
+        // With their bodies: as much as a piece of the history.
+        self.in_time(async {
+            let place = self.listings.place(app).await;
+            let read = move |store: &dyn Store| {
+                let letters = store.dead_letters(app, after, limit);
+                drop(place);
+                letters
+            };
+            self.shared.reading.read(read).await
+        })
+        .await
     }
 
     /// Posts a dead letter again, and forgets it if that went well. `None`: there is no such letter.
@@ -651,4 +671,23 @@ fn why(answer: &Posted) -> String {
         .unwrap_or(0);
     text.truncate(end);
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_does_not_show_its_secret() {
+        let wish = CallbackWish {
+            url: "https://hooks.example.com".to_owned(),
+            outcomes: Vec::new(),
+            secret: Some("whsec_QUJD".to_owned()),
+        };
+        let shown = format!("{wish:?}");
+        assert!(
+            shown.contains("hooks.example.com") && !shown.contains("QUJD"),
+            "{shown}"
+        );
+    }
 }

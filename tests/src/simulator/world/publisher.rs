@@ -44,6 +44,7 @@ impl World {
                 ticket,
                 notification: Arc::clone(&notification),
                 may_repeat: retries,
+                too_fast: false,
             };
             house.inbox.push_back((device, Event::Enqueue(enqueue)));
             self.ledger.asks(ping, device, plan.key, plan.transient);
