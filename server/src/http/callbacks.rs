@@ -237,11 +237,11 @@ refusals! {
     RotateRefusals: Malformed, Unauthenticated, Forbidden, NoCallback, BodyTimeout, BodyTooLarge, UnsupportedMediaType,
         Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
     LookRefusals: Malformed, Unauthenticated, Forbidden, NoCallback, Internal;
-    DropRefusals: Malformed, Unauthenticated, Forbidden, NoCallback, Internal, StoreUnavailable, StoreBusy, Draining;
+    DropRefusals: Malformed, Unauthenticated, Forbidden, NoCallback, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
     TestRefusals: Malformed, Unauthenticated, Forbidden, NoCallback, Internal, CallbackFailed;
     LettersRefusals: Malformed, Unauthenticated, Forbidden, Internal, StoreUnavailable, StoreBusy, Draining;
-    LetterRefusals: Malformed, Unauthenticated, Forbidden, NotFound, Internal, StoreUnavailable, StoreBusy, Draining;
-    ResendRefusals: Malformed, Unauthenticated, Forbidden, NotFound, Internal, CallbackFailed, StoreUnavailable, StoreBusy, Draining;
+    LetterRefusals: Malformed, Unauthenticated, Forbidden, NotFound, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
+    ResendRefusals: Malformed, Unauthenticated, Forbidden, NotFound, Internal, CallbackFailed, StoreUnavailable, StoreBusy, Draining, NoRoom;
 }
 
 fn problem(error: CallbackError) -> Problem {

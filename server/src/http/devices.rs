@@ -164,6 +164,7 @@ refusals! {
     ChangeRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, BodyTimeout, BodyTooLarge, UnsupportedMediaType,
         Unprocessable, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
     OneRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, Internal, StoreUnavailable, StoreBusy, Draining;
+    RevokeRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
 }
 
 /// Register a device.
@@ -557,7 +558,7 @@ pub(super) async fn rotate(
     tag = "devices",
     operation_id = "revoke_device",
     params(("id" = String, Path, description = "The device.")),
-    responses((status = 204, description = "Revoked."), OneRefusals),
+    responses((status = 204, description = "Revoked."), RevokeRefusals),
 )]
 pub(super) async fn revoke(
     who: Scoped<Devices>,

@@ -11,7 +11,7 @@ use bellwire_protocol::Code;
 use bytes::Bytes;
 use futures_util::stream;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, Version};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
@@ -22,6 +22,7 @@ use super::document::refusals;
 use super::error::{Place, Problem};
 use super::outcomes::{OutcomeEntry, cursor, parse_cursor};
 use super::query::Query;
+use super::serve::Cut;
 use crate::runtime::{
     EventStream, EventsFrom, EventsOf, Outcome, OutcomeEvent, OutcomeGap, OutcomeOrder,
     OutcomePosition, Step,
@@ -119,7 +120,20 @@ pub(super) async fn follow(
     };
     let mut events = backend.handle.follow(&who, from, wanted)?;
     let (to, mut written) = mpsc::channel(1);
-    tokio::spawn(async move { pump(&mut events, &to).await });
+    // An HTTP/2 connection carries other calls as well, and a stream that nobody reads holds only itself there.
+    let cut = request.extensions().get::<Cut>().cloned();
+    let cut = cut.filter(|_| request.version() < Version::HTTP_2);
+    tokio::spawn(async move {
+        let over = pump(&mut events, &to).await;
+        // Its place among the streams is for others again.
+        drop(events);
+        if over == Over::Stalled
+            && let Some(Cut(cut)) = cut
+        {
+            tracing::debug!("a stream of events was cut: nobody took any for a minute");
+            cut.cancel();
+        }
+    });
     let body = stream::poll_fn(move |context| written.poll_recv(context));
     let mut response = Response::new(Body::from_stream(body));
     let headers = response.headers_mut();
@@ -163,14 +177,23 @@ fn last_event_id(request: &Request) -> Result<Option<OutcomePosition>, Problem> 
     }
 }
 
+/// How a stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    /// Nothing more is told, or nobody listens.
+    Told,
+    /// Nobody took anything for [`STALL`].
+    Stalled,
+}
+
 /// Hands on what the stream says until either end has had enough.
-async fn pump(events: &mut EventStream, to: &mpsc::Sender<io::Result<Bytes>>) {
+async fn pump(events: &mut EventStream, to: &mpsc::Sender<io::Result<Bytes>>) -> Over {
     let mut begun = false;
     loop {
         let step = tokio::select! {
             step = events.next() => step,
             // Nobody reads any more; without this a quiet stream would keep its place.
-            () = to.closed() => return,
+            () = to.closed() => return Over::Told,
         };
         let mut text = String::new();
         if !std::mem::replace(&mut begun, true) {
@@ -187,16 +210,17 @@ async fn pump(events: &mut EventStream, to: &mpsc::Sender<io::Result<Bytes>>) {
                 // Writing to a text cannot fail.
                 let _ = write!(text, ": nothing new\nid: {id}\n\n");
             }
-            Ok(Step::End) => return,
+            Ok(Step::End) => return Over::Told,
             Err(error) => {
                 // The end of a stream is no promise of anything; whoever comes back is told why.
                 tracing::warn!(%error, "a stream of events ends early");
-                return;
+                return Over::Told;
             }
         }
-        let sent = tokio::time::timeout(STALL, to.send(Ok(Bytes::from(text)))).await;
-        if !matches!(sent, Ok(Ok(()))) {
-            return;
+        match tokio::time::timeout(STALL, to.send(Ok(Bytes::from(text)))).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Over::Told,
+            Err(_) => return Over::Stalled,
         }
     }
 }

@@ -109,7 +109,7 @@ refusals! {
     CreateRefusals: Malformed, Unauthenticated, Forbidden, BodyTimeout, BodyTooLarge, UnsupportedMediaType,
         Unprocessable, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
     ListRefusals: Malformed, Unauthenticated, Forbidden, Internal, StoreUnavailable, StoreBusy, Draining;
-    OneRefusals: Malformed, Unauthenticated, Forbidden, NotFound, Internal, StoreUnavailable, StoreBusy, Draining;
+    OneRefusals: Malformed, Unauthenticated, Forbidden, NotFound, Internal, StoreUnavailable, StoreBusy, Draining, NoRoom;
 }
 
 /// Make an API key.

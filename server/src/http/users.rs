@@ -109,7 +109,8 @@ pub(super) async fn look(
 /// Erase everything held of a user.
 ///
 /// Each of its devices is revoked: sessions are cut, what waits ends as `revoked`, records and index entries go. 204 says that all of
-/// it is safe; a user that nobody knows is erased already. If this fails or the server crashes half way, doing it again finishes.
+/// it is safe; a user that nobody knows is erased already. A user with very many devices takes longer than one call waits: then the answer
+/// is 503 `store_busy`, and it goes on. If it fails or the server crashes half way, doing it again finishes: repeat it until there is 204.
 #[utoipa::path(
     delete,
     path = "/v1/users/{id}",

@@ -28,7 +28,7 @@ use super::{locked, reply};
 use crate::delivery::{AppId, CommitFailure, DeviceId, MailboxRead};
 use crate::ports::{
     Batch, DeviceFilter, DeviceRecord, Erased, Erasure, KeyRecord, Op, Page, PreviousSecret,
-    Scopes, Seen, TopicChange,
+    Scopes, Seen, StoreHealth, TopicChange,
 };
 use crate::telemetry::metrics as names;
 
@@ -81,6 +81,8 @@ const DEVICES_STEP: usize = 500;
 const DEVICES_LOOK_MAX: usize = 10_000;
 /// Devices of a user that are erased at the same time.
 const ERASED_AT_ONCE: usize = 64;
+/// Users that are erased at the same time; two share a place now and then, and go one after the other.
+const USERS_ERASED_AT_ONCE: usize = 16;
 /// How often somebody who waits for a shard looks whether the store has failed meanwhile.
 const FAILURE_LOOK: Duration = Duration::from_secs(1);
 /// Locks for changes of devices: two devices share one now and then, which costs a moment.
@@ -101,6 +103,8 @@ pub(super) struct Users {
     /// Held by pings to users from the look-up of the devices until the notifications are with the shards, and alone
     /// by whoever gives a device to another user.
     gates: Box<[RwLock<()>]>,
+    /// Held while a user is erased: one at a time for each, however often it is asked for.
+    erasing: Box<[Arc<tokio::sync::Mutex<()>>]>,
     hasher: RandomState,
 }
 
@@ -129,10 +133,18 @@ impl Users {
         guards
     }
 
-    fn gate(&self, app: AppId, user: &str) -> usize {
+    fn hash(&self, app: AppId, user: &str) -> usize {
         #[expect(clippy::cast_possible_truncation, reason = "any bits of a hash do")]
         let hash = self.hasher.hash_one((app, user)) as usize;
-        hash % USER_GATES
+        hash
+    }
+
+    fn gate(&self, app: AppId, user: &str) -> usize {
+        self.hash(app, user) % USER_GATES
+    }
+
+    fn erasing(&self, app: AppId, user: &str) -> &Arc<tokio::sync::Mutex<()>> {
+        &self.erasing[self.hash(app, user) % USERS_ERASED_AT_ONCE]
     }
 
     /// Keeps these users' devices where they are, until the guards are dropped. Everybody takes gates in one order, so nobody
@@ -179,6 +191,7 @@ impl Users {
                 .map(|_| tokio::sync::Mutex::default())
                 .collect(),
             gates: (0..USER_GATES).map(|_| RwLock::default()).collect(),
+            erasing: (0..USERS_ERASED_AT_ONCE).map(|_| Arc::default()).collect(),
             hasher: RandomState::new(),
         }
     }
@@ -421,6 +434,11 @@ impl Inner {
             match change.waiting {
                 Waiting::Keep => self.commit_fully(vec![op], || {}).await?,
                 Waiting::Revoke => {
+                    // What a mailbox lets go of is written when there is room, however long that takes: the gates would be held,
+                    // and others with them.
+                    if matches!(self.shared.store.health(), StoreHealth::Full { .. }) {
+                        return Err(RuntimeError::NoRoom);
+                    }
                     let emptied = self.empty(app, device, false, vec![op.clone()]).await?;
                     if !emptied.written {
                         // A record without a mailbox: nothing waits.
@@ -587,7 +605,8 @@ impl Inner {
         Ok(true)
     }
 
-    /// Not in a bounded time: a user may have many devices, and nothing is answered before all of it is safe.
+    /// A user may have many devices: who waits for them is answered `StoreBusy` after the accept wait, and it goes on. Whoever asks
+    /// again meanwhile waits for the same work, as long.
     pub(super) async fn erase_user(
         self: &Arc<Inner>,
         app: AppId,
@@ -596,8 +615,21 @@ impl Inner {
         check_user(user)?;
         let inner = Arc::clone(self);
         let user = user.to_owned();
-        let work = tokio::spawn(async move { inner.erased_user(app, user).await });
-        work.await.unwrap_or(Err(RuntimeError::StoreUnavailable))
+        let alone = Arc::clone(self.users.erasing(app, &user)).lock_owned();
+        self.in_time(async {
+            let alone = alone.await;
+            inner
+                .to_the_end({
+                    let inner = Arc::clone(&inner);
+                    async move {
+                        let erased = inner.erased_user(app, user).await;
+                        drop(alone);
+                        erased
+                    }
+                })
+                .await
+        })
+        .await
     }
 
     async fn erased_user(self: &Arc<Inner>, app: AppId, user: String) -> Result<u32, RuntimeError> {

@@ -296,3 +296,48 @@ async fn a_reader_that_takes_nothing_holds_nobody_up() {
     assert_eq!(numbers(&events(&slow.text)), (0..count).collect::<Vec<_>>());
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_reader_that_takes_nothing_is_cut_after_a_minute_and_holds_no_place() {
+    let settings = RuntimeSettings {
+        limits: Limits {
+            event_streams: 1,
+            ..Limits::default()
+        },
+        ..RuntimeSettings::default()
+    };
+    let server = start_with(Setup {
+        settings,
+        connections_max: 1,
+        ..Setup::default()
+    })
+    .await;
+    // More than all buffers between the two take.
+    let mut history = vec![record(AppId::DEFAULT, 1); 150_000];
+    server.store.record_outcomes(&mut history);
+    let path = "/v1/events?from=oldest";
+    let mut reader = Stream::open(&server, &server.key, path, "").await;
+    // A minute is over as soon as nothing else is to be done, which is when all buffers are full.
+    tokio::time::pause();
+    tokio::time::sleep(std::time::Duration::from_secs(7_200)).await;
+    tokio::time::resume();
+    // Both places, of streams and of connections, are for others again.
+    let refused = send(
+        server.api,
+        "GET",
+        path,
+        &[("authorization", "Bearer nobody")],
+        b"",
+    )
+    .await;
+    assert_eq!(refused.status, 401);
+    let next = Stream::open(&server, &server.key, path, "").await;
+    assert!(next.text.starts_with("HTTP/1.1 200"), "{}", next.text);
+    // What was cut does not look whole. Its end may be a reset.
+    let mut rest = Vec::new();
+    let reading = reader.socket.read_to_end(&mut rest);
+    let _ = tokio::time::timeout(PATIENCE, reading).await.unwrap();
+    assert!(!rest.ends_with(b"0\r\n\r\n"));
+    drop(next);
+    server.stop().await;
+}

@@ -1,5 +1,6 @@
 //! Changing devices: another user, another secret; when they were last seen; users as a whole.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bellwire_server::delivery::{AppId, Closing, DeviceId, Outcome, PingId};
@@ -8,7 +9,7 @@ use bellwire_server::runtime::{
     DeviceChange, DeviceQuery, DeviceView, Identity, Out, RuntimeError, Target, Waiting, WhoError,
 };
 
-use crate::house::{APP, Device, House, Link, ping, until};
+use crate::house::{APP, Device, House, Link, ping, settings, until};
 use crate::store::Mode;
 
 fn to(user: &str, waiting: Waiting) -> DeviceChange {
@@ -633,4 +634,55 @@ async fn a_device_without_a_mailbox_can_still_be_revoked_and_given_away() {
     assert_eq!(changed.unwrap().unwrap().device.user, "ben");
     assert!(house.handle.revoke_device(APP, lost.id).await.unwrap());
     house.store.disk(|disk| assert_eq!(disk.devices.len(), 1));
+}
+
+#[tokio::test]
+async fn a_full_disk_gives_no_device_away_and_holds_up_no_ping() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    house.device("ben").await;
+    send(&house, user("anna")).await;
+    house.store.set_mode(Mode::NoRoom);
+    let changed = house
+        .handle
+        .change_device(APP, device.id, to("ben", Waiting::Revoke))
+        .await;
+    assert_eq!(changed.unwrap_err(), RuntimeError::NoRoom);
+    // Nothing of it happened, and nobody waits for it.
+    house.store.set_mode(Mode::Commit);
+    for name in ["anna", "ben"] {
+        send(&house, user(name)).await;
+    }
+    let looked = look(&house, device.id).await;
+    assert_eq!((looked.user.as_str(), looked.waiting), ("anna", Some(2)));
+    let changed = house
+        .handle
+        .change_device(APP, device.id, to("ben", Waiting::Revoke))
+        .await;
+    assert_eq!(changed.unwrap().unwrap().revoked, 2);
+}
+
+#[tokio::test]
+async fn an_erasure_that_takes_long_says_so_and_goes_on() {
+    let mut settings = settings();
+    settings.limits.accept_wait = Duration::from_millis(100);
+    let house = House::with(settings, Arc::default()).await;
+    for _ in 0..3 {
+        house.device("anna").await;
+    }
+    house.store.set_mode(Mode::Hold);
+    for _ in 0..5 {
+        assert_eq!(
+            house.handle.erase_user(APP, "anna").await.unwrap_err(),
+            RuntimeError::StoreBusy
+        );
+    }
+    // However often it was asked for, it is done once.
+    assert_eq!(house.store.held(), 1);
+    house.store.set_mode(Mode::Commit);
+    until("it is done", async || {
+        house.store.disk(|disk| disk.devices.is_empty())
+    })
+    .await;
+    assert_eq!(house.handle.erase_user(APP, "anna").await.unwrap(), 0);
 }

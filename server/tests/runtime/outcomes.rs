@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bellwire_server::delivery::{AppId, Outcome, PingId};
-use bellwire_server::ports::PairState;
+use bellwire_server::ports::{OutcomeEvent, PairState, Scopes};
 use bellwire_server::runtime::{
-    Out, PingAnswer, PingError, PingRequest, RevokeCounts, RuntimeSettings, Target,
+    EventsFrom, EventsOf, Out, PingAnswer, PingError, PingRequest, RevokeCounts, RuntimeSettings,
+    Step, Target,
 };
 
 use crate::house::{APP, Device, House, ping, settings, until};
@@ -431,4 +432,44 @@ async fn an_outcome_that_the_disk_refuses_is_told_all_the_same_for_it_is_so() {
         let told = outcome(state(&house, answer.id).await);
         assert_eq!(told, Some(Outcome::Acknowledged), "{mode:?}");
     }
+}
+
+#[tokio::test]
+async fn a_stream_that_looks_far_away_says_that_it_lives_and_loses_nothing() {
+    let house = House::open().await;
+    let device = house.device("anna").await;
+    let made = house.handle.create_key(APP, "reader", Scopes::READ).await;
+    let who = house.handle.authenticate_key(&made.unwrap().secret).await;
+    let mut events = house
+        .handle
+        .follow(&who.unwrap(), EventsFrom::Now, EventsOf::default())
+        .unwrap();
+    let Step::Quiet(begins) = events.next().await.unwrap() else {
+        panic!("where it begins is said first")
+    };
+    // What it reads takes as long as it takes; time goes on only where nothing else is to be done.
+    house.store.hold_events(true);
+    tokio::time::pause();
+    for _ in 0..3 {
+        let step = tokio::time::timeout(Duration::from_secs(60), events.next()).await;
+        assert_eq!(step.expect("it says so").unwrap(), Step::Quiet(begins));
+    }
+    tokio::time::resume();
+    // It ends while an old read is under way.
+    let mut request = ping(Target::Device(device.id));
+    request.ttl_s = Some(0);
+    let handle = house.handle.clone();
+    let sent = tokio::spawn(async move { handle.ping(request).await });
+    house.store.hold_events(false);
+    let id = sent.await.unwrap().unwrap().id;
+    let ended = async {
+        loop {
+            if let Step::Events(some) = events.next().await.unwrap() {
+                return some;
+            }
+        }
+    };
+    let ended = tokio::time::timeout(Duration::from_secs(10), ended).await;
+    let ended = ended.expect("at once, and not when it is quiet");
+    assert!(matches!(&ended[..], [(_, OutcomeEvent::Ended(record))] if record.ping == id));
 }

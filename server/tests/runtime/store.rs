@@ -255,7 +255,7 @@ struct State {
 #[derive(Default)]
 pub(crate) struct FakeStore(Mutex<State>, Held, Held);
 
-/// Reads that are let wait: those of mailboxes, and those of events.
+/// Reads that are let wait: those of mailboxes and of users' devices, and those of events.
 #[derive(Default)]
 struct Held {
     hold: AtomicBool,
@@ -311,7 +311,7 @@ impl FakeStore {
         }
     }
 
-    /// Lets reads of mailboxes wait until it is told otherwise.
+    /// Lets reads of mailboxes and of users' devices wait until it is told otherwise.
     pub(crate) fn hold_reads(&self, hold: bool) {
         self.1.hold.store(hold, Ordering::SeqCst);
     }
@@ -676,6 +676,7 @@ impl Store for FakeStore {
         user: &str,
         limit: usize,
     ) -> Result<Vec<DeviceId>, ReadError> {
+        self.1.pass();
         let mut state = self.0.lock().unwrap();
         state.user_reads += 1;
         Ok(state
