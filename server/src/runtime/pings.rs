@@ -346,7 +346,8 @@ impl Inner {
                     paced: true,
                     waiter: Waiter::One(sender),
                 });
-                drop((gates, turn));
+                drop(gates);
+                turn.map(Turn::end);
                 // Without an answer the shard was stopped.
                 match settled.await.map_err(|_| RuntimeError::Draining)? {
                     Settled::Accepted => Ok(answer(Vec::new())),
@@ -378,7 +379,8 @@ impl Inner {
                         waiter: Waiter::Part(Arc::clone(&gather)),
                     });
                 }
-                drop((gather, notification, gates, turn));
+                drop((gather, notification, gates));
+                turn.map(Turn::end);
                 let Parts { rejected, busy } = settled.await.map_err(|_| RuntimeError::Draining)?;
                 if busy {
                     return Err(RuntimeError::StoreBusy.into());

@@ -30,7 +30,15 @@ impl Turn {
         (turn, Placed(over))
     }
 
-    /// The same turn, whose end others are told as well.
+    /// Ends the turn of a ping that has its places, and tells those who joined it. Those of one that went away without are not told:
+    /// they go on in their own turn.
+    pub(super) fn end(self) {
+        if let Some(joined) = &self.joined {
+            joined.send_replace(true);
+        }
+    }
+
+    /// The same turn, whose [end](Turn::end) others are told as well.
     pub(super) fn told(turn: Option<Turn>, joined: watch::Sender<bool>) -> Turn {
         let mut turn = turn.unwrap_or_else(|| Turn::new().0);
         turn.joined = Some(joined);
@@ -41,9 +49,6 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
-        if let Some(joined) = &self.joined {
-            joined.send_replace(true);
-        }
     }
 }
 
