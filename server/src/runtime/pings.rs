@@ -347,7 +347,9 @@ impl Inner {
                     waiter: Waiter::One(sender),
                 });
                 drop(gates);
-                turn.map(Turn::end);
+                if let Some(turn) = turn {
+                    turn.end();
+                }
                 // Without an answer the shard was stopped.
                 match settled.await.map_err(|_| RuntimeError::Draining)? {
                     Settled::Accepted => Ok(answer(Vec::new())),
@@ -380,7 +382,9 @@ impl Inner {
                     });
                 }
                 drop((gather, notification, gates));
-                turn.map(Turn::end);
+                if let Some(turn) = turn {
+                    turn.end();
+                }
                 let Parts { rejected, busy } = settled.await.map_err(|_| RuntimeError::Draining)?;
                 if busy {
                     return Err(RuntimeError::StoreBusy.into());
