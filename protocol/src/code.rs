@@ -263,8 +263,8 @@ codes! {
         "The device is sent more pings than one device may be, by everybody together.";
         "Wait for the time in `Retry-After`, and let a newer notification replace an older one with a collapse key.";
     QuotaExceeded = "quota_exceeded", Publisher, 429, -, Later;
-        "The app has used up what it may.";
-        "Wait for the time in `Retry-After`; if it repeats, ask the operator for a larger quota.";
+        "The app has used up what it may: pings of a day, notifications that wait, their bytes, or devices.";
+        "Look at `detail`, which names the quota. Wait for the time in `Retry-After`, let devices take what waits, or revoke what nobody needs; the operator may allow more (`[quota]`).";
     TooManyExpansions = "too_many_expansions", Publisher, 429, -, Later;
         "As many pings to audiences (a topic, everyone, a long list) as may be are on their way already.";
         "Wait for the time in `Retry-After`; `GET /v1/pings/{id}` tells how far one has come. The operator may raise `limits.open_expansions`.";

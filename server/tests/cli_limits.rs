@@ -188,6 +188,14 @@ fn settings() -> Vec<(&'static str, &'static str, &'static str, Value)> {
             json!(66),
         ),
         (
+            "quota.notifications",
+            "6000",
+            "apps.0.notifications_max",
+            json!(6_000),
+        ),
+        ("quota.bytes", "7MiB", "apps.0.bytes_max", json!(7 << 20)),
+        ("quota.devices", "80", "apps.0.devices_max", json!(80)),
+        (
             "quota.pings_per_day",
             "5000",
             "apps.0.pings_per_day",

@@ -13,6 +13,9 @@ Examples:
   bellwire status --json | jq .
   bellwire status --api https://push.example.com:8480 --key-file ops.key --ca company-ca.pem";
 
+/// Apps that are shown to people; `--json` has more.
+const APPS_SHOWN: usize = 5;
+
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct StatusArgs {
@@ -157,8 +160,45 @@ fn overview(answer: &Value) -> Vec<(&'static str, String)> {
                 ),
             },
         ),
+        ("apps", apps(answer)),
         ("clock", text("/clock/state")),
     ]
+}
+
+/// What apps hold, and what they may.
+fn apps(answer: &Value) -> String {
+    let all = answer.get("apps").and_then(Value::as_array);
+    let all = all.map_or(&[][..], Vec::as_slice);
+    let mut told: Vec<String> = all
+        .iter()
+        .take(APPS_SHOWN)
+        .map(|app| {
+            let number = |name: &str| app.get(name).and_then(Value::as_u64).unwrap_or(0);
+            let part = |name: &str, show: fn(u64) -> String| {
+                let most = match number(&format!("{name}_max")) {
+                    0 => String::new(),
+                    most => format!(" of {}", show(most)),
+                };
+                format!("{}{most}", show(number(name)))
+            };
+            format!(
+                "{}: {} waiting, {}, {} devices",
+                plain(app.get("name").and_then(Value::as_str).unwrap_or("-")),
+                part("notifications", |number| number.to_string()),
+                part("bytes", size),
+                part("devices", |number| number.to_string()),
+            )
+        })
+        .collect();
+    let left_out = answer.get("apps_left_out").and_then(Value::as_u64);
+    let more = (all.len() - told.len()) as u64 + left_out.unwrap_or(0);
+    if more > 0 {
+        told.push(format!("and {more} more"));
+    }
+    if answer.get("apps_counted") == Some(&Value::Bool(false)) {
+        told.push("still being counted".to_owned());
+    }
+    told.join("; ")
 }
 
 /// A size for people, rounded.

@@ -261,6 +261,12 @@ pub struct Callbacks {
 pub struct AppQuota {
     /// Pings in a day.
     pub pings_per_day: u64,
+    /// Notifications that wait.
+    pub notifications: u64,
+    /// Their content bytes.
+    pub bytes: u64,
+    /// Devices.
+    pub devices: u64,
 }
 
 /// What apps may use.
@@ -665,6 +671,9 @@ fn limits(source: &Source) -> Limits {
 fn quotas(source: &Source) -> Quotas {
     let of = |app: &str| AppQuota {
         pings_per_day: source.get_of(app, &keys::QUOTA_PINGS),
+        notifications: source.get_of(app, &keys::QUOTA_NOTIFICATIONS),
+        bytes: source.get_of(app, &keys::QUOTA_BYTES),
+        devices: source.get_of(app, &keys::QUOTA_DEVICES),
     };
     Quotas {
         // No app has this name.

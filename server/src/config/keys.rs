@@ -197,6 +197,13 @@ keys! {
     /// Pings that one app may send at once, refilled evenly over 24 hours, so that in any 24 hours no more than twice as many go; above it they are answered 429 `quota_exceeded`. Full at the start of the server. `0`: no limit. `[quota.apps.NAME]` sets this and its neighbours for one app.
     QUOTA_PINGS: CountSetting = "quota.pings_per_day", count(0, 1_000_000_000_000), "0";
 
+    /// Notifications that one app may have waiting, in all of its mailboxes together; those that would go beyond are answered 429 `quota_exceeded`. What is sent at once, what replaces something and TTL 0 are not. `0`: no limit.
+    QUOTA_NOTIFICATIONS: CountSetting = "quota.notifications", count(0, 1_000_000_000_000), "0";
+    /// Their content bytes, in the same way. `0`: no limit.
+    QUOTA_BYTES: BytesSetting = "quota.bytes", bytes(0, 1_024 * TIB), "0";
+    /// Devices that one app may have; beyond it registering one is answered 429 `quota_exceeded`. `0`: no limit.
+    QUOTA_DEVICES: CountSetting = "quota.devices", count(0, 1_000_000_000_000), "0";
+
     /// Topics that devices may join and leave by themselves, with commas between them: exact names, or a beginning and `*`, such as `news/*`. Without it only the backend says who is in a topic.
     TOPICS_SELF: TextSetting = "topics.self_subscribe", TextSetting {
         takes: "nothing, or names of topics and beginnings that end in `*`, with commas between them; at most 100",
@@ -267,4 +274,9 @@ fn is_log_filter(text: &str) -> bool {
 }
 
 /// Keys of the section `quota` that an app can have its own value of: `quota.apps.NAME.` and the last part of the name.
-pub static PER_APP: &[&dyn AnyKey] = &[&QUOTA_PINGS];
+pub static PER_APP: &[&dyn AnyKey] = &[
+    &QUOTA_PINGS,
+    &QUOTA_NOTIFICATIONS,
+    &QUOTA_BYTES,
+    &QUOTA_DEVICES,
+];

@@ -36,6 +36,8 @@ const LIVE: &[&str] = &[
     "limits.keep_alive_quic_max",
     "limits.keep_alive_websocket_min",
     "limits.keep_alive_websocket_max",
+    "limits.silence_percent",
+    "limits.frame_bytes",
     "limits.connections_per_address",
     "limits.exempt_networks",
     "limits.unauthenticated_connections",
@@ -60,6 +62,9 @@ const LIVE: &[&str] = &[
     "callbacks.give_up",
     "callbacks.dead_letters",
     "quota.pings_per_day",
+    "quota.notifications",
+    "quota.bytes",
+    "quota.devices",
     "topics.self_subscribe",
     "drain.window",
     "log.level",
@@ -161,7 +166,12 @@ mod tests {
         let waiting: Vec<&str> = keys::ALL
             .iter()
             .map(|key| key.name())
-            .filter(|name| name.starts_with("limits.") && !is_live(name))
+            .filter(|name| {
+                ["limits.", "quota."]
+                    .iter()
+                    .any(|part| name.starts_with(part))
+            })
+            .filter(|name| !is_live(name))
             .collect();
         assert_eq!(waiting, ["limits.api_connections"]);
     }

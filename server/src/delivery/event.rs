@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::ids::{AppId, DeviceId, PingId, SessionId, Ticket};
 use super::notification::{CollapseKey, Notification, Urgency};
+use super::stock::Quota;
 
 /// What can happen to one mailbox.
 #[derive(Debug)]
@@ -179,6 +180,8 @@ pub enum Rejection {
     NoRoom,
     /// The store failed and must be restarted (503).
     StoreFailed,
+    /// A quota of the app would be crossed (429 `quota_exceeded`).
+    Quota(Quota),
     /// The device is sent more than it may be (429). Whoever hands notifications to the core finds that out; the core never says it.
     TooFast,
 }

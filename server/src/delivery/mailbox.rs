@@ -55,6 +55,7 @@ use super::ids::{AppId, DeviceId, PingId, Ticket};
 use super::notification::{CollapseKey, Notification};
 use super::policy::{OverflowRule, Policy};
 use super::session::Session;
+use super::stock::{Tally, signed};
 use super::time::{Mono, Now};
 
 /// How long a failed read waits before it is tried again.
@@ -70,6 +71,7 @@ pub(super) struct Context<'a> {
     pub(super) policy: &'a Policy,
     pub(super) disk: Disk,
     pub(super) now: Now,
+    pub(super) tally: &'a Tally,
     pub(super) effects: &'a mut Vec<Effect>,
 }
 
@@ -189,11 +191,30 @@ impl Load {
         self.bytes += u64::from(size);
     }
 
+    /// How much more this is: rows, bytes.
+    fn beyond(self, other: Load) -> (i64, i64) {
+        (
+            i64::from(self.count) - i64::from(other.count),
+            signed(self.bytes).saturating_sub(signed(other.bytes)),
+        )
+    }
+
     fn remove(&mut self, size: u32) {
         // Saturating, because the figures on disk may have been damaged; a wrong count must not stop the house.
         self.count = self.count.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(u64::from(size));
     }
+}
+
+/// What is counted of a mailbox in the stock of its app.
+#[derive(Debug, Clone, Copy)]
+enum Counted {
+    /// It is not known yet, or no more.
+    Nothing,
+    /// It has just been read, with this in it.
+    Read(Load),
+    /// This.
+    All(Load),
 }
 
 #[derive(Debug)]
@@ -254,6 +275,8 @@ pub(super) struct Mailbox {
     fetch_again_at: Option<Mono>,
     wipe: Option<Box<Wipe>>,
     clearing: Option<Box<Clearing>>,
+    /// What the shard has counted of it ([`Mailbox::count`]).
+    counted: Counted,
     /// On the shard's list of those that want a frame.
     pub(super) listed: bool,
     /// The deadline under which the shard has it.
@@ -292,6 +315,7 @@ impl Mailbox {
             fetch_again_at: None,
             wipe: None,
             clearing: None,
+            counted: Counted::Nothing,
             listed: false,
             deadline: None,
         }
@@ -309,6 +333,63 @@ impl Mailbox {
             && !self.touched
             && self.wipe.is_none()
             && self.clearing.is_none()
+    }
+
+    /// Every row that is stored or about to be, and not on its way out; `None`: nothing is known, or the device is no more.
+    fn load(&self) -> Option<Load> {
+        match self.known {
+            Known::Nothing | Known::Absent => None,
+            Known::Some | Known::All => Some(self.occupied()),
+        }
+    }
+
+    /// What is in the store after the last sealed frame, and what has changed since.
+    fn occupied(&self) -> Load {
+        let (stored, more, less) = (&self.summary, self.unsealed, self.leaving);
+        Load {
+            count: stored
+                .count
+                .saturating_add(more.count)
+                .saturating_sub(less.count),
+            bytes: stored
+                .bytes
+                .saturating_add(more.bytes)
+                .saturating_sub(less.bytes),
+        }
+    }
+
+    /// What it has more than it was counted with: rows, bytes.
+    fn uncounted(&self) -> (i64, i64) {
+        match (self.counted, self.load()) {
+            (Counted::Read(before) | Counted::All(before), Some(now)) => now.beyond(before),
+            (Counted::Nothing, _) | (_, None) => (0, 0),
+        }
+    }
+
+    /// Counts what changed since the last time. Called after everything that may have happened to it.
+    pub(super) fn count(&mut self, device: DeviceId, tally: &mut Tally) {
+        let app = self.summary.app;
+        if let Counted::Read(stored) = self.counted {
+            tally.met(device, app, (stored.count, stored.bytes));
+            self.counted = Counted::All(stored);
+        }
+        let Counted::All(before) = self.counted else {
+            return;
+        };
+        match self.load() {
+            Some(now) if now == before => {}
+            Some(now) => {
+                let (count, bytes) = now.beyond(before);
+                tally.add(app, (count, bytes, 0));
+                self.counted = Counted::All(now);
+            }
+            // It went with its device, and with everything that damage may have left in its figures.
+            None => {
+                let (count, bytes) = Load::default().beyond(before);
+                tally.add(app, (count, bytes, -1));
+                self.counted = Counted::Nothing;
+            }
+        }
     }
 
     /// Whose mailbox it is, once anything is known of it: nothing is offered before.

@@ -12,6 +12,7 @@ mod notification;
 mod policy;
 mod session;
 mod shard;
+mod stock;
 mod time;
 
 pub use event::{
@@ -25,4 +26,5 @@ pub use mailbox::WITHDRAWALS_MAX;
 pub use notification::{CollapseKey, Hold, Notification, Urgency, WireSlot};
 pub use policy::{OverflowRule, Policy};
 pub use shard::Shard;
+pub use stock::{DeviceClaim, Held, Quota, Stock, StoredMailbox};
 pub use time::{Mono, Now};

@@ -1,6 +1,7 @@
 //! The mailboxes that are awake, their deadlines, and the frames between them and the disk.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::event::{Change, CommitFailure, Disk, Effect, Event};
@@ -8,6 +9,7 @@ use super::fair::FairQueue;
 use super::ids::DeviceId;
 use super::mailbox::{Context, Mailbox};
 use super::policy::Policy;
+use super::stock::{Stock, StoredMailbox, Tally};
 use super::time::{Mono, Now};
 
 /// How long the shard waits after a frame found no room before it offers again.
@@ -59,12 +61,24 @@ pub struct Shard {
     sealed: Option<Vec<DeviceId>>,
     /// A frame found no room: not before then.
     not_before: Option<Mono>,
+    /// What its mailboxes hold, by app.
+    tally: Tally,
 }
 
 impl Shard {
-    /// An empty shard.
+    /// An empty shard that counts for nobody.
     #[must_use]
     pub fn new(policy: Policy) -> Shard {
+        Shard::counting(policy, Tally::default())
+    }
+
+    /// An empty shard that counts in this place of the stock. The walk ([`Shard::seed`]) has yet to come.
+    #[must_use]
+    pub fn with_stock(policy: Policy, stock: Arc<Stock>, place: usize) -> Shard {
+        Shard::counting(policy, Tally::new(stock, place))
+    }
+
+    fn counting(policy: Policy, tally: Tally) -> Shard {
         Shard {
             policy,
             disk: Disk::Open,
@@ -73,7 +87,19 @@ impl Shard {
             offering: FairQueue::new(FRAME_QUANTUM),
             sealed: None,
             not_before: None,
+            tally,
         }
+    }
+
+    /// Counts mailboxes of this shard as they were in the store at any moment since the start of the run: by rising id, all
+    /// those behind the last ones up to `passed`; `None`: to the end.
+    pub fn seed(&mut self, mailboxes: &[StoredMailbox], passed: Option<DeviceId>) {
+        self.tally.seed(mailboxes, passed);
+    }
+
+    /// A device of this shard is about to be made, and was claimed ([`Stock::claim_device`]).
+    pub fn made(&mut self, device: DeviceId) {
+        self.tally.made(device);
     }
 
     /// Replaces the policy; holds from the next event on.
@@ -123,6 +149,7 @@ impl Shard {
                 policy: &self.policy,
                 disk: self.disk,
                 now,
+                tally: &self.tally,
                 effects,
             },
         );
@@ -160,6 +187,7 @@ impl Shard {
                 policy: &self.policy,
                 disk: self.disk,
                 now,
+                tally: &self.tally,
                 effects,
             });
             self.settle(device);
@@ -233,6 +261,7 @@ impl Shard {
                     policy: &self.policy,
                     disk: self.disk,
                     now,
+                    tally: &self.tally,
                     effects,
                 },
             );
@@ -259,6 +288,7 @@ impl Shard {
                     policy: &self.policy,
                     disk: self.disk,
                     now,
+                    tally: &self.tally,
                     effects,
                 });
             }
@@ -271,6 +301,7 @@ impl Shard {
         let Some(mailbox) = self.mailboxes.get_mut(&device) else {
             return;
         };
+        mailbox.count(device, &mut self.tally);
         if mailbox.may_sleep() {
             if let Some(at) = mailbox.deadline {
                 self.deadlines.remove(&(at, device));

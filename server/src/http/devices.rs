@@ -158,7 +158,7 @@ pub(super) struct DeviceList {
 }
 
 refusals! {
-    CreateRefusals: Malformed, Unauthenticated, Forbidden, BodyTimeout, BodyTooLarge, UnsupportedMediaType, Internal,
+    CreateRefusals: Malformed, Unauthenticated, Forbidden, BodyTimeout, BodyTooLarge, UnsupportedMediaType, QuotaExceeded, Internal,
         StoreUnavailable, StoreBusy, Draining, NoRoom;
     ListRefusals: Malformed, Unauthenticated, Forbidden, Internal, StoreUnavailable, StoreBusy, Draining;
     ChangeRefusals: Malformed, Unauthenticated, Forbidden, UnknownDevice, BodyTimeout, BodyTooLarge, UnsupportedMediaType,

@@ -12,7 +12,7 @@ use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::delivery::Rejection;
+use crate::delivery::{Quota, Rejection};
 use crate::runtime::{Allowance, NoBackup, NotReady, PingError, RuntimeError, Throttle, WhoError};
 
 /// The media type of every refusal of the native API.
@@ -243,8 +243,13 @@ pub(crate) fn rejection_code(why: Rejection) -> Code {
         Rejection::NoRoom => Code::NoRoom,
         Rejection::StoreFailed => Code::StoreUnavailable,
         Rejection::TooFast => Code::DeviceRateLimited,
+        Rejection::Quota(_) => Code::QuotaExceeded,
     }
 }
+
+/// How an app gets below its quota of what waits.
+const QUOTA_WAITS: &str =
+    "There is room again when devices take theirs, or they expire or are revoked.";
 
 /// The code of trouble inside.
 fn runtime_code(error: RuntimeError) -> Code {
@@ -255,6 +260,7 @@ fn runtime_code(error: RuntimeError) -> Code {
         RuntimeError::MemoryReserve => Code::MemoryReserve,
         RuntimeError::NoRoom => Code::NoRoom,
         RuntimeError::TooManyStreams => Code::TooManyStreams,
+        RuntimeError::QuotaExceeded { .. } => Code::QuotaExceeded,
         RuntimeError::Invalid(_) => Code::Unprocessable,
     }
 }
@@ -263,6 +269,20 @@ impl From<RuntimeError> for Problem {
     fn from(error: RuntimeError) -> Problem {
         match error {
             RuntimeError::Invalid(why) => Problem::new(runtime_code(error), why),
+            RuntimeError::QuotaExceeded { quota, limit, used } => {
+                let (what, way) = match quota {
+                    Quota::Notifications => ("notifications waiting", QUOTA_WAITS),
+                    Quota::Bytes => ("bytes of notifications waiting", QUOTA_WAITS),
+                    Quota::Devices => ("devices", "Revoke those that are not used any more."),
+                };
+                let name = quota.as_str();
+                Problem::new(
+                    runtime_code(error),
+                    format!(
+                        "The app has {used} {what} of {limit} that it may have (quota.{name}). {way}"
+                    ),
+                )
+            }
             RuntimeError::StoreUnavailable
             | RuntimeError::StoreBusy
             | RuntimeError::Draining

@@ -16,6 +16,9 @@ use super::{Backend, Connections, answer};
 use crate::delivery::OverflowRule;
 use crate::runtime::{CallbackFigures, ClockState, Status, StoreHealth};
 
+/// Apps that one status tells of; metrics add the others up.
+const APPS_MAX: usize = 1_000;
+
 /// How the server is.
 #[derive(Serialize, ToSchema)]
 pub(super) struct StatusReport {
@@ -47,8 +50,12 @@ pub(super) struct StatusReport {
     backup: Option<BackupReport>,
     clock: ClockReport,
     limits: LimitsReport,
-    /// What apps may use and do use, by name.
+    /// What apps may use and do use, by name: the first 1,000.
     apps: Vec<AppReport>,
+    /// Apps that are not among them.
+    apps_left_out: usize,
+    /// Whether everything that apps have is counted. For a while after a start it is not, and the counts are too low.
+    apps_counted: bool,
     settings: SettingsReport,
 }
 
@@ -307,6 +314,18 @@ struct AppReport {
     pings_left: Option<u64>,
     /// Its bodies in flight, bytes.
     reserve_bytes: u64,
+    /// Notifications that wait in its mailboxes.
+    notifications: u64,
+    /// As many as it may have; 0: as many as it likes.
+    notifications_max: u64,
+    /// Their content bytes.
+    bytes: u64,
+    /// As many as it may have; 0: as many as it likes.
+    bytes_max: u64,
+    /// Its devices.
+    devices: u64,
+    /// As many as it may have; 0: as many as it likes.
+    devices_max: u64,
 }
 
 impl StatusReport {
@@ -457,13 +476,22 @@ impl StatusReport {
             apps: status
                 .apps
                 .iter()
+                .take(APPS_MAX)
                 .map(|app| AppReport {
                     name: app.name.clone(),
                     pings_per_day: app.quota.pings_per_day,
                     pings_left: app.pings_left,
                     reserve_bytes: app.reserve_bytes,
+                    notifications: app.held.notifications,
+                    notifications_max: app.quota.held.notifications,
+                    bytes: app.held.bytes,
+                    bytes_max: app.quota.held.bytes,
+                    devices: app.held.devices,
+                    devices_max: app.quota.held.devices,
                 })
                 .collect(),
+            apps_left_out: status.apps.len().saturating_sub(APPS_MAX),
+            apps_counted: status.counted,
             settings,
         }
     }

@@ -16,7 +16,7 @@ use super::outcomes::{
 use super::records::{AppRecord, DeviceRecord, Erasure, IdempotencyRecord, KeyRecord, Seen};
 use crate::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, MailboxRead, MailboxView, Outcome, PingId,
-    RowKey, Withdrawal,
+    RowKey, StoredMailbox, Withdrawal,
 };
 
 /// One thing to write. Values are absolute: applying an operation twice changes nothing.
@@ -391,6 +391,13 @@ pub trait Store: Send + Sync + 'static {
         after: Option<DeviceId>,
         limit: usize,
     ) -> Result<Page<Member, DeviceId>, ReadError>;
+
+    /// What every mailbox holds, by rising id of the device, a page at a time.
+    fn mailboxes(
+        &self,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<StoredMailbox, DeviceId>, ReadError>;
 
     /// Expansions that are not done, a page at a time.
     fn expansions(

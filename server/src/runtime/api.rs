@@ -7,6 +7,7 @@ use bytes::Bytes;
 use std::sync::Arc;
 
 use super::rate::Rate;
+use crate::delivery::Quota;
 use crate::delivery::{
     AppId, Closing, CollapseKey, DeviceId, Mono, Notification, PingId, Refusal, Rejection,
     SessionId, Urgency, Verdict,
@@ -304,6 +305,16 @@ pub enum RuntimeError {
     /// The store is behind; try again (503).
     #[error("the store is busy")]
     StoreBusy,
+    /// A quota of the app is used up (429).
+    #[error("the app has {used} {}, and may have {limit}", quota.as_str())]
+    QuotaExceeded {
+        /// Which one.
+        quota: Quota,
+        /// What the app may have.
+        limit: u64,
+        /// What it has.
+        used: u64,
+    },
     /// The server is going down (503).
     #[error("the server is draining")]
     Draining,

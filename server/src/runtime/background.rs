@@ -61,6 +61,8 @@ const DRAIN_SEEN_BATCH: usize = 1_000;
 pub(super) fn start(inner: &Arc<Inner>, settings: &RuntimeSettings) {
     let look = look_around(Arc::clone(inner));
     inner.tasks.spawn(until_stopped(inner.stop.clone(), look));
+    let count = Arc::clone(inner).count_stock();
+    inner.tasks.spawn(until_stopped(inner.stop.clone(), count));
     let sweep = Sweep {
         inner: Arc::clone(inner),
         every: settings.sweep_every.max(Duration::from_millis(10)),
@@ -139,6 +141,10 @@ fn publish(inner: &Inner, health: &StoreHealth) {
     for name in ["open", "full", "behind", "failed"] {
         gauge!(names::STORE_HEALTH, "state" => name).set(if name == state { 1.0 } else { 0.0 });
     }
+    let stock = &inner.shared.stock;
+    let held = inner.apps.keys().map(|app| (*app, stock.held(*app)));
+    inner.shared.meters.held(held);
+    gauge!(names::QUOTA_COUNTING).set(if stock.is_whole() { 0.0 } else { 1.0 });
     let stats = inner.shared.store.stats();
     counter!(names::STORE_FRAMES_TOTAL).absolute(stats.frames);
     counter!(names::STORE_SYNCS_TOTAL).absolute(stats.syncs);

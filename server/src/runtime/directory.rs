@@ -276,6 +276,9 @@ impl Inner {
             previous_secrets: Vec::new(),
         };
         let view = self.device_view(&record, None);
+        let claim = self.claim_device(app)?;
+        // Before it can be found in the store, so that the count after a start passes over it.
+        self.shard(device).inbox.push(Input::Made(device));
         let op = Op::PutDevice {
             record,
             fresh: true,
@@ -284,8 +287,12 @@ impl Inner {
         let joined = Op::PutJoined(app, device, self.audiences.stamp());
         let inner = Arc::clone(self);
         let user = user.to_owned();
-        self.commit(vec![op, joined], move || inner.users.changed(app, &user))
-            .await?;
+        // It is counted if it becomes safe, even if nobody waits for that any more.
+        let made = move || {
+            claim.keep();
+            inner.users.changed(app, &user);
+        };
+        self.commit(vec![op, joined], made).await?;
         Ok(Requested { made: view, secret })
     }
 

@@ -369,7 +369,9 @@ impl Inner {
             for (device, why) in rejected {
                 match why {
                     Rejection::UnknownDevice => unknown += 1,
-                    Rejection::MailboxFull | Rejection::TooFast => full.push(device),
+                    Rejection::MailboxFull | Rejection::TooFast | Rejection::Quota(_) => {
+                        full.push(device);
+                    }
                     Rejection::NoRoom => devices.push(device),
                     Rejection::StoreFailed => return Err(Broken::Off),
                 }
@@ -416,7 +418,8 @@ impl Inner {
         settled.await.map_err(|_| Broken::Off)
     }
 
-    /// A full mailbox, and a device that is sent too much, refuse for their own device only, and that is the outcome there.
+    /// A full mailbox, a device that is sent too much, and an app that has no more room refuse for one device only, and that is
+    /// the outcome there.
     fn refuse(&self, expansion: &Expansion, devices: Vec<DeviceId>, ops: &mut Batch) {
         let at_ms = self.shared.clock.now().unix_ms;
         let notification = &expansion.notification;

@@ -216,6 +216,7 @@ impl Handle {
             link: inner.link.load_full(),
             policy: inner.policy.load_full(),
             apps: inner.app_uses(),
+            counted: inner.shared.stock.is_whole(),
         }
     }
 

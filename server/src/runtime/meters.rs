@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use metrics::{Counter, Gauge, Histogram, SharedString, counter, gauge, histogram};
 
 use super::ledger::Noted;
-use crate::delivery::{AppId, Closing, Notice, Outcome, Refusal, Rejection};
+use crate::delivery::{AppId, Closing, Held, Notice, Outcome, Quota, Refusal, Rejection};
 use crate::ports::Carrier;
 use crate::telemetry::metrics as names;
 
@@ -142,8 +142,34 @@ impl Meters {
             Rejection::NoRoom => "no_room",
             Rejection::StoreFailed => "store_failed",
             Rejection::TooFast => "device_rate",
+            Rejection::Quota(_) => "quota",
         };
         counter!(names::REJECTIONS_TOTAL, "reason" => reason).increment(1);
+    }
+
+    /// A quota of an app kept something out.
+    pub(super) fn over_quota(&self, app: AppId, quota: Quota) {
+        let label = self.app(app, |app| app.label.clone());
+        counter!(names::QUOTA_REFUSALS_TOTAL, "app" => label, "quota" => quota.as_str())
+            .increment(1);
+    }
+
+    /// What apps hold, those without a label of their own added up.
+    #[expect(clippy::cast_precision_loss, reason = "measurements")]
+    pub(super) fn held(&self, apps: impl Iterator<Item = (AppId, Held)>) {
+        let mut by_label: HashMap<SharedString, Held> = HashMap::new();
+        for (app, held) in apps {
+            let label = self.app(app, |app| app.label.clone());
+            let sum = by_label.entry(label).or_default();
+            sum.notifications = sum.notifications.saturating_add(held.notifications);
+            sum.bytes = sum.bytes.saturating_add(held.bytes);
+            sum.devices = sum.devices.saturating_add(held.devices);
+        }
+        for (label, held) in by_label {
+            gauge!(names::APP_NOTIFICATIONS, "app" => label.clone()).set(held.notifications as f64);
+            gauge!(names::APP_BYTES, "app" => label.clone()).set(held.bytes as f64);
+            gauge!(names::APP_DEVICES, "app" => label).set(held.devices as f64);
+        }
     }
 
     pub(super) fn refused(&self, why: Refusal) {

@@ -366,7 +366,7 @@ impl Inner {
                         if trace.is_some() {
                             self.shared.traces.rejected(id, 1);
                         }
-                        Err(refusal(why))
+                        Err(self.refusal(app, why))
                     }
                 }
             }
@@ -393,13 +393,43 @@ impl Inner {
                     self.shared.traces.rejected(id, rejected.len());
                 }
                 if rejected.len() == several.len()
-                    && let Some(error) = all_for_the_store(&rejected)
+                    && let Some(error) = self.all_for_one(app, &rejected)
                 {
                     return Err(error.into());
                 }
                 Ok(answer(rejected))
             }
         }
+    }
+
+    /// Why the only device of a ping did not take it.
+    fn refusal(&self, app: AppId, why: Rejection) -> PingError {
+        match why {
+            Rejection::UnknownDevice => PingError::UnknownDevice,
+            Rejection::MailboxFull => PingError::MailboxFull,
+            Rejection::NoRoom => RuntimeError::NoRoom.into(),
+            Rejection::StoreFailed => RuntimeError::StoreUnavailable.into(),
+            Rejection::TooFast => PingError::DeviceTooFast,
+            Rejection::Quota(quota) => self.over_quota(app, quota).into(),
+        }
+    }
+
+    /// What is wrong with the ping as a whole, if every device was refused because of the store or of the app's quotas.
+    fn all_for_one(&self, app: AppId, rejected: &[(DeviceId, Rejection)]) -> Option<RuntimeError> {
+        let mut error = None;
+        for (_, why) in rejected {
+            error = Some(match (why, error) {
+                (Rejection::StoreFailed, _) | (_, Some(RuntimeError::StoreUnavailable)) => {
+                    RuntimeError::StoreUnavailable
+                }
+                (Rejection::NoRoom, _) | (_, Some(RuntimeError::NoRoom)) => RuntimeError::NoRoom,
+                (Rejection::Quota(quota), _) => self.over_quota(app, *quota),
+                (Rejection::UnknownDevice | Rejection::MailboxFull | Rejection::TooFast, _) => {
+                    return None;
+                }
+            });
+        }
+        error
     }
 
     async fn hold_gates(
@@ -793,29 +823,6 @@ fn audience(target: &Target, limits: &Limits) -> Result<Option<Many>, PingError>
     }
 }
 
-fn refusal(why: Rejection) -> PingError {
-    match why {
-        Rejection::UnknownDevice => PingError::UnknownDevice,
-        Rejection::MailboxFull => PingError::MailboxFull,
-        Rejection::NoRoom => RuntimeError::NoRoom.into(),
-        Rejection::StoreFailed => RuntimeError::StoreUnavailable.into(),
-        Rejection::TooFast => PingError::DeviceTooFast,
-    }
-}
-
-/// The store's trouble, if every device was refused because of it.
-fn all_for_the_store(rejected: &[(DeviceId, Rejection)]) -> Option<RuntimeError> {
-    let mut error = RuntimeError::NoRoom;
-    for (_, why) in rejected {
-        match why {
-            Rejection::NoRoom => {}
-            Rejection::StoreFailed => error = RuntimeError::StoreUnavailable,
-            Rejection::UnknownDevice | Rejection::MailboxFull | Rejection::TooFast => return None,
-        }
-    }
-    Some(error)
-}
-
 fn code(error: &PingError) -> &'static str {
     match error {
         PingError::UnknownDevice => "unknown_device",
@@ -832,6 +839,7 @@ fn code(error: &PingError) -> &'static str {
             RuntimeError::MemoryReserve => "memory_reserve",
             RuntimeError::NoRoom => "no_room",
             RuntimeError::TooManyStreams => "too_many_streams",
+            RuntimeError::QuotaExceeded { .. } => "quota_exceeded",
             RuntimeError::Invalid(_) => "invalid",
         },
     }

@@ -10,15 +10,23 @@ use arc_swap::ArcSwap;
 use aws_lc_rs::hmac;
 use smallvec::SmallVec;
 
-use super::api::Principal;
+use super::api::{Principal, RuntimeError};
 use super::handle::Inner;
 use super::rate::{Pace, Rate};
 use super::reserve::Share;
 use super::settings::{AppQuota, Quotas};
+use super::shard::Input;
 use super::status::AppUse;
-use crate::delivery::AppId;
+use crate::delivery::{AppId, DeviceClaim, Quota, StoredMailbox};
 use crate::ports::AppRecord;
 use crate::telemetry::metrics as names;
+
+/// Mailboxes that are counted at a time after a start.
+const COUNTED_PAGE: usize = 1_000;
+/// How long the count pauses between two pages: a million mailboxes take ten seconds or so.
+const COUNT_PAUSE: Duration = Duration::from_millis(5);
+/// How long it waits after a page that could not be read.
+const COUNT_RETRY: Duration = Duration::from_secs(1);
 
 /// An app, with what is derived from its record and what it uses.
 pub(super) struct App {
@@ -149,19 +157,81 @@ impl Inner {
             .take(&self.app(app)?.room, size, (reserve, most))
     }
 
+    /// What kept something of an app out, in figures of this moment.
+    pub(super) fn over_quota(&self, app: AppId, quota: Quota) -> RuntimeError {
+        let stock = &self.shared.stock;
+        RuntimeError::QuotaExceeded {
+            quota,
+            limit: stock.limits(app).of(quota),
+            used: stock.held(app).of(quota),
+        }
+    }
+
+    /// One more device of an app, if it may have one.
+    pub(super) fn claim_device(&self, app: AppId) -> Result<DeviceClaim, RuntimeError> {
+        self.shared
+            .stock
+            .claim_device(app)
+            .map_err(|(limit, used)| {
+                self.shared.meters.over_quota(app, Quota::Devices);
+                RuntimeError::QuotaExceeded {
+                    quota: Quota::Devices,
+                    limit,
+                    used,
+                }
+            })
+    }
+
+    /// Counts what waited in mailboxes before this run, so that quotas hold for it as well: page by page, and slowly, because
+    /// others read too. What is counted so far is never too much.
+    pub(super) async fn count_stock(self: Arc<Inner>) {
+        let mut after = None;
+        loop {
+            let page = self
+                .shared
+                .reading
+                .read(move |store| store.mailboxes(after, COUNTED_PAGE))
+                .await;
+            let page = match page {
+                Ok(page) => page,
+                Err(error) => {
+                    tracing::warn!(%error, "what waits in mailboxes could not be counted; it is tried again");
+                    tokio::time::sleep(COUNT_RETRY).await;
+                    continue;
+                }
+            };
+            let mut parts: Vec<Vec<StoredMailbox>> = vec![Vec::new(); self.shards.len()];
+            for mailbox in page.items {
+                parts[self.shard_place(mailbox.device)].push(mailbox);
+            }
+            for (shard, mailboxes) in self.shards.iter().zip(parts) {
+                shard.inbox.push(Input::Seed {
+                    mailboxes,
+                    passed: page.next,
+                });
+            }
+            after = page.next;
+            if after.is_none() {
+                return;
+            }
+            tokio::time::sleep(COUNT_PAUSE).await;
+        }
+    }
+
     /// What apps use, by name.
     pub(super) fn app_uses(&self) -> Vec<AppUse> {
         let now = self.shared.clock.now().mono;
         let mut uses: Vec<AppUse> = self
             .apps
-            .values()
-            .map(|app| {
+            .iter()
+            .map(|(id, app)| {
                 let pace = app.day_pace();
                 AppUse {
                     name: app.name.clone(),
                     quota: **app.quota.load(),
                     pings_left: (!pace.is_free()).then(|| app.day.left(now, pace).0),
                     reserve_bytes: app.room.load(Ordering::Relaxed),
+                    held: self.shared.stock.held(*id),
                 }
             })
             .collect();
@@ -171,8 +241,10 @@ impl Inner {
 
     /// Takes new quotas.
     pub(super) fn set_quotas(&self, quotas: &Quotas) {
-        for app in self.apps.values() {
-            app.quota.store(Arc::new(quotas.of(&app.name)));
+        for (id, app) in &self.apps {
+            let quota = quotas.of(&app.name);
+            self.shared.stock.limit(*id, quota.held);
+            app.quota.store(Arc::new(quota));
         }
         self.warn_of_unknown_apps(quotas);
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::api::LinkSettings;
 use super::callbacks::CallbackLimits;
 use super::topics::Patterns;
-use crate::delivery::Policy;
+use crate::delivery::{Held, Policy};
 
 /// Devices that one ping may address, named or found through users. Default and ceiling: above it the promise of
 /// promise 1 for each device would hold one request open for too long.
@@ -109,6 +109,8 @@ impl Default for RuntimeSettings {
 pub struct AppQuota {
     /// Pings at once, refilled evenly over 24 hours; full at the start of the run. Default 0.
     pub pings_per_day: u64,
+    /// Notifications that wait in its mailboxes, their content bytes, and devices. Default 0.
+    pub held: Held,
 }
 
 /// What apps may use.

@@ -34,7 +34,8 @@ use super::traces::Traces;
 use super::{locked, reply};
 use crate::delivery::{
     AppId, Attach, Change, Closing, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono,
-    Notification, PingId, Policy, Refusal, Rejection, SessionId, Shard, Ticket,
+    Notification, PingId, Policy, Refusal, Rejection, SessionId, Shard, Stock, StoredMailbox,
+    Ticket,
 };
 use crate::ports::{
     Batch, Carrier, Clock, Committed, Grant, Op, OutcomeRecord, Seen, SourceId, Store, StoreHealth,
@@ -108,6 +109,13 @@ pub(super) enum Input {
         device: DeviceId,
         session: SessionId,
     },
+    /// Mailboxes of this shard in the store, for the count of what apps hold: all those behind the last ones up to `passed`.
+    Seed {
+        mailboxes: Vec<StoredMailbox>,
+        passed: Option<DeviceId>,
+    },
+    /// A device is about to be made, and is counted already.
+    Made(DeviceId),
     /// What the disk can do now; comes every second.
     Disk(Disk),
     Policy(Box<Policy>),
@@ -136,6 +144,8 @@ impl Input {
             | Input::Detach { .. }
             | Input::EndSecret { .. }
             | Input::CutSecret { .. }
+            | Input::Seed { .. }
+            | Input::Made(_)
             | Input::Disk(_)
             | Input::Policy(_)
             | Input::Drain { .. }
@@ -349,6 +359,8 @@ pub(super) struct Shared {
     pub(super) ledger: Ledger,
     pub(super) traces: Traces,
     pub(super) meters: Meters,
+    /// What apps hold.
+    pub(super) stock: Arc<Stock>,
     /// What one device may be sent.
     pub(super) device_pace: LivePace,
     /// Longest wait for a settlement, milliseconds.
@@ -551,14 +563,19 @@ struct Drain {
 
 impl ShardTask {
     /// Registers with the store and prepares the task; [`ShardTask::run`] is the task.
-    pub(super) fn new(door: Arc<ShardDoor>, shared: Arc<Shared>, policy: Policy) -> ShardTask {
+    pub(super) fn new(
+        door: Arc<ShardDoor>,
+        shared: Arc<Shared>,
+        policy: Policy,
+        place: usize,
+    ) -> ShardTask {
         let inbox = Arc::clone(&door.inbox);
         let source = shared
             .store
             .register(Box::new(move |grant| inbox.grant(grant)));
         ShardTask {
             run: policy.run,
-            core: Shard::new(policy),
+            core: Shard::with_stock(policy, Arc::clone(&shared.stock), place),
             door,
             shared,
             source,
@@ -809,6 +826,8 @@ impl ShardTask {
             Input::CutSecret { device, session } => {
                 return self.cut_secret(device, session, now);
             }
+            Input::Seed { mailboxes, passed } => return self.core.seed(&mailboxes, passed),
+            Input::Made(device) => return self.core.made(device),
             Input::Disk(disk) => {
                 self.end_sessions(now);
                 return self.core.set_disk(disk, now, &mut self.effects);
@@ -1023,6 +1042,9 @@ impl ShardTask {
             } => {
                 self.shared.meters.rejected(why);
                 if let Some(slot) = self.waiters.take(ticket) {
+                    if let Rejection::Quota(quota) = why {
+                        self.shared.meters.over_quota(slot.app, quota);
+                    }
                     answer(slot.waiter, device, Settled::Rejected(why));
                 }
             }

@@ -28,7 +28,7 @@ use super::settings::{READING_THREADS_MAX, RuntimeSettings, SHARDS_MAX};
 use super::shard::{ShardDoor, ShardTask, Shared};
 use super::status::DrainSummary;
 use super::traces::Traces;
-use crate::delivery::{AppId, CommitFailure, Hold, Policy};
+use crate::delivery::{AppId, CommitFailure, Hold, Policy, Stock};
 use crate::ports::{AppRecord, Clock, Entropy, NoOutbound, Op, Outbound, ReadError, Store};
 use crate::telemetry::metrics as names;
 
@@ -100,6 +100,15 @@ impl Runtime {
         metrics::gauge!(names::BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
         #[expect(clippy::cast_precision_loss, reason = "a measurement")]
         metrics::gauge!(names::STARTED_SECONDS).set(started.unix_ms as f64 / 1_000.0);
+        let count = match settings.shards {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            given => given,
+        }
+        .clamp(1, SHARDS_MAX);
+        let stock = Stock::new(apps.iter().map(|app| app.id), count);
+        for app in &apps {
+            stock.limit(app.id, settings.quotas.of(&app.name).held);
+        }
         let shared = Arc::new(Shared {
             reading: Reading::start(&store, threads)?,
             store,
@@ -107,24 +116,21 @@ impl Runtime {
             ledger: Ledger::new(settings.ledger_entries, settings.ledger_bytes),
             traces: Traces::default(),
             meters,
+            stock: Arc::new(stock),
             device_pace: LivePace::new(Pace::of_device(&settings.limits)),
             accept_wait_ms: AtomicU64::new(millis(settings.limits.accept_wait)),
             failed: AtomicBool::new(false),
             durable: settings.receipts_durable,
         });
-        let count = match settings.shards {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            given => given,
-        }
-        .clamp(1, SHARDS_MAX);
         let policy = Policy {
             run,
             ..settings.policy.clone()
         };
         let tasks = TaskTracker::new();
         let shards: Vec<Arc<ShardDoor>> = (0..count).map(|_| Arc::new(ShardDoor::new())).collect();
-        for door in &shards {
-            let task = ShardTask::new(Arc::clone(door), Arc::clone(&shared), policy.clone());
+        for (place, door) in shards.iter().enumerate() {
+            let (door, shared) = (Arc::clone(door), Arc::clone(&shared));
+            let task = ShardTask::new(door, shared, policy.clone(), place);
             tasks.spawn(task.run());
         }
         let apps = apps

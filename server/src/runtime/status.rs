@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::api::LinkSettings;
 use super::settings::{AppQuota, Limits};
-use crate::delivery::Policy;
+use crate::delivery::{Held, Policy};
 use crate::ports::{ClockState, StoreHealth, StoreStats};
 
 /// A look at everything that runs. Plain values; taking one is cheap.
@@ -55,6 +55,8 @@ pub struct Status {
     pub policy: Arc<Policy>,
     /// What apps may use and do use, by name.
     pub apps: Vec<AppUse>,
+    /// What apps hold is counted: false for a while after a start, when it is too low.
+    pub counted: bool,
 }
 
 impl Status {
@@ -76,6 +78,8 @@ pub struct AppUse {
     pub pings_left: Option<u64>,
     /// Bytes of its bodies in flight.
     pub reserve_bytes: u64,
+    /// What waits in its mailboxes, and its devices.
+    pub held: Held,
 }
 
 /// Why the server does not want traffic now (`/readyz`).

@@ -138,6 +138,11 @@ pub(super) fn body(ping: PingId) -> Key {
     Key::new(b'b').with(&ping.0)
 }
 
+/// The summaries of all mailboxes.
+pub(super) fn summaries() -> Key {
+    Key::new(b's')
+}
+
 /// The summary of a mailbox.
 pub(super) fn summary(device: DeviceId) -> Key {
     Key::new(b's').with(&device.0)

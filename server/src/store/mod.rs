@@ -77,7 +77,7 @@ use self::set_aside::SetAside;
 use self::write::Chore;
 use crate::delivery::{
     AppId, CommitFailure, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey,
-    Withdrawal,
+    StoredMailbox, Withdrawal,
 };
 use crate::ports::{
     AppRecord, Audience, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock,
@@ -907,6 +907,14 @@ impl Store for House {
         limit: usize,
     ) -> Result<Page<Member, DeviceId>, ReadError> {
         self.reader.members(app, audience, after, limit)
+    }
+
+    fn mailboxes(
+        &self,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<StoredMailbox, DeviceId>, ReadError> {
+        self.reader.mailboxes(after, limit)
     }
 
     fn expansions(

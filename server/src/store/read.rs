@@ -17,7 +17,8 @@ use super::record::{self, Fault, Pair, PairStored};
 use super::set_aside::SetAside;
 use super::write::Chore;
 use crate::delivery::{
-    AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta, Withdrawal,
+    AppId, DeviceId, MailboxRead, MailboxView, Notification, PingId, RowKey, RowMeta,
+    StoredMailbox, Withdrawal,
 };
 use crate::ports::{
     AppRecord, Audience, CallbackRecord, DeadLetter, DeviceFilter, DeviceRecord, Erasure,
@@ -235,6 +236,39 @@ impl Reader {
             }
         };
         self.look().members(&range, after, limit)
+    }
+
+    /// The summaries of all mailboxes by rising id, a page at a time; those that cannot be read are left out, as everywhere.
+    pub(super) fn mailboxes(
+        &self,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<StoredMailbox, DeviceId>, ReadError> {
+        let look = self.look();
+        let range = keys::summaries();
+        let from = after.map_or_else(|| range.clone(), |device| keys::summary(device).after());
+        let mut items = Vec::new();
+        let (mut last, mut next, mut walked) = (None, None, 0);
+        look.each(&from, &range.end(), Direction::Up, &mut |key, value| {
+            if walked >= limit {
+                next = last;
+                return Ok(ControlFlow::Break(()));
+            }
+            walked += 1;
+            let Some(device) = keys::parse_id(key).map(DeviceId) else {
+                return Ok(ControlFlow::Continue(()));
+            };
+            last = Some(device);
+            let summary = look.sound(key, value, record::summary(key, value))?;
+            items.extend(summary.map(|summary| StoredMailbox {
+                device,
+                app: summary.app,
+                count: summary.count,
+                bytes: summary.bytes,
+            }));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(Page { items, next })
     }
 
     /// Expansions that are not done. One whose head cannot be read is left out: nothing of it could go on.

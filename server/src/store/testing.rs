@@ -21,7 +21,7 @@ use super::write::Chore;
 use super::{Parts, assemble, health, stats};
 use crate::delivery::{
     AppId, CommitFailure, DeviceId, MailboxRead, MailboxView, Mono, Notification, Now, PingId,
-    RowKey, Withdrawal,
+    RowKey, StoredMailbox, Withdrawal,
 };
 use crate::ports::{
     AppRecord, Audience, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Clock,
@@ -1101,6 +1101,14 @@ impl Store for SyncStore {
         limit: usize,
     ) -> Result<Page<Member, DeviceId>, ReadError> {
         self.reading(|reader, _| reader.members(app, audience, after, limit))
+    }
+
+    fn mailboxes(
+        &self,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<StoredMailbox, DeviceId>, ReadError> {
+        self.reading(|reader, _| reader.mailboxes(after, limit))
     }
 
     fn expansions(

@@ -90,6 +90,12 @@ metrics! {
     NOTICES_TOTAL: Counter "bellwire_notices_total" ["notice"] "Things the core noticed that change nothing: `unknown_verdict`, `duplicate_device`, `unreadable_body`, `collapse_repaired`, `deferred`, `deferral_won`.";
     REVOCATIONS_TOTAL: Counter "bellwire_revocations_total" [] "Notifications taken back by their publisher before they ended.";
 
+    APP_NOTIFICATIONS: Gauge "bellwire_app_notifications" ["app"] "Notifications that wait in the mailboxes of an app.";
+    APP_BYTES: Gauge "bellwire_app_bytes" ["app"] "Their content bytes.";
+    APP_DEVICES: Gauge "bellwire_app_devices" ["app"] "Devices of an app.";
+    QUOTA_COUNTING: Gauge "bellwire_quota_counting" [] "1 after a start until the mailboxes of all apps are counted; until then the three above are too low.";
+    QUOTA_REFUSALS_TOTAL: Counter "bellwire_quota_refusals_total" ["app", "quota"] "What was turned away because a quota of its app would have been crossed: `notifications`, `bytes` (notifications, device by device), `devices`.";
+
     SESSIONS: Gauge "bellwire_sessions" ["carrier"] "Devices attached now.";
     ATTACHES_TOTAL: Counter "bellwire_attaches_total" ["carrier"] "Sessions that were greeted.";
     ATTACH_REFUSALS_TOTAL: Counter "bellwire_attach_refusals_total" ["reason"] "Authenticated sessions that were not attached.";

@@ -90,10 +90,13 @@ async fn an_app_sends_what_it_may_in_a_day_whichever_key_it_uses() {
     let quota = |pings_per_day| {
         with(|settings| {
             settings.quotas.default.pings_per_day = 2;
-            settings
-                .quotas
-                .apps
-                .insert("default".to_owned(), AppQuota { pings_per_day });
+            settings.quotas.apps.insert(
+                "default".to_owned(),
+                AppQuota {
+                    pings_per_day,
+                    ..AppQuota::default()
+                },
+            );
         })
     };
     let house = House::with(quota(4), two_apps()).await;

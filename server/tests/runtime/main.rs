@@ -13,5 +13,6 @@ mod idempotency;
 mod outcomes;
 mod pings;
 mod real_store;
+mod stock;
 mod store;
 mod withdraw;

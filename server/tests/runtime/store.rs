@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bellwire_server::delivery::{
     AppId, Body, Change, CommitFailure, DeviceId, Hold, MailboxRead, MailboxView, Notification,
-    Outcome, PingId, RowKey, RowMeta, Summary, WireSlot, Withdrawal,
+    Outcome, PingId, RowKey, RowMeta, StoredMailbox, Summary, WireSlot, Withdrawal,
 };
 use bellwire_server::ports::{
     AppRecord, Audience, BackupError, BackupSummary, BackupWatch, Batch, CallbackRecord, Committed,
@@ -756,6 +756,34 @@ impl Store for FakeStore {
         items.truncate(limit);
         let next = items.last().map(|member| member.device).filter(|_| more);
         Ok(Page { items, next })
+    }
+
+    fn mailboxes(
+        &self,
+        after: Option<DeviceId>,
+        limit: usize,
+    ) -> Result<Page<StoredMailbox, DeviceId>, ReadError> {
+        let state = self.0.lock().unwrap();
+        let mut all: Vec<StoredMailbox> = state
+            .disk
+            .summaries
+            .iter()
+            .filter(|(device, _)| after.is_none_or(|after| **device > after))
+            .map(|(&device, summary)| StoredMailbox {
+                device,
+                app: summary.app,
+                count: summary.count,
+                bytes: summary.bytes,
+            })
+            .collect();
+        all.sort_unstable_by_key(|mailbox| mailbox.device);
+        let more = all.len() > limit;
+        all.truncate(limit);
+        let next = all.last().map(|mailbox| mailbox.device);
+        Ok(Page {
+            next: next.filter(|_| more),
+            items: all,
+        })
     }
 
     fn expansions(

@@ -489,7 +489,7 @@ impl Observer {
             Rejection::NoRoom => self.was_full || self.no_room,
             Rejection::StoreFailed => self.disk == Disk::Failed || self.reads_failed,
             // Found out before the core sees anything.
-            Rejection::TooFast => false,
+            Rejection::TooFast | Rejection::Quota(_) => false,
         };
         if !legal {
             self.complain(format!(

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bellwire_server::delivery::{
     Acknowledged, AppId, Attach, Change, CollapseKey, CommitFailure, DeviceId, Disk, Effect,
-    Enqueue, Event, Hold, Mono, Notification, Now, OverflowRule, PingId, Policy, RowKey, SessionId,
-    Shard, Summary, Ticket, WireSlot, Withdrawal,
+    Enqueue, Event, Held, Hold, Mono, Notification, Now, OverflowRule, PingId, Policy, RowKey,
+    SessionId, Shard, Stock, StoredMailbox, Summary, Ticket, WireSlot, Withdrawal,
 };
 use bytes::Bytes;
 
@@ -48,6 +48,12 @@ pub fn serial(notification: &Notification) -> usize {
 pub struct World {
     /// The core.
     pub shard: Shard,
+    /// What it counts.
+    pub stock: Arc<Stock>,
+    /// The walk over the store that follows a start: what it read, and has not told yet.
+    walk: Option<Vec<StoredMailbox>>,
+    /// A frame was said to have failed: nobody knows what is on disk.
+    unsure: bool,
     /// Its settings.
     pub policy: Policy,
     /// What is on disk.
@@ -65,6 +71,13 @@ pub struct World {
     pub effects: Vec<Effect>,
 }
 
+/// A shard that counts, with everything that was there before it still to be told.
+fn counting(policy: &Policy) -> (Shard, Arc<Stock>) {
+    let stock = Arc::new(Stock::new([AppId::DEFAULT], 1));
+    let shard = Shard::with_stock(policy.clone(), Arc::clone(&stock), 0);
+    (shard, stock)
+}
+
 impl Default for World {
     fn default() -> World {
         World::new()
@@ -79,8 +92,12 @@ impl World {
             defer_max: Duration::ZERO,
             ..Policy::default()
         };
+        let (shard, stock) = counting(&policy);
         World {
-            shard: Shard::new(policy.clone()),
+            shard,
+            stock,
+            walk: Some(Vec::new()),
+            unsure: false,
             policy,
             store: ModelStore::default(),
             observer: Observer::default(),
@@ -123,16 +140,44 @@ impl World {
         self.effects.clear();
         self.apply(step)?;
         self.observer.look(&self.store);
+        self.counts()?;
         match self.observer.complaints.first() {
             Some(complaint) => Err(complaint.clone()),
             None => Ok(()),
         }
     }
 
+    /// Whenever nothing is on its way, what is counted is what is on disk.
+    fn counts(&self) -> Result<(), String> {
+        if self.walk.is_some()
+            || self.unsure
+            || self.sealed.is_some()
+            || self.shard.has_offers()
+            || self.shard.awake() > 0
+        {
+            return Ok(());
+        }
+        let metas = self.store.rows.values().map(|(meta, _)| meta);
+        let stored = Held {
+            notifications: self.store.rows.len() as u64,
+            bytes: metas.map(|meta| u64::from(meta.size)).sum(),
+            devices: u64::from(self.store.summary.is_some()),
+        };
+        let counted = self.stock.held(AppId::DEFAULT);
+        if counted == stored {
+            return Ok(());
+        }
+        Err(format!("{counted:?} is counted, {stored:?} is on disk"))
+    }
+
     fn apply(&mut self, step: &Step) -> Result<(), String> {
         match step {
             Step::Device => {
                 if self.store.summary.is_none() && self.shard.awake() == 0 {
+                    if let Ok(claim) = self.stock.claim_device(AppId::DEFAULT) {
+                        claim.keep();
+                    }
+                    self.shard.made(DEVICE);
                     self.store.summary = Some(Summary::new(AppId::DEFAULT));
                 }
             }
@@ -290,6 +335,7 @@ impl World {
                 if *written {
                     self.write_sealed()?;
                 }
+                self.unsure |= self.sealed.is_some();
                 return self.committed(Err(CommitFailure::Failed));
             }
             Step::Disk(disk) => {
@@ -338,7 +384,16 @@ impl World {
                 self.held.clear();
                 self.hold_reads = false;
                 self.policy.run += 1;
-                self.shard = Shard::new(self.policy.clone());
+                (self.shard, self.stock) = counting(&self.policy);
+                let summary = self.store.summary.iter();
+                let read = summary.map(|summary| StoredMailbox {
+                    device: DEVICE,
+                    app: summary.app,
+                    count: summary.count,
+                    bytes: summary.bytes,
+                });
+                self.walk = Some(read.collect());
+                self.unsure = false;
                 self.observer.crashes(&self.store, self.policy.run);
             }
         }
@@ -350,6 +405,10 @@ impl World {
             return Ok(());
         }
         self.now_ms = ms;
+        if let Some(read) = self.walk.take() {
+            // Late: what it read is as old as the start.
+            self.shard.seed(&read, None);
+        }
         self.observer.now_ms = self.now().unix_ms;
         let mut effects = Vec::new();
         self.shard.handle_deadlines(self.now(), &mut effects);

@@ -5,8 +5,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use bellwire_protocol::{FrameReader, ServerSession};
-use bellwire_server::delivery::{Disk, Event, Mono, Now, PingId, Policy, SessionId, Shard, Ticket};
-use bellwire_server::ports::{ExpiryCursor, Grant, SourceId};
+use bellwire_server::delivery::{
+    DeviceId, Disk, Event, Mono, Now, PingId, Policy, SessionId, Shard, Stock, StoredMailbox,
+    Ticket,
+};
+use bellwire_server::ports::{ExpiryCursor, Grant, SourceId, Store};
 
 /// A shard and its dealings with the committer.
 pub(super) struct Desk {
@@ -60,6 +63,10 @@ pub(super) struct House {
     pub(super) sweep: ExpiryCursor,
     /// A frame is being written.
     pub(super) writing: bool,
+    /// What the shards count.
+    pub(super) stock: Arc<Stock>,
+    /// How far the walk has come that counts what was there before; `None`: it is over.
+    pub(super) walk: Option<Option<DeviceId>>,
 }
 
 impl House {
@@ -94,6 +101,22 @@ impl House {
             .min()
     }
 
+    /// Goes on with the walk by a page.
+    pub(super) fn walk_on(&mut self, store: &impl Store, page: usize) {
+        let Some(after) = self.walk else { return };
+        // It is tried again.
+        let Ok(page) = store.mailboxes(after, page) else {
+            return;
+        };
+        let count = self.desks.len();
+        for (place, desk) in self.desks.iter_mut().enumerate() {
+            let own = |mailbox: &&StoredMailbox| usize::from(mailbox.device.0[0]) % count == place;
+            let mailboxes: Vec<StoredMailbox> = page.items.iter().filter(own).copied().collect();
+            desk.core.seed(&mailboxes, page.next);
+        }
+        self.walk = page.next.map(Some);
+    }
+
     pub(super) fn desk(&mut self, device: usize) -> &mut Desk {
         let count = self.desks.len();
         &mut self.desks[device % count]
@@ -101,9 +124,9 @@ impl House {
 }
 
 /// An empty desk.
-pub(super) fn desk(policy: &Policy, source: SourceId) -> Desk {
+pub(super) fn desk(policy: &Policy, source: SourceId, stock: &Arc<Stock>, place: usize) -> Desk {
     Desk {
-        core: Shard::new(policy.clone()),
+        core: Shard::with_stock(policy.clone(), Arc::clone(stock), place),
         source,
         wanted: false,
         outstanding: false,

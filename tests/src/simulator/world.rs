@@ -25,8 +25,8 @@ use bellwire_protocol::{
 };
 use bellwire_server::delivery::{
     Acknowledged, AppId, Attach, Closing, CollapseKey, CommitFailure, DeviceId, Disk, Effect,
-    Enqueue, Event, Hold, MailboxRead, Notice, Notification, Now, OverflowRule, PingId, Policy,
-    Refusal, Rejection, RowKey, SessionId, Urgency, WireSlot,
+    Enqueue, Event, Held, Hold, MailboxRead, Notice, Notification, Now, OverflowRule, PingId,
+    Policy, Refusal, Rejection, RowKey, SessionId, Stock, Urgency, WireSlot,
 };
 use bellwire_server::ports::{
     Clock, ClockState, DeviceRecord, ExpiryCursor, Grant, Op, Store, StoreHealth,
@@ -248,6 +248,7 @@ impl World {
         while self.ledger.objections.is_empty() {
             if self.healed && self.is_at_rest() {
                 self.farewell();
+                self.look_at_the_count();
                 return self.verdict();
             }
             let due = self.next_deadline_us();

@@ -11,7 +11,7 @@ use bellwire_server::compat;
 use bellwire_server::config::{
     self, ApiAccess, Checked, Engine, Environment, Listen, LogFormat, MailboxFull, keys,
 };
-use bellwire_server::delivery::{AppId, OverflowRule, Policy};
+use bellwire_server::delivery::{AppId, Held, OverflowRule, Policy};
 use bellwire_server::http::{
     ApiState, Connections, Listening, LoadedSettings, Places, ServeReport, Sites, routers,
     serve as serve_http,
@@ -681,5 +681,10 @@ fn size(set: u64) -> usize {
 fn quota(set: config::AppQuota) -> AppQuota {
     AppQuota {
         pings_per_day: set.pings_per_day,
+        held: Held {
+            notifications: set.notifications,
+            bytes: set.bytes,
+            devices: set.devices,
+        },
     }
 }

@@ -409,5 +409,6 @@ fn rejected(why: Rejection) -> &'static str {
         Rejection::NoRoom => "no room on disk",
         Rejection::StoreFailed => "the store is unavailable",
         Rejection::TooFast => "the device is sent more than it may be",
+        Rejection::Quota(_) => "the app has as much waiting as it may have",
     }
 }

@@ -10,6 +10,7 @@ use crate::delivery::ids::{PingId, Ticket};
 use crate::delivery::notification::{CollapseKey, Notification};
 use crate::delivery::policy::{OverflowRule, Policy};
 use crate::delivery::session::InFlight;
+use crate::delivery::stock::Quota;
 
 impl Mailbox {
     pub(super) fn enqueue(&mut self, enqueue: Enqueue, cx: &mut Context<'_>) {
@@ -71,6 +72,12 @@ impl Mailbox {
         };
         if cx.disk == Disk::Full && !self.could_send(&notification) {
             return cx.reject(ticket, ping, Rejection::NoRoom);
+        }
+        // As with a full disk: what can be sent at once is, and its window bounds what may have to be stored all the same.
+        if !self.could_send(&notification)
+            && let Some(quota) = self.crossed(&notification, replaced, &victims, cx)
+        {
+            return cx.reject(ticket, ping, Rejection::Quota(quota));
         }
 
         let mut rides = Vec::new();
@@ -208,16 +215,10 @@ impl Mailbox {
         replaced: Option<Found>,
         policy: &Policy,
     ) -> Option<Load> {
-        let mut count = self
-            .summary
-            .count
-            .saturating_add(self.unsealed.count)
-            .saturating_sub(self.leaving.count);
-        let mut bytes = self
-            .summary
-            .bytes
-            .saturating_add(self.unsealed.bytes)
-            .saturating_sub(self.leaving.bytes);
+        let Load {
+            mut count,
+            mut bytes,
+        } = self.occupied();
         if let Some(old) = replaced.filter(|old| !self.rows[old.index].in_flight) {
             count = count.saturating_sub(1);
             bytes = bytes.saturating_sub(u64::from(self.rows[old.index].meta.size));
@@ -314,6 +315,26 @@ impl Mailbox {
             sent: row.sent,
             because: None,
         });
+    }
+
+    /// The quota of the app that would be crossed if the newcomer took its place here, and the others left theirs.
+    fn crossed(
+        &self,
+        newcomer: &Notification,
+        replaced: Option<Found>,
+        victims: &[u64],
+        cx: &Context<'_>,
+    ) -> Option<Quota> {
+        let (mut count, mut bytes) = self.uncounted();
+        count += 1;
+        bytes += i64::from(newcomer.size);
+        let replaced = replaced.filter(|old| !self.rows[old.index].in_flight);
+        let victims = victims.iter().filter_map(|order| self.index_of(*order));
+        for index in victims.chain(replaced.map(|old| old.index)) {
+            count -= 1;
+            bytes -= i64::from(self.rows[index].meta.size);
+        }
+        cx.tally.crossed(self.summary.app, (count, bytes))
     }
 
     /// Whether a newcomer would be sent at once.

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::withdraw::withdrawal;
-use super::{Asked, Context, Departure, Insert, Known, Mailbox, READ_RETRY, Row, Stage};
+use super::{
+    Asked, Context, Counted, Departure, Insert, Known, Load, Mailbox, READ_RETRY, Row, Stage,
+};
 use crate::delivery::event::{
     Change, CommitFailure, Disk, Effect, Event, MailboxView, Notice, Outcome, Refusal, Rejection,
 };
@@ -35,6 +37,10 @@ impl Mailbox {
         if self.known == Known::Nothing {
             self.summary = summary;
             self.known = Known::Some;
+            self.counted = Counted::Read(Load {
+                count: summary.count,
+                bytes: summary.bytes,
+            });
         }
         for meta in view.rows {
             let order = meta.key.order;

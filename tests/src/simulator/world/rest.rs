@@ -170,6 +170,25 @@ impl World {
         })
     }
 
+    /// What the shards counted is what is on disk.
+    pub(super) fn look_at_the_count(&mut self) {
+        let Some(house) = &mut self.house else { return };
+        house.walk_on(&self.store, usize::MAX);
+        let counted = house.stock.held(AppId::DEFAULT);
+        let Ok(page) = self.store.mailboxes(None, usize::MAX) else {
+            return;
+        };
+        let stored = Held {
+            notifications: page.items.iter().map(|one| u64::from(one.count)).sum(),
+            bytes: page.items.iter().map(|one| one.bytes).sum(),
+            devices: page.items.len() as u64,
+        };
+        if !house.stock.is_whole() || counted != stored {
+            self.ledger
+                .object(format!("{counted:?} is counted, {stored:?} is on disk"));
+        }
+    }
+
     pub(super) fn look_at_the_store(&mut self) {
         // What is promised must also be there after the last crash.
         let seed = self.random.random();

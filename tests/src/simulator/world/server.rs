@@ -53,11 +53,12 @@ impl World {
             ..Policy::default()
         };
         let grants: Grants = Arc::default();
+        let stock = Arc::new(Stock::new([AppId::DEFAULT], self.faults.shards));
         let desks = (0..self.faults.shards)
             .map(|shard| {
                 let grants = Arc::clone(&grants);
                 let grant = move |grant| grants.lock().unwrap().push_back((shard, grant));
-                desk(&policy, self.store.register(Box::new(grant)))
+                desk(&policy, self.store.register(Box::new(grant)), &stock, shard)
             })
             .collect();
         self.house = Some(House {
@@ -75,6 +76,8 @@ impl World {
             disk: Disk::Open,
             sweep: ExpiryCursor::default(),
             writing: false,
+            stock,
+            walk: Some(None),
         });
         self.say(|| format!("the server starts, run {run}"));
     }
@@ -282,6 +285,7 @@ impl World {
             }
             return;
         };
+        house.walk_on(&self.store, 1);
         let now = house.now(self.now_us);
         let disk = match health {
             StoreHealth::Open | StoreHealth::Behind => Disk::Open,
@@ -382,8 +386,9 @@ impl World {
                 match why {
                     Rejection::NoRoom | Rejection::StoreFailed => self.ask_again(ping, device),
                     Rejection::MailboxFull => {}
-                    Rejection::TooFast => {
-                        self.ledger.object("the core counts no rates".to_owned());
+                    Rejection::TooFast | Rejection::Quota(_) => {
+                        self.ledger
+                            .object("there are neither rates nor quotas here".to_owned());
                     }
                     Rejection::UnknownDevice => {
                         if !self.wipes.contains(&device) {
