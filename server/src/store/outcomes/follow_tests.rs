@@ -4,7 +4,7 @@
 
 use std::sync::atomic::AtomicUsize;
 
-use super::format::Slot;
+use super::format::{Slot, Unusable};
 use super::tests::{APP, Bench, Chance, DAY_MS, START_MS, STORE, device, ping, record, write};
 use super::*;
 use crate::delivery::Outcome;

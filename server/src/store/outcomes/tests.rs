@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use super::format::{Slot, slot_offset};
+use super::format::{Slot, index_name, slot_offset};
 use super::*;
 use crate::delivery::Outcome;
 use crate::ports::{OutcomeOrder, OutcomePosition};
