@@ -13,6 +13,7 @@ mod failure;
 mod fleet;
 mod floor;
 mod idle;
+mod peers;
 mod process;
 mod progress;
 mod report;
@@ -43,7 +44,8 @@ const RUNS_OF_A_REPORT: u32 = 5;
   bellwire-bench idle --runs 5                      memory and time of devices that only stay connected
   bellwire-bench idle --out report                  the same, five times, as Markdown, JSON and plots in a folder
   bellwire-bench churn --engine fjall               a million rows into a store and out again
-  bellwire-bench floor                              what the bare libraries and the disk allow")]
+  bellwire-bench floor                              what the bare libraries and the disk allow
+  bellwire-bench peers --runs 5                     Bellwire beside mosquitto and nats-server")]
 struct Arguments {
     #[command(subcommand)]
     workload: Workload,
@@ -71,6 +73,9 @@ enum Workload {
     /// Measure what the bare libraries and the disk allow
     #[command(name = "floor")]
     Floors(floor::Floors),
+    Peers(peers::Peers),
+    #[command(hide = true)]
+    PeerLoad(peers::PeerLoad),
     #[command(hide = true)]
     FloorServer(floor::FloorServer),
     #[command(hide = true)]
@@ -139,6 +144,10 @@ async fn run(arguments: Arguments) -> Outcome<Vec<Report>> {
             Workload::Floors(args) => {
                 repeat(runs, progress, || floor::run(args.clone(), progress)).await?
             }
+            Workload::Peers(args) => {
+                repeat(runs, progress, || peers::run(args.clone(), progress)).await?
+            }
+            Workload::PeerLoad(args) => peers::serve(args).await.map(|()| Vec::new())?,
             Workload::ChurnStore(args) => churn::serve(&args).map(|()| Vec::new())?,
             Workload::FloorCommit(args) => floor::serve_commit(&args).map(|()| Vec::new())?,
             Workload::FloorWrite(args) => floor::serve_write(args).await.map(|()| Vec::new())?,
