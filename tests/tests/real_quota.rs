@@ -88,7 +88,7 @@ async fn the_count_is_exact_after_a_kill_in_the_middle_of_everything() {
         (429, "quota_exceeded")
     );
     let detail = refused.json()["detail"].clone();
-    let wanted = format!("{rows} notifications waiting of {rows}");
+    let wanted = format!(": {rows}, and it may have {rows} (quota.notifications)");
     assert!(detail.as_str().unwrap().contains(&wanted), "{detail}");
     let gone = api.delete(&format!("/v1/devices/{}", devices[1])).await;
     assert_eq!(gone.status.as_u16(), 204);

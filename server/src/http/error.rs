@@ -271,16 +271,17 @@ impl From<RuntimeError> for Problem {
             RuntimeError::Invalid(why) => Problem::new(runtime_code(error), why),
             RuntimeError::QuotaExceeded { quota, limit, used } => {
                 let (what, way) = match quota {
-                    Quota::Notifications => ("notifications waiting", QUOTA_WAITS),
-                    Quota::Bytes => ("bytes of notifications waiting", QUOTA_WAITS),
-                    Quota::Devices => ("devices", "Revoke those that are not used any more."),
+                    Quota::Notifications => ("Notifications that wait in the app", QUOTA_WAITS),
+                    Quota::Bytes => ("Bytes of notifications that wait in the app", QUOTA_WAITS),
+                    Quota::Devices => (
+                        "Devices of the app",
+                        "Revoke those that are not used any more.",
+                    ),
                 };
                 let name = quota.as_str();
                 Problem::new(
                     runtime_code(error),
-                    format!(
-                        "The app has {used} {what} of {limit} that it may have (quota.{name}). {way}"
-                    ),
+                    format!("{what}: {used}, and it may have {limit} (quota.{name}). {way}"),
                 )
             }
             RuntimeError::StoreUnavailable

@@ -12,6 +12,7 @@ mod openapi;
 mod outcomes;
 mod rhoconnect;
 mod serving;
+mod stock;
 mod support;
 mod topics;
 
