@@ -213,7 +213,7 @@ fn count_error(name: &'static str, reason: &'static str) {
     counter!(HTTP_CONNECTION_ERRORS_TOTAL, "listener" => name, "reason" => reason).increment(1);
 }
 
-/// A connection's place among [`Listening::connections_max`], and in the metrics.
+/// A connection's place among [`Listening::places`], and in the metrics.
 struct Counted {
     name: &'static str,
     _place: OwnedSemaphorePermit,
