@@ -30,12 +30,24 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Longest that it looks away from shards that have enough to do: then it goes on with a page all the same. Shards take apps
 /// in turns, so that is fair, and without it one app could keep all audiences waiting.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// The same for an engine that lags and is not yet so far behind that single pings wait: a steady stream of those could keep it so for
+/// ever, and one page each so often hurts none of them.
+const ENGINE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long it waits after something failed.
 const RETRY: Duration = Duration::from_millis(200);
 /// Places of topics' lists that are tidied up after one page.
 const PRUNED_PER_PAGE: usize = 64;
 /// Notifications of a ping that are read at a time to learn who has it.
 const KNOWN_PAGE: usize = 1_000;
+
+/// Whether an expansion that wants something goes on with a page all the same. `behind`: single pings wait for the engine as well.
+fn has_waited(reason: &str, waited: Duration, behind: bool) -> bool {
+    match reason {
+        "shards" => waited >= PATIENCE,
+        "engine" => waited >= ENGINE_PATIENCE && !behind,
+        _ => false,
+    }
+}
 
 /// Why a page was not finished.
 enum Broken {
@@ -138,7 +150,8 @@ impl Inner {
             let Some(reason) = self.wanting(expansion) else {
                 return true;
             };
-            if reason == "shards" && waited >= PATIENCE {
+            let behind = self.shared.store.health() == StoreHealth::Behind;
+            if has_waited(reason, waited, behind) {
                 return true;
             }
             waited += PAUSE;
@@ -476,4 +489,26 @@ fn before(device: DeviceId) -> Option<DeviceId> {
     number
         .checked_sub(1)
         .map(|number| DeviceId(number.to_be_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_shards_and_a_lagging_engine_hold_up_a_page_for_a_while_and_a_full_disk_for_good() {
+        let ms = Duration::from_millis;
+        for (reason, waited, behind, goes_on) in [
+            ("shards", ms(999), false, false),
+            ("shards", ms(1_000), false, true),
+            ("shards", ms(1_000), true, true),
+            ("engine", ms(9_999), false, false),
+            ("engine", ms(10_000), false, true),
+            ("engine", ms(3_600_000), true, false),
+            ("disk", ms(3_600_000), false, false),
+        ] {
+            let found = has_waited(reason, waited, behind);
+            assert_eq!(found, goes_on, "{reason} {waited:?} {behind}");
+        }
+    }
 }

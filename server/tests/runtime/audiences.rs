@@ -750,3 +750,26 @@ async fn a_fan_out_shares_one_notification_and_what_is_encoded_of_it() {
         assert!(Arc::ptr_eq(&again, &encoded));
     }
 }
+
+#[tokio::test]
+async fn an_engine_that_always_lags_slows_an_audience_down_and_does_not_stop_it() {
+    let house = open().await;
+    let all = devices(&house, 5).await;
+    house.store.set_crowded(true);
+    let answer = house.handle.ping(ping(Target::Everyone)).await.unwrap();
+    // Time goes on as soon as nothing else is to be done.
+    tokio::time::pause();
+    let brought = async {
+        loop {
+            let view = house.handle.ping_view(APP, answer.id, None, 1_000).await;
+            if view.unwrap().is_some_and(|view| view.expansion.is_none()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    };
+    let brought = tokio::time::timeout(Duration::from_secs(3_600), brought).await;
+    brought.expect("page by page");
+    tokio::time::resume();
+    assert_eq!(reached(&house, answer.id).await, ids(&all));
+}

@@ -12,7 +12,7 @@ use super::super::testing::{ManualClock, SeededEntropy};
 use super::super::*;
 use super::support::*;
 use crate::delivery::Outcome;
-use crate::ports::{Erased, Erasure, Scopes};
+use crate::ports::{Audience, Erased, Erasure, ExpansionProgress, ExpansionRecord, Scopes, Stamp};
 
 const NOW: u64 = 1_700_000_000_000;
 const DAY: u64 = 86_400_000;
@@ -292,6 +292,84 @@ fn what_was_accepted_again_after_it_was_revoked_stays() {
     let store = open_at(&at("new"), EngineKind::Memory).store;
     let first = store.read_mailbox(&everything(device_id(1))).unwrap();
     assert_eq!((first.rows.len(), first.summary.unwrap().count), (1, 1));
+}
+
+#[test]
+fn a_ping_on_its_way_goes_on_from_where_the_backup_saw_it_and_one_that_was_revoked_since_does_not()
+{
+    for engine in [EngineKind::Memory, EngineKind::Sled, EngineKind::Fjall] {
+        let place = tempfile::tempdir().unwrap();
+        let (dir, file) = (place.path().join("data"), place.path().join("b.backup"));
+        let opened = open_at(&dir, EngineKind::Sled);
+        let store = &*opened.store;
+        fill(store);
+        let app = AppId::DEFAULT;
+        let stamp = |count| Stamp { run: 1, count };
+        let progress = ExpansionProgress {
+            done: Some(device_id(2)),
+            devices: 2,
+            unknown: 1,
+            chunk: 1,
+        };
+        // Two lists of three chunks; a page of each is through.
+        for (count, n) in [(10, 70), (11, 71)] {
+            let record = ExpansionRecord {
+                stamp: stamp(count),
+                audience: Audience::Listed {
+                    chunks: 3,
+                    devices: 3,
+                },
+                estimate: 3,
+                notification: notification(ping_id(n), |note| {
+                    note.shared = true;
+                    note.expires_ms = NOW + 7 * DAY;
+                }),
+            };
+            let chunks = (0..3).map(|number| Op::PutChunk {
+                app,
+                stamp: stamp(count),
+                number,
+                devices: [device_id(u64::from(number) + 1)].into(),
+            });
+            let mut batch: Vec<Op> = chunks.collect();
+            batch.push(Op::PutExpansion(record));
+            commit(store, batch).unwrap();
+            let through = Op::PutProgress {
+                app,
+                stamp: stamp(count),
+                progress,
+                done: 0..1,
+            };
+            commit(store, vec![through]).unwrap();
+        }
+        back_up(store, &file);
+        // Afterwards the first is taken back, and the second reaches everybody.
+        let ended = |count| Op::DropExpansion {
+            app,
+            stamp: stamp(count),
+            chunks: 1..3,
+        };
+        commit(
+            store,
+            vec![ended(10), erase(Erased::Expansion(ping_id(70)))],
+        )
+        .unwrap();
+        commit(store, vec![ended(11)]).unwrap();
+        drop(opened);
+
+        restored(&file, &dir, engine, |request| request.replace = true).unwrap();
+        let again = open_at(&dir, engine).store;
+        let open = again.expansions(None, 10).unwrap().items;
+        assert_eq!(open.len(), 1, "{engine:?}");
+        assert_eq!(open[0].record.notification.ping, ping_id(71));
+        assert_eq!(open[0].progress, progress);
+        let chunk = |count, number| again.chunk(app, stamp(count), number).unwrap();
+        assert_eq!(chunk(11, 1), [device_id(2)]);
+        assert_eq!(chunk(11, 2), [device_id(3)]);
+        for number in 0..3 {
+            assert!(chunk(10, number).is_empty(), "{number}");
+        }
+    }
 }
 
 #[test]
