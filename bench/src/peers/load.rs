@@ -205,25 +205,32 @@ async fn idle(job: &Job, settle: u32) -> Outcome<Found> {
     })
 }
 
-async fn attach(fleet: &Fleet, count: usize, at_once: usize) -> Outcome<Vec<Device>> {
+/// Devices with their numbers.
+async fn attach(fleet: &Fleet, count: usize, at_once: usize) -> Outcome<Vec<(usize, Device)>> {
     many(count, at_once, |number| {
         let fleet = fleet.clone();
-        async move { fleet.attach(number).await }
+        async move { Ok((number, fleet.attach(number).await?)) }
     })
     .await
 }
 
 /// Lets every device listen in a task of its own.
-fn listen(devices: Vec<Device>, ledger: &Arc<Ledger>) -> JoinSet<Failure> {
+fn listen(devices: Vec<(usize, Device)>, ledger: &Arc<Ledger>) -> JoinSet<Failure> {
+    let count = devices.len();
     devices
         .into_iter()
-        .map(|device| listen_one(device, Arc::clone(ledger)))
+        .map(|(number, device)| listen_one(device, number, count, Arc::clone(ledger)))
         .collect()
 }
 
-async fn listen_one(mut device: Device, ledger: Arc<Ledger>) -> Failure {
+async fn listen_one(
+    mut device: Device,
+    number: usize,
+    devices: usize,
+    ledger: Arc<Ledger>,
+) -> Failure {
     loop {
-        let mut each = |content: &[u8]| ledger.arrival(content);
+        let mut each = |content: &[u8]| ledger.arrival(content, number, devices);
         if let Err(failure) = device.take(&mut each).await {
             return failure;
         }
@@ -299,10 +306,12 @@ impl Ledger {
         self.answers.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn arrival(&self, content: &[u8]) {
+    /// `device` of `devices` got this.
+    fn arrival(&self, content: &[u8], device: usize, devices: usize) {
         let number = content
             .get(..NUMBER_DIGITS)
-            .and_then(|digits| std::str::from_utf8(digits).ok()?.parse::<usize>().ok());
+            .and_then(|digits| std::str::from_utf8(digits).ok()?.parse::<usize>().ok())
+            .filter(|number| number % devices == device);
         let Some(arrived) = number.and_then(|number| self.arrived.get(number)) else {
             self.strange.fetch_add(1, Ordering::Relaxed);
             return;
@@ -341,7 +350,7 @@ impl Ledger {
         for (count, what) in [
             (lost, "messages were answered and reached no device"),
             (doubled, "messages came more than once"),
-            (strange, "messages were never published"),
+            (strange, "messages were not for the device that got them"),
         ] {
             if count > 0 {
                 violations.push(format!("{count} {what}"));
@@ -556,9 +565,10 @@ async fn stored(job: &Job, sending: Sending) -> Outcome<Found> {
     let mut listeners = JoinSet::new();
     let connecting = many(job.devices, job.connecting, |number| {
         let (fleet, ledger) = (fleet.clone(), Arc::clone(&ledger));
+        let devices = job.devices;
         async move {
             let device = fleet.attach(number).await?;
-            Ok(tokio::spawn(listen_one(device, ledger)))
+            Ok(tokio::spawn(listen_one(device, number, devices, ledger)))
         }
     });
     for listener in connecting.await? {
@@ -595,11 +605,11 @@ mod tests {
     fn what_did_not_come_or_came_twice_is_told() {
         let ledger = Ledger::new(3);
         (0..3).for_each(|number| ledger.answer(number));
-        ledger.arrival(b"000000000000xxx");
-        ledger.arrival(b"000000000001");
-        ledger.arrival(b"000000000001");
-        ledger.arrival(b"000000000009");
-        ledger.arrival(b"short");
+        ledger.arrival(b"000000000000xxx", 0, 2);
+        ledger.arrival(b"000000000001", 1, 2);
+        ledger.arrival(b"000000000001", 1, 2);
+        ledger.arrival(b"000000000002", 1, 2);
+        ledger.arrival(b"short", 0, 2);
         let mut violations = Vec::new();
         ledger.judge(&mut violations);
         assert_eq!(
@@ -607,7 +617,7 @@ mod tests {
             [
                 "1 messages were answered and reached no device",
                 "1 messages came more than once",
-                "2 messages were never published",
+                "2 messages were not for the device that got them",
             ]
         );
     }
