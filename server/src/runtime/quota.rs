@@ -23,7 +23,7 @@ use crate::telemetry::metrics as names;
 
 /// Mailboxes that are counted at a time after a start.
 const COUNTED_PAGE: usize = 1_000;
-/// How long the count pauses between two pages: a million mailboxes take ten seconds or so.
+/// How long the count pauses between two pages: a million mailboxes take five seconds of pauses.
 const COUNT_PAUSE: Duration = Duration::from_millis(5);
 /// How long it waits after a page that could not be read.
 const COUNT_RETRY: Duration = Duration::from_secs(1);
