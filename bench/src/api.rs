@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bellwire_protocol::Id;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -18,7 +18,7 @@ use crate::failure::{During, Failure, Outcome};
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 /// Largest answer that is read, in bytes. `/metrics` is the largest that is asked for.
-const ANSWER_MAX_BYTES: usize = 4 * 1024 * 1024;
+pub(crate) const ANSWER_MAX_BYTES: usize = 4 * 1024 * 1024;
 
 /// Headers of an answer.
 const HEADERS_MAX: usize = 64;
@@ -27,15 +27,14 @@ const HEADERS_MAX: usize = 64;
 pub(crate) struct Connection {
     stream: TcpStream,
     buffer: Vec<u8>,
-    /// What was read beyond the last answer starts here.
-    head: usize,
 }
 
 /// An answer; its body stands in the connection's buffer until the next request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
-    body: (usize, usize),
+    /// Where its body starts and ends.
+    pub(crate) body: (usize, usize),
 }
 
 impl Connection {
@@ -49,7 +48,6 @@ impl Connection {
         Ok(Connection {
             stream,
             buffer: Vec::with_capacity(4096),
-            head: 0,
         })
     }
 
@@ -79,7 +77,6 @@ impl Connection {
                 .await
                 .during("send a request")?;
             self.buffer.clear();
-            self.head = 0;
             let mut lines = Lines::default();
             let mut begun = false;
             loop {
@@ -108,7 +105,9 @@ impl Connection {
                         }
                     }
                 }
-                if lines.feed(&mut self.buffer, take)? {
+                let (used, ended) = lines.feed(&self.buffer, take)?;
+                self.buffer.drain(..used);
+                if ended {
                     return Ok(None);
                 }
             }
@@ -120,7 +119,6 @@ impl Connection {
 
     async fn read_answer(&mut self) -> Outcome<Answer> {
         self.buffer.clear();
-        self.head = 0;
         loop {
             let read = self
                 .stream
@@ -147,7 +145,7 @@ impl Connection {
 }
 
 /// The answer at the start of `bytes`, if all of it is there.
-fn parse(bytes: &[u8]) -> Outcome<Option<Answer>> {
+pub(crate) fn parse(bytes: &[u8]) -> Outcome<Option<Answer>> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
     let parsed = response.parse(bytes).during("understand an answer")?;
@@ -177,7 +175,7 @@ fn parse(bytes: &[u8]) -> Outcome<Option<Answer>> {
 }
 
 /// Where the chunks of an answer start, once its head is there and says that there are some.
-fn chunks_at(bytes: &[u8]) -> Outcome<Option<usize>> {
+pub(crate) fn chunks_at(bytes: &[u8]) -> Outcome<Option<usize>> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
     let parsed = response.parse(bytes).during("understand an answer")?;
@@ -193,13 +191,18 @@ fn chunks_at(bytes: &[u8]) -> Outcome<Option<usize>> {
 
 /// Lines out of chunks.
 #[derive(Default)]
-struct Lines {
+pub(crate) struct Lines {
     text: Vec<u8>,
 }
 
 impl Lines {
-    /// Takes the whole chunks out of `bytes` and hands on the whole lines in them. `true`: that was the last chunk.
-    fn feed(&mut self, bytes: &mut Vec<u8>, take: &mut impl FnMut(&[u8])) -> Outcome<bool> {
+    /// Reads the whole chunks at the start of `bytes` and hands on the whole lines in them. Says how many bytes they were,
+    /// and whether that was the last chunk.
+    pub(crate) fn feed(
+        &mut self,
+        bytes: &[u8],
+        take: &mut impl FnMut(&[u8]),
+    ) -> Outcome<(usize, bool)> {
         let mut at = 0;
         let mut ended = false;
         while !ended {
@@ -220,14 +223,13 @@ impl Lines {
             at += start + size + 2;
             ended = size == 0;
         }
-        bytes.drain(..at);
         let mut from = 0;
         while let Some(length) = self.text[from..].iter().position(|byte| *byte == b'\n') {
             take(&self.text[from..from + length]);
             from += length + 1;
         }
         self.text.drain(..from);
-        Ok(ended)
+        Ok((at, ended))
     }
 }
 
@@ -244,8 +246,20 @@ pub(crate) fn post_as(
     key: &str,
     body: &str,
 ) -> (Vec<u8>, usize) {
+    request("POST", kind, path, host, key, body)
+}
+
+/// The same of another method.
+pub(crate) fn request(
+    method: &str,
+    kind: &str,
+    path: &str,
+    host: SocketAddr,
+    key: &str,
+    body: &str,
+) -> (Vec<u8>, usize) {
     let mut request = format!(
-        "POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n\
+        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n\
          Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
         body.len()
     )
@@ -256,7 +270,7 @@ pub(crate) fn post_as(
 }
 
 /// A device as it was registered.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Registered {
     pub(crate) device: Id,
     pub(crate) secret: String,
@@ -345,15 +359,14 @@ mod tests {
         let whole = b"4\r\none\n\r\n3\r\ntwo\r\n1\r\n\n\r\n0\r\n\r\n";
         for cut in 0..whole.len() {
             let (mut lines, mut found) = (Lines::default(), Vec::new());
-            let mut bytes = whole[..cut].to_vec();
             let mut take = |line: &[u8]| found.push(String::from_utf8_lossy(line).into_owned());
-            assert!(!lines.feed(&mut bytes, &mut take).unwrap());
-            bytes.extend_from_slice(&whole[cut..]);
-            assert!(lines.feed(&mut bytes, &mut take).unwrap());
+            let (used, ended) = lines.feed(&whole[..cut], &mut take).unwrap();
+            assert!(!ended);
+            let rest = lines.feed(&whole[used..], &mut take).unwrap();
+            assert_eq!(rest, (whole.len() - used, true));
             assert_eq!(found, ["one", "two"]);
         }
-        let mut strange = b"x\r\n".to_vec();
-        assert!(Lines::default().feed(&mut strange, &mut |_| {}).is_err());
+        assert!(Lines::default().feed(b"x\r\n", &mut |_| {}).is_err());
     }
 
     #[test]

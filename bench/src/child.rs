@@ -47,6 +47,12 @@ impl Child {
         })
     }
 
+    pub(crate) fn pid(&self) -> Outcome<u32> {
+        self.child
+            .id()
+            .ok_or_else(|| self.failure("ended early; what it said stands above"))
+    }
+
     /// The next thing it says.
     pub(crate) async fn hear<T: DeserializeOwned>(&mut self, at_most: Duration) -> Outcome<T> {
         let line = timeout(at_most, self.lines.next_line())

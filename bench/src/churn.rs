@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
+use crate::engine::Engine;
 use crate::failure::{During, Failure, Outcome};
 use crate::process;
 use crate::progress::Progress;
@@ -58,15 +59,6 @@ static OVER_ROWS: Plot = Plot {
     x_log: false,
     y_log: false,
 };
-
-/// Which engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Engine {
-    Sled,
-    Fjall,
-    Memory,
-}
 
 /// Put rows into a store and take them out again, and weigh it
 #[derive(Debug, Clone, clap::Args, Serialize, Deserialize)]

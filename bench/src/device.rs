@@ -1,7 +1,7 @@
 //! Devices without comfort: the frames of the protocol on a socket, nothing else. They say hello, take what comes and
 //! acknowledge it, so that many of them fit beside the server that is measured.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,12 +13,15 @@ use bellwire_protocol::{
 use bytes::Bytes;
 use futures_util::{FutureExt, SinkExt, StreamExt};
 use quinn::crypto::rustls::QuicClientConfig;
-use rustls::client::Resumption;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::client::{
+    ClientSessionMemoryCache, ClientSessionStore, Resumption, Tls12ClientSessionValue,
+    Tls13ClientSessionValue,
+};
+use rustls::{ClientConfig, HandshakeKind, NamedGroup, RootCertStore};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -28,10 +31,21 @@ use tokio_tungstenite::tungstenite::http::header::SEC_WEBSOCKET_PROTOCOL;
 use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
 
 use crate::api::Registered;
+use crate::clock;
 use crate::failure::{During, Failure, Outcome};
 
 /// Time for a connection, its handshake and the welcome.
 const CONNECT_MAX: Duration = Duration::from_secs(60);
+
+/// Longest wait for connections that were closed to be gone.
+const FAREWELL_MAX: Duration = Duration::from_secs(2);
+
+/// Longest wait for a ticket, and how often it is looked for.
+const TICKET_MAX: Duration = Duration::from_secs(1);
+const TICKET_LOOK_EVERY: Duration = Duration::from_millis(1);
+
+/// Servers whose tickets a device remembers.
+const TICKET_SERVERS: usize = 4;
 
 /// Most bytes of one read of a QUIC stream.
 const READ_MAX_BYTES: usize = 64 * 1024;
@@ -56,50 +70,37 @@ pub(crate) struct Dialer {
     quic: quinn::ClientConfig,
     endpoints: Arc<[quinn::Endpoint]>,
     next_endpoint: Arc<AtomicUsize>,
+    /// Where connections come from.
+    source: IpAddr,
+    roots: Arc<RootCertStore>,
+    /// What it takes to resume a session; `None`: every handshake is a full one.
+    tickets: Option<Arc<Tickets>>,
     /// Offer the subprotocol and the path of device links.
     speaks_bellwire: bool,
-    /// Rising with every connection, whoever's it is.
+    /// Rising with every connection, whoever's it is, from a beginning above that of any process before.
     attempt: Arc<AtomicU64>,
 }
 
 impl Dialer {
-    /// A dialer that trusts the authorities in `authority` (PEM). Every handshake is a full one.
+    /// A dialer that trusts the authorities in `authority` (PEM). Without `resume` every handshake is a full one.
     pub(crate) fn new(
         address: SocketAddr,
         authority: &[u8],
         speaks_bellwire: bool,
+        resume: bool,
+        source: IpAddr,
     ) -> Outcome<Dialer> {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_slice_iter(authority) {
             roots
                 .add(certificate.during("read the server's authority")?)
                 .during("trust the server's authority")?;
         }
-        let config = || -> Outcome<ClientConfig> {
-            let mut config = ClientConfig::builder_with_provider(Arc::clone(&provider))
-                .with_protocol_versions(&[&rustls::version::TLS13])
-                .during("set up TLS")?
-                .with_root_certificates(roots.clone())
-                .with_no_client_auth();
-            config.resumption = Resumption::disabled();
-            Ok(config)
-        };
-        let tls = config()?;
-        let mut quic = config()?;
-        quic.alpn_protocols = vec![ALPN.to_vec()];
-        let quic = QuicClientConfig::try_from(quic).during("set up QUIC")?;
-        let mut quic = quinn::ClientConfig::new(Arc::new(quic));
-        let mut transport = quinn::TransportConfig::default();
-        transport
-            .max_idle_timeout(None)
-            .max_concurrent_bidi_streams(0u32.into())
-            .max_concurrent_uni_streams(0u32.into())
-            .datagram_receive_buffer_size(None)
-            .mtu_discovery_config(None);
-        quic.transport_config(Arc::new(transport));
+        let roots = Arc::new(roots);
+        let tickets = resume.then(Tickets::new);
+        let (tls, quic) = configure(&roots, tickets.as_ref())?;
         let endpoints = (0..ENDPOINTS)
-            .map(|_| endpoint())
+            .map(|_| endpoint(source))
             .collect::<Outcome<Vec<_>>>()?;
         Ok(Dialer {
             address,
@@ -107,9 +108,23 @@ impl Dialer {
             quic,
             endpoints: endpoints.into(),
             next_endpoint: Arc::default(),
+            source,
+            roots,
+            tickets,
             speaks_bellwire,
-            attempt: Arc::new(AtomicU64::new(1)),
+            attempt: Arc::new(AtomicU64::new(clock::now())),
         })
+    }
+
+    /// The same for one device, which resumes only its own sessions.
+    pub(crate) fn for_one(&self) -> Outcome<Dialer> {
+        let mut one = self.clone();
+        if self.tickets.is_some() {
+            one.tickets = Some(Tickets::new());
+            let (tls, quic) = configure(&self.roots, one.tickets.as_ref())?;
+            (one.tls, one.quic) = (Arc::new(tls), quic);
+        }
+        Ok(one)
     }
 
     /// Connects, as far as the carrier goes.
@@ -125,7 +140,12 @@ impl Dialer {
     }
 
     async fn connect_websocket(&self) -> Outcome<Link> {
-        let tcp = TcpStream::connect(self.address)
+        let socket = TcpSocket::new_v4().during("make a socket")?;
+        socket
+            .bind((self.source, 0).into())
+            .during("bind a socket")?;
+        let tcp = socket
+            .connect(self.address)
             .await
             .during("connect by TCP")?;
         tcp.set_nodelay(true).during("set an option of a socket")?;
@@ -153,6 +173,8 @@ impl Dialer {
     }
 
     async fn connect_quic(&self) -> Outcome<Link> {
+        let tickets = self.tickets.as_deref();
+        let used = tickets.map_or(0, |tickets| tickets.used.load(Ordering::Relaxed));
         let turn = self.next_endpoint.fetch_add(1, Ordering::Relaxed);
         let endpoint = &self.endpoints[turn % self.endpoints.len()];
         let connection = endpoint
@@ -163,10 +185,38 @@ impl Dialer {
         let (send, receive) = connection.open_bi().await.during("open a stream")?;
         Ok(Link::Quic(Box::new(QuicLink {
             _connection: connection,
+            resumed: tickets.is_some_and(|tickets| tickets.used.load(Ordering::Relaxed) > used),
             send,
             receive,
             reader: FrameReader::new(Codec::Cbor.server_frame_max_bytes()),
         })))
+    }
+
+    /// Waits until the other side has been told of all QUIC connections that were dropped, for some time.
+    pub(crate) async fn farewell(&self) {
+        for endpoint in self.endpoints.iter() {
+            // What is not told by then, silence will tell.
+            let _ = timeout(FAREWELL_MAX, endpoint.wait_idle()).await;
+        }
+    }
+
+    /// How many tickets came so far.
+    pub(crate) fn tickets(&self) -> u64 {
+        let tickets = self.tickets.as_ref();
+        tickets.map_or(0, |tickets| tickets.came.load(Ordering::Relaxed))
+    }
+
+    /// Waits until more than `before` tickets came. A server that gives none is not waited for for long.
+    pub(crate) async fn ticket_after(&self, before: u64) {
+        let wait = async {
+            while self.tickets() <= before {
+                sleep(TICKET_LOOK_EVERY).await;
+            }
+        };
+        if self.tickets.is_some() {
+            // Without it the next handshake is a full one, and counted as such.
+            let _ = timeout(TICKET_MAX, wait).await;
+        }
     }
 
     /// Connects and says hello; returns once welcomed.
@@ -200,6 +250,92 @@ impl Dialer {
     }
 }
 
+/// TLS for both carriers.
+fn configure(
+    roots: &Arc<RootCertStore>,
+    tickets: Option<&Arc<Tickets>>,
+) -> Outcome<(ClientConfig, quinn::ClientConfig)> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = || -> Outcome<ClientConfig> {
+        let mut config = ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .during("set up TLS")?
+            .with_root_certificates(Arc::clone(roots))
+            .with_no_client_auth();
+        config.resumption = match tickets {
+            Some(tickets) => Resumption::store(Arc::clone(tickets) as Arc<dyn ClientSessionStore>),
+            None => Resumption::disabled(),
+        };
+        Ok(config)
+    };
+    let tls = config()?;
+    let mut quic = config()?;
+    quic.alpn_protocols = vec![ALPN.to_vec()];
+    let quic = QuicClientConfig::try_from(quic).during("set up QUIC")?;
+    let mut quic = quinn::ClientConfig::new(Arc::new(quic));
+    let mut transport = quinn::TransportConfig::default();
+    transport
+        .max_idle_timeout(None)
+        .max_concurrent_bidi_streams(0u32.into())
+        .max_concurrent_uni_streams(0u32.into())
+        .datagram_receive_buffer_size(None)
+        .mtu_discovery_config(None);
+    quic.transport_config(Arc::new(transport));
+    Ok((tls, quic))
+}
+
+/// Tickets, counted.
+#[derive(Debug)]
+struct Tickets {
+    inner: ClientSessionMemoryCache,
+    came: AtomicU64,
+    used: AtomicU64,
+}
+
+impl Tickets {
+    fn new() -> Arc<Tickets> {
+        Arc::new(Tickets {
+            inner: ClientSessionMemoryCache::new(TICKET_SERVERS),
+            came: AtomicU64::new(0),
+            used: AtomicU64::new(0),
+        })
+    }
+}
+
+impl ClientSessionStore for Tickets {
+    fn set_kx_hint(&self, server: ServerName<'static>, group: NamedGroup) {
+        self.inner.set_kx_hint(server, group);
+    }
+
+    fn kx_hint(&self, server: &ServerName<'_>) -> Option<NamedGroup> {
+        self.inner.kx_hint(server)
+    }
+
+    fn set_tls12_session(&self, server: ServerName<'static>, session: Tls12ClientSessionValue) {
+        self.inner.set_tls12_session(server, session);
+    }
+
+    fn tls12_session(&self, server: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+        self.inner.tls12_session(server)
+    }
+
+    fn remove_tls12_session(&self, server: &ServerName<'static>) {
+        self.inner.remove_tls12_session(server);
+    }
+
+    fn insert_tls13_ticket(&self, server: ServerName<'static>, ticket: Tls13ClientSessionValue) {
+        self.inner.insert_tls13_ticket(server, ticket);
+        self.came.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn take_tls13_ticket(&self, server: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+        let ticket = self.inner.take_tls13_ticket(server);
+        self.used
+            .fetch_add(u64::from(ticket.is_some()), Ordering::Relaxed);
+        ticket
+    }
+}
+
 fn describe(frame: &ServerFrame) -> String {
     match frame {
         ServerFrame::Error(error) => format!("error {} ({})", error.code, error.message),
@@ -212,7 +348,7 @@ fn describe(frame: &ServerFrame) -> String {
     }
 }
 
-fn endpoint() -> Outcome<quinn::Endpoint> {
+fn endpoint(source: IpAddr) -> Outcome<quinn::Endpoint> {
     let socket = socket2::Socket::new(
         socket2::Domain::IPV4,
         socket2::Type::DGRAM,
@@ -222,7 +358,7 @@ fn endpoint() -> Outcome<quinn::Endpoint> {
     // Asking is free; how much is granted is the system's affair.
     let _ = socket.set_recv_buffer_size(UDP_BUFFER_BYTES);
     let _ = socket.set_send_buffer_size(UDP_BUFFER_BYTES);
-    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let any = SocketAddr::from((source, 0));
     socket.bind(&any.into()).during("bind a UDP socket")?;
     quinn::Endpoint::new(
         quinn::EndpointConfig::default(),
@@ -243,6 +379,8 @@ pub(crate) enum Link {
 pub(crate) struct QuicLink {
     // Keeps the connection open.
     _connection: quinn::Connection,
+    /// Exact where nobody else connects with the same tickets.
+    resumed: bool,
     send: quinn::SendStream,
     receive: quinn::RecvStream,
     reader: FrameReader,
@@ -306,22 +444,14 @@ impl Link {
         self.receive().now_or_never()
     }
 
-    /// Stays, and gives a sign of life when it is due, until the connection ends.
-    pub(crate) async fn hold(&mut self, keep_alive: Option<KeepAlive>) -> Failure {
-        let every = keep_alive.map_or(Duration::from_secs(3_600), |bounds| {
-            Duration::from_secs(u64::from(bounds.max_s) * 3 / 4)
-        });
-        loop {
-            match timeout(every, self.receive()).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(failure)) => return failure,
-                Err(_) if keep_alive.is_none() => {}
-                Err(_) => {
-                    if let Err(failure) = self.send(&DeviceFrame::Ping).await {
-                        return failure;
-                    }
-                }
+    /// Whether the TLS session of an earlier connection was taken up.
+    pub(crate) fn is_resumed(&self) -> bool {
+        match self {
+            Link::WebSocket(socket) => {
+                let (_, tls) = socket.get_ref().get_ref();
+                tls.handshake_kind() == Some(HandshakeKind::Resumed)
             }
+            Link::Quic(quic) => quic.resumed,
         }
     }
 }

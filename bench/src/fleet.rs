@@ -1,14 +1,12 @@
-//! Many devices at once: registered over the API, connected a bounded number at a time.
+//! Many devices at once, as the API sees them.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use bellwire_protocol::{Carrier, KeepAlive};
-use tokio::sync::Semaphore;
+use bellwire_protocol::Carrier;
 use tokio::task::JoinSet;
 
 use crate::api::{self, Connection, Registered};
-use crate::device::{Dialer, Link};
 use crate::failure::{During, Failure, Outcome};
 use crate::progress::Progress;
 
@@ -48,67 +46,48 @@ pub(crate) async fn register(
     Ok(devices)
 }
 
-/// A device with its connection.
-pub(crate) type Attached = (Link, Option<KeepAlive>);
-
-/// Connects all `devices`, the n-th by `carriers`, at most `at_once` in the middle of it. They come back in any order.
-pub(crate) async fn attach(
-    dialer: &Dialer,
+/// Puts all of them into a topic.
+pub(crate) async fn subscribe(
+    api: SocketAddr,
+    key: &str,
     devices: &Arc<[Registered]>,
-    carriers: Carriers,
-    at_once: usize,
+    topic: &str,
     progress: Progress,
-) -> Outcome<Vec<Attached>> {
-    let bar = progress.phase("connect devices", devices.len());
-    let links = connect_all(devices.len(), at_once, |number| {
-        let (dialer, devices, bar) = (dialer.clone(), Arc::clone(devices), bar.clone());
-        async move {
-            let carrier = carriers.of(number);
-            let (link, keep_alive) = dialer.attach(carrier, &devices[number]).await?;
-            bar.step();
-            Ok((link, Some(keep_alive)))
-        }
-    });
-    let links = links.await?;
-    bar.done();
-    Ok(links)
-}
-
-/// Runs `count` connections, at most `at_once` at a time, each in a task of its own.
-pub(crate) async fn connect_all<F>(
-    count: usize,
-    at_once: usize,
-    connect: impl Fn(usize) -> F,
-) -> Outcome<Vec<Attached>>
-where
-    F: Future<Output = Outcome<Attached>> + Send + 'static,
-{
-    let places = Arc::new(Semaphore::new(at_once.max(1)));
-    let mut tasks = JoinSet::new();
-    let mut links = Vec::with_capacity(count);
-    for number in 0..count {
-        let place = Arc::clone(&places)
-            .acquire_owned()
-            .await
-            .during("wait for a place")?;
-        let connecting = connect(number);
-        tasks.spawn(async move {
-            let link = connecting.await;
-            drop(place);
-            link
+) -> Outcome<()> {
+    let bar = progress.phase("subscribe devices", devices.len());
+    let mut workers = JoinSet::new();
+    for worker in 0..REGISTERING.min(devices.len()) {
+        let (key, bar, devices) = (key.to_owned(), bar.clone(), Arc::clone(devices));
+        let topics = format!(r#"{{"topics":["{topic}"]}}"#);
+        workers.spawn(async move {
+            let mut connection = Connection::open(api).await?;
+            for device in devices.iter().skip(worker).step_by(REGISTERING) {
+                let path = format!("/v1/devices/{}/topics", device.device);
+                let request = api::request("PUT", "application/json", &path, api, &key, &topics);
+                let answer = connection.exchange(&request.0).await?;
+                if answer.status != 200 {
+                    return Err(Failure::new(format!(
+                        "putting a device into a topic was answered by {}: {}",
+                        answer.status,
+                        String::from_utf8_lossy(connection.body(answer))
+                    )));
+                }
+                bar.step();
+            }
+            Ok::<_, Failure>(())
         });
-        while let Some(done) = tasks.try_join_next() {
-            links.push(done.during("connect")??);
-        }
     }
-    while let Some(done) = tasks.join_next().await {
-        links.push(done.during("connect")??);
+    while let Some(done) = workers.join_next().await {
+        done.during("subscribe devices")??;
     }
-    Ok(links)
+    bar.done();
+    Ok(())
 }
 
 /// Which carriers the devices of a workload take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Carriers {
     /// Every other device.
@@ -127,6 +106,23 @@ impl Carriers {
             Carriers::Websocket => Carrier::WebSocket,
             Carriers::Both if number.is_multiple_of(2) => Carrier::Quic,
             Carriers::Both => Carrier::WebSocket,
+        }
+    }
+
+    /// Each by itself: what is told of one carrier at a time.
+    pub(crate) fn each(self) -> &'static [Carriers] {
+        match self {
+            Carriers::Both => &[Carriers::Websocket, Carriers::Quic],
+            Carriers::Websocket => &[Carriers::Websocket],
+            Carriers::Quic => &[Carriers::Quic],
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Carriers::Both => "both",
+            Carriers::Websocket => "websocket",
+            Carriers::Quic => "quic",
         }
     }
 }

@@ -1,73 +1,58 @@
-//! What does a connected device cost that has nothing to say, and what does connecting cost?
+//! What does a connected device hold that has nothing to say?
 //!
 //! Devices connect to a fresh server, one carrier after the other; the growth of the server's memory, divided by the
-//! devices, is what each of them holds, and the processor time is what its connection took. The same figures of a server
-//! that does nothing else stand beside them, measured in the same run.
+//! devices, is what each of them holds. The same figures of a server that does nothing else stand beside them, measured
+//! in the same run, and what is more than that is Bellwire's own.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bellwire_protocol::Carrier;
 use serde::Serialize;
-use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::api::{Metrics, Registered};
-use crate::device::{Dialer, Link};
-use crate::failure::{Failure, Outcome};
-use crate::fleet::{self, Attached, Carriers};
+use crate::failure::Outcome;
+use crate::fleet::Carriers;
 use crate::floor::{Floor, FloorCarrier};
+use crate::generator::devices::{Fleet, Place};
 use crate::process;
 use crate::progress::Progress;
 use crate::report::{Budget, Figure, Report};
-use crate::server::{self, Server};
+use crate::rig::{self, Rig, ServerArgs};
 
 /// Devices that connect and leave before anything is measured, so that what a process makes once is there.
 const WARM_UP: usize = 64;
 
-/// How long sessions may take to be counted by the server, or to be gone from its count.
-const COUNTED_MAX: Duration = Duration::from_secs(30);
-
-/// How often a condition is looked at while waiting.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Time for those that left to be gone from a floor, which counts nothing.
+const GONE_AFTER: Duration = Duration::from_secs(1);
 
 /// Connect devices that stay silent, and weigh them
 #[derive(Debug, Clone, clap::Args, Serialize)]
-pub(crate) struct Idle {
-    /// The server binary; default: `bellwire` beside this program
-    #[arg(long, value_name = "PATH")]
-    #[serde(skip)]
-    pub(crate) server: Option<PathBuf>,
-    /// A setting of the server, such as STORE__ENGINE=memory; may be repeated
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub(crate) settings: Vec<String>,
-    /// Devices over WebSocket; each takes a file of this process and one of the server
+pub(crate) struct IdleArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(crate) server: ServerArgs,
+    /// Devices over WebSocket; each takes a file here and one of the server
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub(crate) websocket: u32,
+    websocket: u32,
     /// Devices over QUIC; they share a few sockets
     #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub(crate) quic: u32,
+    quic: u32,
     /// What the devices connect by
     #[arg(long, value_enum, default_value_t = Carriers::Both)]
-    pub(crate) carrier: Carriers,
+    carrier: Carriers,
     /// Devices in the middle of connecting at a time
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    pub(crate) connecting: u32,
+    connecting: u32,
     /// Quiet time before memory is read, seconds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=600))]
-    pub(crate) settle: u32,
+    settle: u32,
     /// Leave out the floors
     #[arg(long)]
-    pub(crate) no_floor: bool,
-    /// A few devices, to see that all of them connect and stay; sizes and times are not looked at
-    #[arg(long)]
-    pub(crate) smoke: bool,
+    no_floor: bool,
 }
 
-impl Idle {
-    fn smoke(self) -> Idle {
-        Idle {
+impl IdleArgs {
+    fn smoke(self) -> IdleArgs {
+        IdleArgs {
             websocket: 20,
             quic: 20,
             connecting: 8,
@@ -77,250 +62,205 @@ impl Idle {
     }
 }
 
-/// What one server cost.
+/// What each device costs one server.
 struct Cost {
     resident: f64,
     proportional: f64,
     slab: Option<f64>,
     tcp_buffers: Option<f64>,
-    cpu_micros: f64,
-    connects_per_second: f64,
+    /// CPU of the quiet time, microseconds of each device and second.
+    quiet_micros: f64,
 }
 
 /// Runs the workload.
-pub(crate) async fn run(args: Idle, progress: Progress) -> Outcome<Report> {
-    let args = if args.smoke { args.smoke() } else { args };
-    let files = process::raise_file_limit();
-    if args.carrier != Carriers::Quic && u64::from(args.websocket) + process::FILES_RESERVED > files
-    {
-        return Err(Failure::new(format!(
-            "{} WebSockets do not fit into {files} open files",
-            args.websocket
-        )));
-    }
+pub(crate) async fn run(args: IdleArgs, progress: Progress) -> Outcome<Report> {
+    let args = if args.server.smoke {
+        args.smoke()
+    } else {
+        args
+    };
+    process::raise_file_limit();
     let mut report = Report::new("idle", &args)?;
-    let binary = server::binary(args.server.as_deref())?;
-    for (carrier, carriers, floor, count) in [
-        (
-            Carrier::WebSocket,
-            Carriers::Websocket,
-            FloorCarrier::Websocket,
-            args.websocket,
-        ),
-        (Carrier::Quic, Carriers::Quic, FloorCarrier::Quic, args.quic),
-    ] {
-        if args.carrier != Carriers::Both && args.carrier != carriers {
-            continue;
-        }
+    for &carrier in args.carrier.each() {
+        let count = match carrier {
+            Carriers::Quic => args.quic,
+            Carriers::Websocket | Carriers::Both => args.websocket,
+        };
         let floor = match args.no_floor {
             true => None,
-            false => Some(weigh_floor(&args, carrier, floor, count as usize, progress).await?),
+            false => Some(weigh_floor(&args, carrier, count as usize, progress).await?),
         };
-        let ours = weigh_server(
-            &args,
-            &binary,
-            carriers,
-            count as usize,
-            &mut report,
-            progress,
-        )
-        .await?;
-        tell(&mut report, carrier, count, &ours, floor.as_ref());
+        let ours = weigh_server(&args, carrier, count as usize, &mut report, progress).await?;
+        tell(&mut report, &args, carrier, count, &ours, floor.as_ref());
     }
     Ok(report)
 }
 
 async fn weigh_server(
-    args: &Idle,
-    binary: &Path,
-    carriers: Carriers,
+    args: &IdleArgs,
+    carrier: Carriers,
     count: usize,
     report: &mut Report,
     progress: Progress,
 ) -> Outcome<Cost> {
-    let mut server = Server::start(binary, &args.settings).await?;
-    let listen = server.listen.clone();
-    let devices: Arc<[Registered]> = fleet::register(listen.api, &server.key, count, progress)
-        .await?
-        .into();
-    let dialer = Dialer::new(listen.devices, &server.authority, true)?;
+    let rig = Rig::start(&args.server, &[], count, progress).await?;
     let at_once = args.connecting as usize;
-    let sessions = async |wanted: usize| -> Outcome<usize> {
-        let give_up = Instant::now() + COUNTED_MAX;
-        loop {
-            let metrics = Metrics::read(listen.operations).await?;
-            let counted = metrics.sum("bellwire_sessions", "") as usize;
-            if counted == wanted || Instant::now() > give_up {
-                return Ok(counted);
-            }
-            sleep(LOOK_EVERY).await;
-        }
-    };
+    let first = &rig.devices[..count.min(WARM_UP)];
+    let mut fleet = Fleet::start(&rig.place(), carrier, first, false).await?;
+    fleet.attach(at_once, false).await?;
+    fleet.stop().await;
+    rig.sessions(0).await?;
 
-    let first: Arc<[Registered]> = devices[..count.min(WARM_UP)].into();
-    drop(fleet::attach(&dialer, &first, carriers, at_once, progress).await?);
-    sessions(0).await?;
-    let (cost, mut held) = weigh(
-        args,
-        server.pid(),
-        count,
-        fleet::attach(&dialer, &devices, carriers, at_once, progress),
-        progress,
-    )
-    .await?;
-    server.check()?;
-    let counted = sessions(count).await?;
+    let mut fleet = Fleet::start(&rig.place(), carrier, &rig.devices, false).await?;
+    let cost = weigh(args, rig.server.pid(), &mut fleet, progress).await?;
+    let counted = rig.sessions(count).await?;
     if counted != count {
-        report.violations.push(format!(
-            "{count} devices were welcomed over {carriers:?}, the server counts {counted}"
+        report.violation(format!(
+            "{count} devices were welcomed over {}, the server counts {counted}",
+            carrier.name()
         ));
     }
-    report.violations.extend(held.lost());
-    drop(held);
-    if !server.stop().await {
-        report.violation("the server did not end by itself after SIGTERM");
+    rig::devices_are_well(report, &mut [&mut fleet]).await?;
+    let attached = fleet.counts().await?.attached;
+    if attached != count as u64 {
+        report.violation(format!(
+            "{attached} of {count} devices are still connected over {}",
+            carrier.name()
+        ));
     }
+    fleet.stop().await;
+    rig.stop(report).await;
     Ok(cost)
 }
 
 async fn weigh_floor(
-    args: &Idle,
-    carrier: Carrier,
-    floor: FloorCarrier,
+    args: &IdleArgs,
+    carrier: Carriers,
     count: usize,
     progress: Progress,
 ) -> Outcome<Cost> {
-    let floor = Floor::start(floor).await?;
-    let dialer = Dialer::new(floor.address, &floor.authority, false)?;
-    let connect = |count: usize| {
-        let dialer = dialer.clone();
-        fleet::connect_all(count, args.connecting as usize, move |_| {
-            let dialer = dialer.clone();
-            async move {
-                let mut link: Link = dialer.connect(carrier).await?;
-                // QUIC shows a stream to the other side with its first byte.
-                link.send_bytes(&[0]).await?;
-                Ok((link, None))
-            }
-        })
+    let floor = Floor::start(floor_of(carrier)).await?;
+    let place = Place {
+        address: floor.address,
+        authority: &floor.authority,
+        bellwire: false,
     };
-    drop(connect(count.min(WARM_UP)).await?);
-    // It counts nothing; those that left are gone long before this ends.
-    sleep(Duration::from_secs(1)).await;
-    let bar = progress.wait("connect to the floor");
-    let (cost, held) = weigh(args, floor.pid()?, count, connect(count), progress).await?;
-    bar.done();
-    drop(held);
+    let mut fleet = Fleet::strangers(&place, carrier, count.min(WARM_UP), false).await?;
+    fleet.attach(args.connecting as usize, false).await?;
+    fleet.stop().await;
+    sleep(GONE_AFTER).await;
+    let mut fleet = Fleet::strangers(&place, carrier, count, false).await?;
+    let cost = weigh(args, floor.pid()?, &mut fleet, progress).await?;
+    fleet.stop().await;
     floor.stop().await;
     Ok(cost)
 }
 
-/// Reads time and memory of a process around `connect`.
-async fn weigh(
-    args: &Idle,
-    pid: u32,
-    count: usize,
-    connect: impl Future<Output = Outcome<Vec<Attached>>>,
-    progress: Progress,
-) -> Outcome<(Cost, Held)> {
+/// The floor under a carrier.
+pub(crate) fn floor_of(carrier: Carriers) -> FloorCarrier {
+    match carrier {
+        Carriers::Quic => FloorCarrier::Quic,
+        Carriers::Websocket | Carriers::Both => FloorCarrier::Websocket,
+    }
+}
+
+/// Reads time and memory of a process around connecting.
+async fn weigh(args: &IdleArgs, pid: u32, fleet: &mut Fleet, progress: Progress) -> Outcome<Cost> {
     let memory = process::memory(pid)?;
     let kernel = process::kernel_memory();
-    let cpu = process::cpu_time(pid)?;
-    let started = Instant::now();
-    let links = connect.await?;
-    let took = started.elapsed();
-    // What follows the last welcome, such as tickets, belongs to connecting too.
-    let held = Held::new(links);
+    let bar = progress.wait("connect devices");
+    fleet.attach(args.connecting as usize, false).await?;
+    bar.done();
+    // What follows the last welcome, such as tickets, belongs to connecting.
     let bar = progress.wait("settle");
+    sleep(GONE_AFTER).await;
+    let cpu = process::cpu_time(pid)?;
     sleep(Duration::from_secs(args.settle.into())).await;
     bar.done();
     let cpu = process::cpu_time(pid)?.saturating_sub(cpu);
     let memory_after = process::memory(pid)?;
     let kernel_after = process::kernel_memory();
-    let each = |before: u64, after: u64| (after as f64 - before as f64) / count as f64;
+    let count = fleet.devices as f64;
+    let each = |before: u64, after: u64| (after as f64 - before as f64) / count;
     // Both ends of each connection are on this machine, so half of what the kernel took is the server's.
     let kernel = kernel.zip(kernel_after);
-    let cost = Cost {
+    Ok(Cost {
         resident: each(memory.resident, memory_after.resident),
         proportional: each(memory.proportional, memory_after.proportional),
         slab: kernel.map(|(before, after)| each(before.slab, after.slab) / 2.0),
         tcp_buffers: kernel
             .map(|(before, after)| each(before.tcp_buffers, after.tcp_buffers) / 2.0),
-        cpu_micros: cpu.as_secs_f64() * 1e6 / count as f64,
-        connects_per_second: count as f64 / took.as_secs_f64(),
-    };
-    Ok((cost, held))
+        quiet_micros: cpu.as_secs_f64() * 1e6 / count / f64::from(args.settle),
+    })
 }
 
-/// Devices that stay. Dropping it lets them all go.
-struct Held(JoinSet<Failure>);
-
-impl Held {
-    fn new(links: Vec<Attached>) -> Held {
-        let mut tasks = JoinSet::new();
-        for (mut link, keep_alive) in links {
-            tasks.spawn(async move { link.hold(keep_alive).await });
-        }
-        Held(tasks)
-    }
-
-    /// Devices whose connection ended, in one sentence with the first reason.
-    fn lost(&mut self) -> Option<String> {
-        let mut reasons = std::iter::from_fn(|| self.0.try_join_next());
-        let first = match reasons.next()? {
-            Ok(failure) => failure.to_string(),
-            Err(error) => error.to_string(),
-        };
-        let more = reasons.count();
-        Some(format!(
-            "{} devices lost their connection: {first}",
-            more + 1
-        ))
-    }
-}
-
-fn tell(report: &mut Report, carrier: Carrier, count: u32, ours: &Cost, floor: Option<&Cost>) {
+fn tell(
+    report: &mut Report,
+    args: &IdleArgs,
+    carrier: Carriers,
+    count: u32,
+    ours: &Cost,
+    floor: Option<&Cost>,
+) {
     let name = carrier.name();
-    let bytes_max = match carrier {
-        Carrier::WebSocket => 11.0 * 1024.0,
-        Carrier::Quic => 29.0 * 1024.0,
+    let mut figure = |what: &str,
+                      unit: &'static str,
+                      of: &dyn Fn(&Cost) -> Option<f64>,
+                      budget: Option<Budget>| {
+        let Some(value) = of(ours) else { return };
+        let figure = Figure::new(format!("{name}: {what}"), value, unit).floor(floor.and_then(of));
+        report.push(match budget.filter(|_| !args.server.smoke) {
+            Some(budget) => figure.budget(budget),
+            None => figure,
+        });
     };
-    let figure = |what: &str, value: f64, unit, floor: Option<f64>| {
-        Figure::new(format!("{name}: {what}"), value, unit).floor(floor)
+    let most = match carrier {
+        Carriers::Quic => 29.0,
+        Carriers::Websocket | Carriers::Both => 11.0,
     };
-    let of = |get: fn(&Cost) -> f64| (get(ours), floor.map(get));
-    let (value, below) = of(|cost| cost.proportional);
-    report.push(
-        figure("memory of a device", value, "bytes", below).budget(Budget::AtMost(bytes_max)),
+    figure(
+        "memory of a device",
+        "bytes",
+        &|cost| Some(cost.proportional),
+        Some(Budget::AtMost(most * 1_024.0)),
     );
-    if let Some(below) = below {
-        report.push(
-            figure("of that Bellwire's own", value - below, "bytes", None)
-                .budget(Budget::AtMost(1.5 * 1024.0)),
+    figure(
+        "resident memory of a device",
+        "bytes",
+        &|cost| Some(cost.resident),
+        None,
+    );
+    if carrier == Carriers::Websocket {
+        figure(
+            "kernel objects of a device, about",
+            "bytes",
+            &|cost| cost.slab,
+            None,
+        );
+        figure(
+            "kernel buffers of a device, about",
+            "bytes",
+            &|cost| cost.tcp_buffers,
+            None,
         );
     }
-    let (value, below) = of(|cost| cost.resident);
-    report.push(figure("resident memory of a device", value, "bytes", below));
-    if carrier == Carrier::WebSocket {
-        for (what, get) in [
-            (
-                "kernel objects",
-                (|cost| cost.slab) as fn(&Cost) -> Option<f64>,
-            ),
-            ("kernel buffers", |cost| cost.tcp_buffers),
-        ] {
-            if let Some(value) = get(ours) {
-                let what = format!("{what} of a device, about");
-                report.push(figure(&what, value, "bytes", floor.and_then(get)));
-            }
-        }
-    }
-    let (value, below) = of(|cost| cost.cpu_micros);
-    report.push(
-        figure("server CPU of a connection", value, "µs", below)
-            .budget(Budget::TimesFloorAtMost(1.25)),
+    figure(
+        "server CPU of a quiet device",
+        "µs a second",
+        &|cost| Some(cost.quiet_micros),
+        None,
     );
-    let (value, below) = of(|cost| cost.connects_per_second);
-    report.push(figure("connections", value, "connections/s", below));
-    report.push(figure("devices", f64::from(count), "devices", None));
+    if let Some(floor) = floor {
+        let own = Figure::new(
+            format!("{name}: of that Bellwire's own"),
+            ours.proportional - floor.proportional,
+            "bytes",
+        );
+        report.push(own.budget_if(!args.server.smoke, Budget::AtMost(1.5 * 1_024.0)));
+    }
+    report.push(Figure::new(
+        format!("{name}: devices"),
+        f64::from(count),
+        "devices",
+    ));
 }

@@ -7,23 +7,35 @@
 mod api;
 mod child;
 mod churn;
-mod deliver;
+mod clock;
+mod connect;
 mod device;
+mod drain;
+mod engine;
 mod failure;
+mod fanout;
 mod fleet;
 mod floor;
+mod generator;
+mod grow;
 mod idle;
 mod peers;
+mod ping;
 mod process;
 mod progress;
 mod report;
+mod rig;
 mod server;
+mod soak;
+mod stored;
 mod tls;
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::failure::{During, Failure, Outcome};
@@ -37,15 +49,23 @@ const RUNS_OF_A_REPORT: u32 = 5;
 #[derive(Debug, Parser)]
 #[command(name = "bellwire-bench", version, arg_required_else_help = true)]
 #[command(after_help = "Examples:
-  bellwire-bench deliver                            as many pings as 32 connections get through
-  bellwire-bench deliver --rate 5000                5,000 pings a second, by the clock
-  bellwire-bench deliver --connections 1 --rate 100 one quiet ping at a time
-  bellwire-bench deliver --absent --devices 1000    pings that wait on disk
-  bellwire-bench idle --runs 5                      memory and time of devices that only stay connected
-  bellwire-bench idle --out report                  the same, five times, as Markdown, JSON and plots in a folder
+  bellwire-bench ping                               quiet pings, fixed rates, as many as go through, batches
+  bellwire-bench ping --only rates --rates 500,5000 latency at two rates
+  bellwire-bench stored --engines fjall             pings that wait on disk
+  bellwire-bench fanout --devices 10000             one ping to 10,000 attached devices
+  bellwire-bench idle --websocket 15000 --quic 200000
+                                                    what silent devices hold
+  bellwire-bench connect --out report               five runs, as Markdown, JSON and plots in a folder
+  bellwire-bench grow --engines fjall --stored 10000,1000000,10000000
+                                                    what stays the same while something grows
+  bellwire-bench soak --minutes 60                  an hour of everything at once
+  bellwire-bench all --out report                   everything
   bellwire-bench churn --engine fjall               a million rows into a store and out again
   bellwire-bench floor                              what the bare libraries and the disk allow
-  bellwire-bench peers --runs 5                     Bellwire beside mosquitto and nats-server")]
+  bellwire-bench peers --runs 5                     Bellwire beside mosquitto and nats-server
+
+bench/README.md tells how to read the figures. A workload fails (exit code 1) if something was lost, doubled or
+counted differently on two sides, never because it was slow.")]
 struct Arguments {
     #[command(subcommand)]
     workload: Workload,
@@ -65,9 +85,17 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Workload {
-    Deliver(deliver::Deliver),
-    Idle(idle::Idle),
+    Ping(ping::PingArgs),
+    Stored(stored::StoredArgs),
+    Fanout(fanout::FanoutArgs),
+    Drain(drain::DrainArgs),
+    Idle(idle::IdleArgs),
+    Connect(connect::ConnectArgs),
+    Grow(grow::GrowArgs),
+    Soak(soak::SoakArgs),
     Churn(churn::Churn),
+    /// Run every workload but churn as it is by default, one after the other
+    All(rig::ServerArgs),
     #[command(hide = true)]
     ChurnStore(churn::ChurnStore),
     /// Measure what the bare libraries and the disk allow
@@ -82,12 +110,22 @@ enum Workload {
     FloorCommit(floor::FloorCommit),
     #[command(hide = true)]
     FloorWrite(floor::FloorWrite),
+    #[command(hide = true)]
+    PlayDevices(generator::devices::PlayDevices),
+    #[command(hide = true)]
+    PlayBackends(generator::backends::PlayBackends),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let (json, out) = (arguments.json, arguments.out.clone());
-    let runtime = match tokio::runtime::Runtime::new() {
+    // What plays many devices has one thread, so that its share of a core says whether it was busy.
+    let runtime = if matches!(arguments.workload, Workload::PlayDevices(_)) {
+        Builder::new_current_thread().enable_all().build()
+    } else {
+        tokio::runtime::Runtime::new()
+    };
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("bellwire-bench: cannot start: {error}");
@@ -120,39 +158,25 @@ fn main() -> ExitCode {
     }
 }
 
+/// The workloads of `all`, in their order.
+const ALL: [&str; 9] = [
+    "floor", "idle", "connect", "ping", "stored", "fanout", "drain", "grow", "soak",
+];
+
 /// Runs what was asked for. Parts that this program plays in a process of its own have nothing to report.
 async fn run(arguments: Arguments) -> Outcome<Vec<Report>> {
     let progress = Progress::new(arguments.quiet);
-    let default = if arguments.out.is_some() {
-        RUNS_OF_A_REPORT
-    } else {
-        1
+    let default = match arguments.out {
+        Some(_) => RUNS_OF_A_REPORT,
+        None => 1,
     };
     let runs = arguments.runs.unwrap_or(default);
     let mut terminate = signal(SignalKind::terminate()).during("listen for signals")?;
     let work = async {
-        Ok(match arguments.workload {
-            Workload::Deliver(args) => {
-                repeat(runs, progress, || deliver::run(args.clone(), progress)).await?
-            }
-            Workload::Idle(args) => {
-                repeat(runs, progress, || idle::run(args.clone(), progress)).await?
-            }
-            Workload::Churn(args) => {
-                repeat(runs, progress, || churn::run(args.clone(), progress)).await?
-            }
-            Workload::Floors(args) => {
-                repeat(runs, progress, || floor::run(args.clone(), progress)).await?
-            }
-            Workload::Peers(args) => {
-                repeat(runs, progress, || peers::run(args.clone(), progress)).await?
-            }
-            Workload::PeerLoad(args) => peers::serve(args).await.map(|()| Vec::new())?,
-            Workload::ChurnStore(args) => churn::serve(&args).map(|()| Vec::new())?,
-            Workload::FloorCommit(args) => floor::serve_commit(&args).map(|()| Vec::new())?,
-            Workload::FloorWrite(args) => floor::serve_write(args).await.map(|()| Vec::new())?,
-            Workload::FloorServer(args) => floor::serve(args).await.map(|()| Vec::new())?,
-        })
+        if let Workload::All(args) = &arguments.workload {
+            return all(args, runs, progress, arguments.out.as_deref()).await;
+        }
+        work(arguments.workload, runs, progress).await
     };
     // Interrupted, the work is dropped here, and with it every process that it started.
     tokio::select! {
@@ -160,6 +184,85 @@ async fn run(arguments: Arguments) -> Outcome<Vec<Report>> {
         _ = tokio::signal::ctrl_c() => Err(Failure::new("interrupted")),
         _ = terminate.recv() => Err(Failure::new("terminated")),
     }
+}
+
+/// Runs all workloads as they are by default. What is done is written down at once where a folder was asked for, so that
+/// hours are not lost with the last of them.
+async fn all(
+    args: &rig::ServerArgs,
+    runs: u32,
+    progress: Progress,
+    out: Option<&Path>,
+) -> Outcome<Vec<Report>> {
+    let mut reports = Vec::new();
+    for name in ALL {
+        progress.say(&format!("== {name}"));
+        let mut line: Vec<OsString> = vec!["bellwire-bench".into(), name.into()];
+        if args.smoke {
+            line.push("--smoke".into());
+        }
+        if name != "floor" {
+            if let Some(server) = &args.server {
+                line.extend(["--server".into(), server.into()]);
+            }
+            for setting in &args.settings {
+                line.extend(["--set".into(), setting.into()]);
+            }
+        }
+        let one = Arguments::try_parse_from(line).during(format_args!("ask for {name}"))?;
+        reports.extend(work(one.workload, runs, progress).await?);
+        if let Some(out) = out {
+            write_down(&reports, out)?;
+        }
+    }
+    Ok(reports)
+}
+
+async fn work(workload: Workload, runs: u32, progress: Progress) -> Outcome<Vec<Report>> {
+    Ok(match workload {
+        Workload::Ping(args) => {
+            repeat(runs, progress, || ping::run(args.clone(), progress)).await?
+        }
+        Workload::Stored(args) => {
+            repeat(runs, progress, || stored::run(args.clone(), progress)).await?
+        }
+        Workload::Fanout(args) => {
+            repeat(runs, progress, || fanout::run(args.clone(), progress)).await?
+        }
+        Workload::Drain(args) => {
+            repeat(runs, progress, || drain::run(args.clone(), progress)).await?
+        }
+        Workload::Connect(args) => {
+            repeat(runs, progress, || connect::run(args.clone(), progress)).await?
+        }
+        Workload::Idle(args) => {
+            repeat(runs, progress, || idle::run(args.clone(), progress)).await?
+        }
+        Workload::Grow(args) => {
+            repeat(runs, progress, || grow::run(args.clone(), progress)).await?
+        }
+        Workload::Soak(args) => {
+            repeat(runs, progress, || soak::run(args.clone(), progress)).await?
+        }
+        Workload::Churn(args) => {
+            repeat(runs, progress, || churn::run(args.clone(), progress)).await?
+        }
+        Workload::Floors(args) => {
+            repeat(runs, progress, || floor::run(args.clone(), progress)).await?
+        }
+        Workload::Peers(args) => {
+            repeat(runs, progress, || peers::run(args.clone(), progress)).await?
+        }
+        Workload::All(_) => return Err(Failure::new("`all` does not hold itself")),
+        Workload::PeerLoad(args) => peers::serve(args).await.map(|()| Vec::new())?,
+        Workload::ChurnStore(args) => churn::serve(&args).map(|()| Vec::new())?,
+        Workload::FloorCommit(args) => floor::serve_commit(&args).map(|()| Vec::new())?,
+        Workload::FloorWrite(args) => floor::serve_write(args).await.map(|()| Vec::new())?,
+        Workload::FloorServer(args) => floor::serve(args).await.map(|()| Vec::new())?,
+        Workload::PlayDevices(_) => generator::devices::play().await.map(|()| Vec::new())?,
+        // Threads of its own, and nothing that waits for this one.
+        Workload::PlayBackends(_) => generator::backends::play().map(|()| Vec::new())?,
+    })
 }
 
 /// Runs a workload so often and makes one report of it.
@@ -179,27 +282,44 @@ async fn repeat<F: Future<Output = Outcome<Report>>>(
 }
 
 /// Prints the reports, and writes them down where that was asked for.
-fn tell(reports: &[Report], json: bool, out: Option<&std::path::Path>) -> Outcome<()> {
-    let markdown: Vec<String> = reports.iter().map(Report::markdown).collect();
-    let markdown = markdown.join("\n");
+fn tell(reports: &[Report], json: bool, out: Option<&Path>) -> Outcome<()> {
+    if let Some(out) = out {
+        write_down(reports, out)?;
+    }
+    let text = if json {
+        structured(reports)?
+    } else {
+        markdown(reports)
+    };
+    println!("{text}");
+    Ok(())
+}
+
+fn markdown(reports: &[Report]) -> String {
+    let each: Vec<String> = reports.iter().map(Report::markdown).collect();
+    each.join("\n")
+}
+
+fn structured(reports: &[Report]) -> Outcome<String> {
     // One workload is one object, as a script that asks for one expects.
-    let structured = match reports {
+    match reports {
         [one] => serde_json::to_string_pretty(one),
         several => serde_json::to_string_pretty(several),
-    };
-    let structured = structured.during("write the report")?;
-    if let Some(out) = out {
-        let written = |name: &str, text: &str| {
-            let path = out.join(name);
-            std::fs::write(&path, text).during(format_args!("write {}", path.display()))
-        };
-        std::fs::create_dir_all(out).during(format_args!("make {}", out.display()))?;
-        written("report.md", &markdown)?;
-        written("report.json", &structured)?;
-        for drawing in reports.iter().flat_map(Report::drawings) {
-            written(&drawing.file, &drawing.svg)?;
-        }
     }
-    println!("{}", if json { structured } else { markdown });
+    .during("write the report")
+}
+
+/// Writes Markdown, JSON and plots into a folder.
+fn write_down(reports: &[Report], out: &Path) -> Outcome<()> {
+    let written = |name: &str, text: &str| {
+        let path = out.join(name);
+        std::fs::write(&path, text).during(format_args!("write {}", path.display()))
+    };
+    std::fs::create_dir_all(out).during(format_args!("make {}", out.display()))?;
+    written("report.md", &markdown(reports))?;
+    written("report.json", &structured(reports)?)?;
+    for drawing in reports.iter().flat_map(Report::drawings) {
+        written(&drawing.file, &drawing.svg)?;
+    }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::failure::{During, Failure, Outcome};
 
-/// Files that this process leaves unused when it counts how many connections fit.
+/// Files that a process leaves unused when it counts how many connections fit.
 pub(crate) const FILES_RESERVED: u64 = 256;
 
 /// CPU time that a process has used so far, user and system together, all threads. The kernel counts in ticks, mostly of
@@ -60,6 +60,16 @@ fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let number: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(number * 1024)
+}
+
+/// Files and threads that a process has now.
+pub(crate) fn files_and_threads(pid: u32) -> Outcome<(u64, u64)> {
+    let count = |folder: &str| -> Outcome<u64> {
+        let path = format!("/proc/{pid}/{folder}");
+        let entries = fs::read_dir(&path).during(format_args!("read {path}"))?;
+        Ok(entries.count() as u64)
+    };
+    Ok((count("fd")?, count("task")?))
 }
 
 /// What the kernel holds for everybody, in bytes.

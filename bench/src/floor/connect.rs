@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use bellwire_protocol::Carrier;
 use tokio::time::sleep;
 
 use super::server::{Floor, FloorCarrier};
-use crate::device::Dialer;
 use crate::failure::Outcome;
-use crate::fleet;
+use crate::fleet::Carriers;
+use crate::generator::devices::{Fleet, Place};
 use crate::process;
 
 /// Connections that come and leave before anything is measured, so that what a process makes once is there.
@@ -39,31 +38,26 @@ pub(crate) async fn measure(
     settle: Duration,
 ) -> Outcome<Found> {
     let floor = Floor::start(carrier).await?;
-    let dialer = Dialer::new(floor.address, &floor.authority, false)?;
-    let carrier = match carrier {
-        FloorCarrier::Quic => Carrier::Quic,
-        FloorCarrier::Websocket => Carrier::WebSocket,
+    let place = Place {
+        address: floor.address,
+        authority: &floor.authority,
+        bellwire: false,
     };
-    let connect = |count: usize| {
-        let dialer = dialer.clone();
-        fleet::connect_all(count, at_once, move |_| {
-            let dialer = dialer.clone();
-            async move {
-                let mut link = dialer.connect(carrier).await?;
-                // QUIC shows a stream to the other side with its first byte.
-                link.send_bytes(&[0]).await?;
-                Ok((link, None))
-            }
-        })
+    let carriers = match carrier {
+        FloorCarrier::Quic => Carriers::Quic,
+        FloorCarrier::Websocket => Carriers::Websocket,
     };
-    drop(connect(count.min(WARM_UP)).await?);
+    let mut fleet = Fleet::strangers(&place, carriers, count.min(WARM_UP), false).await?;
+    fleet.attach(at_once, false).await?;
+    fleet.stop().await;
+    let mut fleet = Fleet::strangers(&place, carriers, count, false).await?;
     sleep(GONE).await;
     let pid = floor.pid()?;
     let before = process::memory(pid)?;
     let kernel = process::kernel_memory();
     let cpu = process::cpu_time(pid)?;
     let started = Instant::now();
-    let links = connect(count).await?;
+    fleet.attach(at_once, false).await?;
     let took = started.elapsed();
     sleep(settle).await;
     let cpu = process::cpu_time(pid)?.saturating_sub(cpu);
@@ -75,9 +69,9 @@ pub(crate) async fn measure(
         kernel: kernel.map(|(before, after)| each(before.sum(), after.sum()) / 2.0),
         cpu_micros: cpu.as_secs_f64() * 1e6 / count as f64,
         per_second: count as f64 / took.as_secs_f64(),
-        connected: links.len(),
+        connected: usize::try_from(fleet.counts().await?.attached).unwrap_or_default(),
     };
-    drop(links);
+    fleet.stop().await;
     floor.stop().await;
     Ok(found)
 }

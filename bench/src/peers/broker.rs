@@ -126,7 +126,7 @@ impl Broker {
     /// Ends it. True if it ended by itself.
     pub(super) async fn stop(self) -> bool {
         match self {
-            Broker::Bellwire(server, _) => server.stop().await,
+            Broker::Bellwire(server, _) => server.stop().await.0,
             Broker::Foreign(foreign) => foreign.stop().await,
         }
     }

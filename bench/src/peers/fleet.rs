@@ -1,6 +1,6 @@
 //! Devices and backends of all peers behind one face, so that one generator measures all of them alike.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -90,7 +90,13 @@ impl Fleet {
                 let devices =
                     crate::fleet::register(target.backends, &target.key, count, progress).await?;
                 Ok(Fleet::Bellwire {
-                    dialer: Dialer::new(address, authority, true)?,
+                    dialer: Dialer::new(
+                        address,
+                        authority,
+                        true,
+                        false,
+                        Ipv4Addr::LOCALHOST.into(),
+                    )?,
                     devices: devices.into(),
                 })
             }
