@@ -1,7 +1,7 @@
 //! Floors: what this machine and the bare libraries need for one thing alone. A figure of the server divided by its floor
 //! survives a change of machine.
 //!
-//! [`server`] holds connections, [`connect`] weighs them, [`commit`] makes records safe in groups, [`write`] writes messages to
+//! [`server`] holds connections, [`connect`] weighs them, [`commit`] makes records safe in groups, [`mod@write`] writes messages to
 //! connections. Each runs in a process of its own that does nothing else.
 
 mod commit;
