@@ -152,7 +152,7 @@ async fn handshakes(
         }
     };
     let rig = Rig::start(&args.server, &[], DEVICES, progress).await?;
-    let mut fleet = Fleet::start(&rig.place(), carrier, &rig.devices, resume).await?;
+    let mut fleet = Fleet::start(&rig.place(carrier), carrier, &rig.devices, resume).await?;
     let cost = measure(args, rig.server.pid(), &mut fleet).await?;
     bar.done();
     let wanted = u64::from(args.connections);

@@ -20,10 +20,10 @@ use rustls::client::{
 use rustls::{ClientConfig, HandshakeKind, NamedGroup, RootCertStore};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
@@ -77,6 +77,8 @@ pub(crate) struct Dialer {
     tickets: Option<Arc<Tickets>>,
     /// Offer the subprotocol and the path of device links.
     speaks_bellwire: bool,
+    /// WebSockets without TLS, brought by what a server of Bellwire takes for a load balancer.
+    plain: bool,
     /// Rising with every connection, whoever's it is, from a beginning above that of any process before.
     attempt: Arc<AtomicU64>,
 }
@@ -112,8 +114,17 @@ impl Dialer {
             roots,
             tickets,
             speaks_bellwire,
+            plain: false,
             attempt: Arc::new(AtomicU64::new(clock::now())),
         })
+    }
+
+    /// The same without TLS, over WebSocket only.
+    pub(crate) fn plain(self) -> Dialer {
+        Dialer {
+            plain: true,
+            ..self
+        }
     }
 
     /// The same for one device, which resumes only its own sessions.
@@ -149,12 +160,29 @@ impl Dialer {
             .await
             .during("connect by TCP")?;
         tcp.set_nodelay(true).during("set an option of a socket")?;
+        if self.plain {
+            let mut tcp = tcp;
+            if self.speaks_bellwire {
+                tcp.write_all(&proxy_header(&tcp).during("find the ends of a connection")?)
+                    .await
+                    .during("say whom a connection is for")?;
+            }
+            return self.upgrade("ws", Box::new(tcp), false).await;
+        }
         let name = ServerName::try_from(SERVER_NAME).during("name the server")?;
         let tls = TlsConnector::from(Arc::clone(&self.tls))
             .connect(name, tcp)
             .await
             .during("complete the TLS handshake")?;
-        let url = format!("wss://{SERVER_NAME}:{}{LINK_PATH}", self.address.port());
+        let resumed = tls.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
+        self.upgrade("wss", Box::new(tls), resumed).await
+    }
+
+    async fn upgrade(&self, scheme: &str, stream: Stream, resumed: bool) -> Outcome<Link> {
+        let url = format!(
+            "{scheme}://{SERVER_NAME}:{}{LINK_PATH}",
+            self.address.port()
+        );
         let mut request = url.into_client_request().during("make the upgrade")?;
         if self.speaks_bellwire {
             request.headers_mut().insert(
@@ -166,10 +194,10 @@ impl Dialer {
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0);
         let (socket, _) =
-            tokio_tungstenite::client_async_with_config(request, Box::new(tls), Some(config))
+            tokio_tungstenite::client_async_with_config(request, stream, Some(config))
                 .await
                 .during("upgrade to WebSocket")?;
-        Ok(Link::WebSocket(Box::new(socket)))
+        Ok(Link::WebSocket(Box::new(socket), resumed))
     }
 
     async fn connect_quic(&self) -> Outcome<Link> {
@@ -369,9 +397,33 @@ fn endpoint(source: IpAddr) -> Outcome<quinn::Endpoint> {
     .during("start a QUIC endpoint")
 }
 
+/// What a WebSocket runs over.
+type Stream = Box<dyn Io>;
+
+/// A stream of bytes in both directions.
+pub(crate) trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
+
+/// What a load balancer says first (PROXY protocol, version 2): the connection's own ends, over TCP and IPv4.
+fn proxy_header(tcp: &TcpStream) -> std::io::Result<Vec<u8>> {
+    let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c".to_vec();
+    let (from, to) = (tcp.local_addr()?, tcp.peer_addr()?);
+    for address in [from, to] {
+        match address.ip() {
+            IpAddr::V4(address) => header.extend_from_slice(&address.octets()),
+            IpAddr::V6(_) => header.extend_from_slice(&[127, 0, 0, 1]),
+        }
+    }
+    header.extend_from_slice(&from.port().to_be_bytes());
+    header.extend_from_slice(&to.port().to_be_bytes());
+    Ok(header)
+}
+
 /// A connection that stands.
 pub(crate) enum Link {
-    WebSocket(Box<WebSocketStream<Box<TlsStream<TcpStream>>>>),
+    /// With whether its TLS session is that of an earlier connection.
+    WebSocket(Box<WebSocketStream<Stream>>, bool),
     Quic(Box<QuicLink>),
 }
 
@@ -394,7 +446,7 @@ impl Link {
     /// Sends one message, whatever it says.
     pub(crate) async fn send_bytes(&mut self, frame: &[u8]) -> Outcome<()> {
         match self {
-            Link::WebSocket(socket) => socket
+            Link::WebSocket(socket, _) => socket
                 .send(Message::Binary(Bytes::copy_from_slice(frame)))
                 .await
                 .during("send on a WebSocket"),
@@ -413,7 +465,7 @@ impl Link {
     pub(crate) async fn receive(&mut self) -> Outcome<ServerFrame> {
         loop {
             let bytes = match self {
-                Link::WebSocket(socket) => match socket.next().await {
+                Link::WebSocket(socket, _) => match socket.next().await {
                     Some(Ok(Message::Binary(bytes))) => bytes,
                     Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
                     Some(Ok(
@@ -447,10 +499,7 @@ impl Link {
     /// Whether the TLS session of an earlier connection was taken up.
     pub(crate) fn is_resumed(&self) -> bool {
         match self {
-            Link::WebSocket(socket) => {
-                let (_, tls) = socket.get_ref().get_ref();
-                tls.handshake_kind() == Some(HandshakeKind::Resumed)
-            }
+            Link::WebSocket(_, resumed) => *resumed,
             Link::Quic(quic) => quic.resumed,
         }
     }

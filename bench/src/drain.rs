@@ -86,7 +86,7 @@ async fn drain(
     quiet(&rig).await?;
 
     let bar = progress.wait("empty mailboxes");
-    let mut fleet = Fleet::start(&rig.place(), carrier, &rig.devices, false).await?;
+    let mut fleet = Fleet::start(&rig.place(carrier), carrier, &rig.devices, false).await?;
     let syncs = rig.metric(rig::SYNCS).await?;
     let meter = Meter::start(rig.server.pid(), Vec::new(), fleet.pids()?)?;
     fleet.attach(args.devices as usize, false).await?;

@@ -117,7 +117,7 @@ async fn spread(
         if let Some(usage) = usage {
             let budget = match carrier {
                 Carriers::Quic => 40_000.0,
-                Carriers::Websocket | Carriers::Both => 60_000.0,
+                Carriers::Websocket | Carriers::Plain | Carriers::Both => 60_000.0,
             };
             report.push(
                 Figure::new(

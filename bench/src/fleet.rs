@@ -96,6 +96,8 @@ pub(crate) enum Carriers {
     Quic,
     /// WebSocket over TLS.
     Websocket,
+    /// WebSocket without TLS, as behind a load balancer that ends it.
+    Plain,
 }
 
 impl Carriers {
@@ -103,7 +105,7 @@ impl Carriers {
     pub(crate) fn of(self, number: usize) -> Carrier {
         match self {
             Carriers::Quic => Carrier::Quic,
-            Carriers::Websocket => Carrier::WebSocket,
+            Carriers::Websocket | Carriers::Plain => Carrier::WebSocket,
             Carriers::Both if number.is_multiple_of(2) => Carrier::Quic,
             Carriers::Both => Carrier::WebSocket,
         }
@@ -114,6 +116,7 @@ impl Carriers {
         match self {
             Carriers::Both => &[Carriers::Websocket, Carriers::Quic],
             Carriers::Websocket => &[Carriers::Websocket],
+            Carriers::Plain => &[Carriers::Plain],
             Carriers::Quic => &[Carriers::Quic],
         }
     }
@@ -122,6 +125,7 @@ impl Carriers {
         match self {
             Carriers::Both => "both",
             Carriers::Websocket => "websocket",
+            Carriers::Plain => "plain",
             Carriers::Quic => "quic",
         }
     }

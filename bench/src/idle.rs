@@ -30,13 +30,13 @@ pub(crate) struct IdleArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub(crate) server: ServerArgs,
-    /// Devices over WebSocket; each takes a file here and one of the server
+    /// Devices over WebSocket, with TLS and without; each takes a file here and one of the server
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     websocket: u32,
     /// Devices over QUIC; they share a few sockets
     #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     quic: u32,
-    /// What the devices connect by
+    /// What the devices connect by; `both`: plain WebSocket as well
     #[arg(long, value_enum, default_value_t = Carriers::Both)]
     carrier: Carriers,
     /// Devices in the middle of connecting at a time
@@ -81,10 +81,15 @@ pub(crate) async fn run(args: IdleArgs, progress: Progress) -> Outcome<Report> {
     };
     process::raise_file_limit();
     let mut report = Report::new("idle", &args)?;
-    for &carrier in args.carrier.each() {
+    let carriers: &[Carriers] = match args.carrier {
+        Carriers::Both => &[Carriers::Plain, Carriers::Websocket, Carriers::Quic],
+        Carriers::Websocket | Carriers::Quic | Carriers::Plain => args.carrier.each(),
+    };
+    let mut floors = Vec::new();
+    for &carrier in carriers {
         let count = match carrier {
             Carriers::Quic => args.quic,
-            Carriers::Websocket | Carriers::Both => args.websocket,
+            Carriers::Websocket | Carriers::Plain | Carriers::Both => args.websocket,
         };
         let floor = match args.no_floor {
             true => None,
@@ -92,6 +97,20 @@ pub(crate) async fn run(args: IdleArgs, progress: Progress) -> Outcome<Report> {
         };
         let ours = weigh_server(&args, carrier, count as usize, &mut report, progress).await?;
         tell(&mut report, &args, carrier, count, &ours, floor.as_ref());
+        if let Some(floor) = floor {
+            floors.push((carrier, floor.proportional));
+        }
+    }
+    let below = |wanted| floors.iter().find(|(carrier, _)| *carrier == wanted);
+    if let (Some((_, plain)), Some((_, tls))) = (below(Carriers::Plain), below(Carriers::Websocket))
+    {
+        // What the libraries hold for a device over TLS, part by part; Bellwire's own stands above.
+        report.push(Figure::new(
+            "websocket: of that socket, task and WebSocket",
+            *plain,
+            "bytes",
+        ));
+        report.push(Figure::new("websocket: of that TLS", tls - plain, "bytes"));
     }
     Ok(report)
 }
@@ -106,12 +125,12 @@ async fn weigh_server(
     let rig = Rig::start(&args.server, &[], count, progress).await?;
     let at_once = args.connecting as usize;
     let first = &rig.devices[..count.min(WARM_UP)];
-    let mut fleet = Fleet::start(&rig.place(), carrier, first, false).await?;
+    let mut fleet = Fleet::start(&rig.place(carrier), carrier, first, false).await?;
     fleet.attach(at_once, false).await?;
     fleet.stop().await;
     rig.sessions(0).await?;
 
-    let mut fleet = Fleet::start(&rig.place(), carrier, &rig.devices, false).await?;
+    let mut fleet = Fleet::start(&rig.place(carrier), carrier, &rig.devices, false).await?;
     let cost = weigh(args, rig.server.pid(), &mut fleet, progress).await?;
     let counted = rig.sessions(count).await?;
     if counted != count {
@@ -160,6 +179,7 @@ async fn weigh_floor(
 pub(crate) fn floor_of(carrier: Carriers) -> FloorCarrier {
     match carrier {
         Carriers::Quic => FloorCarrier::Quic,
+        Carriers::Plain => FloorCarrier::Plain,
         Carriers::Websocket | Carriers::Both => FloorCarrier::Websocket,
     }
 }
@@ -216,6 +236,7 @@ fn tell(
     };
     let most = match carrier {
         Carriers::Quic => 29.0,
+        Carriers::Plain => 3.0,
         Carriers::Websocket | Carriers::Both => 11.0,
     };
     figure(
@@ -230,7 +251,7 @@ fn tell(
         &|cost| Some(cost.resident),
         None,
     );
-    if carrier == Carriers::Websocket {
+    if carrier != Carriers::Quic {
         figure(
             "kernel objects of a device, about",
             "bytes",

@@ -49,6 +49,12 @@ const UNLIMITED: [&str; 5] = [
     "LIMITS__DEVICE_PING_BURST=100000000",
 ];
 
+/// What opens a listener for load balancers.
+const PLAIN: [&str; 2] = [
+    "LISTEN__DEVICES_PLAIN=127.0.0.1:0",
+    "LISTEN__PROXY_NETWORKS=127.0.0.0/8",
+];
+
 /// Metrics of the server that are looked at.
 pub(crate) const SYNCS: &str = "bellwire_store_syncs_total";
 const OUTCOMES: &str = "bellwire_outcomes_total";
@@ -87,6 +93,7 @@ impl Rig {
         let binary = server::binary(args.server.as_deref())?;
         let settings: Vec<String> = UNLIMITED
             .iter()
+            .chain(&PLAIN)
             .chain(settings)
             .map(|setting| (*setting).to_owned())
             .chain(args.settings.iter().cloned())
@@ -108,9 +115,15 @@ impl Rig {
         Ok(())
     }
 
-    pub(crate) fn place(&self) -> Place<'_> {
+    /// Where devices connect by such a carrier.
+    pub(crate) fn place(&self, carriers: Carriers) -> Place<'_> {
+        let listen = &self.server.listen;
+        let address = match carriers {
+            Carriers::Plain => listen.devices_plain.unwrap_or(listen.devices),
+            Carriers::Both | Carriers::Quic | Carriers::Websocket => listen.devices,
+        };
         Place {
-            address: self.server.listen.devices,
+            address,
             authority: &self.server.authority,
             bellwire: true,
         }
@@ -118,7 +131,7 @@ impl Rig {
 
     /// All devices, connected.
     pub(crate) async fn attach(&self, carriers: Carriers, at_once: usize) -> Outcome<Fleet> {
-        let mut fleet = Fleet::start(&self.place(), carriers, &self.devices, false).await?;
+        let mut fleet = Fleet::start(&self.place(carriers), carriers, &self.devices, false).await?;
         let bar = self.progress.wait("connect devices");
         fleet.attach(at_once, false).await?;
         bar.done();

@@ -26,6 +26,7 @@ const LOG_SHOWN_BYTES: usize = 4_000;
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct Listen {
     pub(crate) devices: SocketAddr,
+    pub(crate) devices_plain: Option<SocketAddr>,
     pub(crate) api: SocketAddr,
     pub(crate) operations: SocketAddr,
     api_scheme: String,

@@ -80,7 +80,7 @@ pub(crate) async fn run(args: SoakArgs, progress: Progress) -> Outcome<Report> {
     let mut rig = Rig::start(&args.server, &[], count, progress).await?;
     let (api, key) = (rig.server.listen.api, rig.server.key.clone());
     fleet::subscribe(api, &key, &rig.devices, TOPIC, progress).await?;
-    let place = rig.place();
+    let place = rig.place(args.carrier);
     // Who stays is at the start of the list, who comes and goes after it.
     let half = count / 2;
     let mut stay = Fleet::sample(&place, args.carrier, &rig.devices[..half], count).await?;

@@ -243,7 +243,7 @@ async fn fetch(
 ) -> Outcome<()> {
     let bar = rig.progress.wait("fetch");
     let some = &rig.devices[..args.fetch.min(args.devices) as usize];
-    let place = rig.place();
+    let place = rig.place(Carriers::Both);
     let mut fleet = Fleet::sample(&place, Carriers::Both, some, rig.devices.len()).await?;
     fleet.attach(some.len(), false).await?;
     let arrived = rig::wait_for(&mut [&mut fleet], sampled).await?;

@@ -46,6 +46,7 @@ pub(crate) async fn measure(
     let carriers = match carrier {
         FloorCarrier::Quic => Carriers::Quic,
         FloorCarrier::Websocket => Carriers::Websocket,
+        FloorCarrier::Plain => Carriers::Plain,
     };
     let mut fleet = Fleet::strangers(&place, carriers, count.min(WARM_UP), false).await?;
     fleet.attach(at_once, false).await?;

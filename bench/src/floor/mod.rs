@@ -131,6 +131,7 @@ pub(crate) async fn run(args: Floors, progress: Progress) -> Outcome<Report> {
 
 async fn idle(args: &Floors, report: &mut Report, progress: Progress) -> Outcome<()> {
     for (name, carrier) in [
+        ("plain", FloorCarrier::Plain),
         ("websocket", FloorCarrier::Websocket),
         ("quic", FloorCarrier::Quic),
     ] {

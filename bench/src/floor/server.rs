@@ -13,7 +13,7 @@ use bellwire_protocol::ALPN;
 use futures_util::StreamExt;
 use quinn::crypto::rustls::QuicServerConfig;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
@@ -60,6 +60,8 @@ pub(crate) struct FloorServer {
 pub(crate) enum FloorCarrier {
     Quic,
     Websocket,
+    /// WebSocket without TLS.
+    Plain,
 }
 
 /// What it tells its parent.
@@ -85,6 +87,7 @@ impl Floor {
         let carrier = match carrier {
             FloorCarrier::Quic => "quic",
             FloorCarrier::Websocket => "websocket",
+            FloorCarrier::Plain => "plain",
         };
         let mut child = Command::new(program)
             .args(["floor-server", "--carrier", carrier])
@@ -132,7 +135,8 @@ pub(crate) async fn serve(args: FloorServer) -> Outcome<()> {
     crate::process::raise_file_limit();
     let identity = Identity::fresh()?;
     let address = match args.carrier {
-        FloorCarrier::Websocket => websocket(identity.server()?)?,
+        FloorCarrier::Websocket => websocket(Some(identity.server()?))?,
+        FloorCarrier::Plain => websocket(None)?,
         FloorCarrier::Quic => quic(identity.server()?)?,
     };
     let told = Told {
@@ -169,32 +173,40 @@ pub(super) fn listen() -> Outcome<TcpListener> {
     TcpListener::from_std(socket.into()).during("listen")
 }
 
-fn websocket(tls: rustls::ServerConfig) -> Outcome<SocketAddr> {
+fn websocket(tls: Option<rustls::ServerConfig>) -> Outcome<SocketAddr> {
     let listener = listen()?;
     let address = listener.local_addr().during("find the port")?;
-    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let acceptor = tls.map(|tls| TlsAcceptor::from(Arc::new(tls)));
     tokio::spawn(async move {
         while let Ok((tcp, _)) = listener.accept().await {
+            if tcp.set_nodelay(true).is_err() {
+                continue;
+            }
             // What fails here fails at the client as well, and is reported there.
-            tokio::spawn(accept_websocket(tcp, acceptor.clone()));
+            match acceptor.clone() {
+                Some(acceptor) => drop(tokio::spawn(accept_tls(tcp, acceptor))),
+                None => drop(tokio::spawn(accept_websocket(tcp))),
+            }
         }
     });
     Ok(address)
 }
 
-async fn accept_websocket(tcp: TcpStream, acceptor: TlsAcceptor) {
+async fn accept_tls(tcp: TcpStream, acceptor: TlsAcceptor) {
+    if let Ok(stream) = acceptor.accept(tcp).await {
+        accept_websocket(Box::new(stream)).await;
+    }
+}
+
+async fn accept_websocket<S>(stream: S)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let config = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(0)
         .max_message_size(Some(FRAME_MAX_BYTES))
         .max_frame_size(Some(FRAME_MAX_BYTES));
-    if tcp.set_nodelay(true).is_err() {
-        return;
-    }
-    let Ok(stream) = acceptor.accept(tcp).await else {
-        return;
-    };
-    let stream = Box::new(stream);
     let accepted = tokio_tungstenite::accept_async_with_config(stream, Some(config)).await;
     if let Ok(mut socket) = accepted {
         // A fresh task, because this one keeps the size of the handshake.

@@ -77,7 +77,7 @@ pub(crate) struct Post {
     pub(crate) limit: u64,
     /// Pings a second by the clock; without it each connection posts when it has its answer.
     pub(crate) rate: Option<u32>,
-    /// When the first ping is due.
+    /// When the first ping is due, or posted where no clock says when.
     pub(crate) start: u64,
     /// What is measured: pings due, or posted where no clock says when, from here ...
     pub(crate) from: u64,
@@ -291,6 +291,7 @@ impl<'a> Poster<'a> {
     fn run(mut self) -> Outcome<(Histogram<u64>, Histogram<u64>)> {
         let batch = u64::from(self.shared.setup.batch.max(1));
         let post = self.shared.post;
+        std::thread::sleep(clock::until(post.start));
         loop {
             let number = self.shared.next.fetch_add(batch, Ordering::Relaxed);
             if number >= post.limit {

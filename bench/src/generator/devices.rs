@@ -197,7 +197,7 @@ impl Fleet {
         let played = devices.len() + strangers;
         let of_a_process = match carriers {
             Carriers::Quic => QUIC_OF_A_PROCESS,
-            Carriers::Websocket | Carriers::Both => WEBSOCKETS_OF_A_PROCESS,
+            Carriers::Websocket | Carriers::Plain | Carriers::Both => WEBSOCKETS_OF_A_PROCESS,
         };
         let count = played.div_ceil(of_a_process).max(1);
         let authority = String::from_utf8_lossy(place.authority).into_owned();
@@ -416,6 +416,10 @@ impl Devices {
             setup.resume,
             setup.source,
         )?;
+        let dialer = match setup.carriers {
+            Carriers::Plain => dialer.plain(),
+            Carriers::Both | Carriers::Quic | Carriers::Websocket => dialer,
+        };
         Ok(Devices {
             setup: Arc::new(setup),
             dialer,

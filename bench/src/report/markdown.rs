@@ -110,7 +110,11 @@ fn table(text: &mut String, rows: &[[String; COLUMNS]]) {
 
 /// A number with as many digits as mean something.
 pub(super) fn number(value: f64) -> String {
-    if value == 0.0 || value.abs() >= 1_000.0 {
+    if value == 0.0 {
+        // Not "-0", which is what a sum of nothing is.
+        return "0".to_owned();
+    }
+    if value.abs() >= 1_000.0 {
         let digits = format!("{value:.0}");
         let mut grouped = String::new();
         for (place, digit) in digits.chars().enumerate() {
@@ -139,6 +143,7 @@ mod tests {
     #[test]
     fn numbers_show_what_means_something() {
         assert_eq!(number(0.0), "0");
+        assert_eq!(number(-0.0), "0");
         assert_eq!(number(1.234), "1.23");
         assert_eq!(number(12.34), "12.3");
         assert_eq!(number(123.4), "123");
