@@ -246,7 +246,7 @@ codes! {
         "Change what the detail names.";
     CallbackNotAllowed = "callback_not_allowed", Operator, 422, -, Never;
         "The operator's settings do not allow posting outcomes there.";
-        "Ask the operator to add the host, and the network if its addresses are not public, to `callbacks.allow`.";
+        "Ask the operator to add the host, with its port unless that is 443 for `https` or 80 for `http`, and the network if its addresses are not public, to `callbacks.allow`.";
     CallbackFailed = "callback_failed", Publisher, 502, -, Later;
         "The receiver of the callback did not take what was posted; the detail says why.";
         "Look at the receiver; a 2xx takes it.";

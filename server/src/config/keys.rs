@@ -169,7 +169,7 @@ keys! {
     LIMITS_UNAUTHENTICATED: CountSetting = "limits.unauthenticated_connections", count(1, 10_000_000), "10000";
     /// Devices that one ping may name in a list. Above 1,000 it is brought to them afterwards, as a ping to a topic is.
     LIMITS_LIST: CountSetting = "limits.list_devices", count(1_000, 100_000), "100000";
-    /// Pings to topics, to everyone and to long lists that one app may have on their way at once; above it they are answered 429. They are brought one after the other, so more would only wait; the content of each is kept in memory.
+    /// Pings to topics, to everyone and to long lists that one app may have on their way at once; above it they are answered 429. They are brought one after the other, so more would only wait; the content of each takes its share of `limits.memory_bytes` until it has been brought to all.
     LIMITS_EXPANSIONS: CountSetting = "limits.open_expansions", count(1, 1_000), "100";
     /// Memory for the content of notifications that are on their way; above it new pings are answered 503.
     LIMITS_MEMORY: BytesSetting = "limits.memory_bytes", bytes(MIB, TIB), "256MiB";
@@ -197,7 +197,7 @@ keys! {
     /// Pings that one app may send at once, refilled evenly over 24 hours, so that in any 24 hours no more than twice as many go; above it they are answered 429 `quota_exceeded`. Full at the start of the server. `0`: no limit. `[quota.apps.NAME]` sets this and its neighbours for one app.
     QUOTA_PINGS: CountSetting = "quota.pings_per_day", count(0, 1_000_000_000_000), "0";
 
-    /// Notifications that one app may have waiting, in all of its mailboxes together; those that would go beyond are answered 429 `quota_exceeded`. What is sent at once, what replaces something and TTL 0 are not. `0`: no limit.
+    /// Notifications that one app may have waiting, in all of its mailboxes together; those that would go beyond are answered 429 `quota_exceeded`. What is sent at once, what replaces something that is not in flight and no smaller, and TTL 0 are not. `0`: no limit.
     QUOTA_NOTIFICATIONS: CountSetting = "quota.notifications", count(0, 1_000_000_000_000), "0";
     /// Their content bytes, in the same way. `0`: no limit.
     QUOTA_BYTES: BytesSetting = "quota.bytes", bytes(0, 1_024 * TIB), "0";

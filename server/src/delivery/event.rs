@@ -182,7 +182,7 @@ pub enum Rejection {
     StoreFailed,
     /// A quota of the app would be crossed (429 `quota_exceeded`).
     Quota(Quota),
-    /// The device is sent more than it may be (429). Whoever hands notifications to the core finds that out; the core never says it.
+    /// The device is sent more than it may be (429). Whoever hands notifications to the core finds that out ([`Enqueue::too_fast`]).
     TooFast,
 }
 

@@ -87,6 +87,15 @@ impl<T> FairQueue<T> {
         }
     }
 
+    /// Takes out what `keep` says no to. Turns and debts stay as they are.
+    pub fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
+        for lane in self.lanes.values_mut() {
+            let before = lane.items.len();
+            lane.items.retain(&mut keep);
+            self.len -= before - lane.items.len();
+        }
+    }
+
     /// What was served to an app cost so much more than 1.
     pub fn charge(&mut self, app: AppId, cost: u64) {
         if let Some(lane) = self.lanes.get_mut(&app) {
@@ -161,6 +170,22 @@ mod tests {
             place(19).is_some_and(|place| place < 20 + 3 * 8),
             "{turn:?}"
         );
+    }
+
+    #[test]
+    fn what_is_taken_out_is_neither_served_nor_counted() {
+        let mut queue = FairQueue::new(2);
+        for number in 0..100 {
+            queue.push(A, number);
+            queue.push(B, number);
+        }
+        queue.push(C, 1);
+        queue.retain(|number| number % 10 == 0);
+        assert_eq!(queue.len(), 20);
+        let served = served(&mut queue, |_| 1, 100);
+        assert_eq!(served.iter().filter(|app| **app == A).count(), 10);
+        assert_eq!(served.len(), 20);
+        assert!(queue.is_empty() && queue.pop().is_none());
     }
 
     #[test]

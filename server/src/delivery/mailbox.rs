@@ -583,6 +583,11 @@ impl Mailbox {
             self.asked.ping = true;
             request.ping = Some(ping);
         }
+        // It joins what waits or is turned away; nothing else about it is asked.
+        if enqueue.too_fast {
+            let unknown = self.known == Known::Nothing || request.ping.is_some();
+            return unknown.then_some(request);
+        }
         if let Some(key) = &notification.collapse
             && !notification.transient
             && !self.asked.collapse

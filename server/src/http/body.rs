@@ -57,8 +57,12 @@ impl From<BodyError> for Problem {
 }
 
 /// Room that the first bytes of a body take, bytes. It doubles as more arrive: what a caller holds is what it sent, at most twice,
-/// and never what it only announced.
+/// and not what it only announced, until [`RESERVE_WHOLE`].
 const RESERVE_FIRST: usize = 16 << 10;
+
+/// Who said how much comes and has sent so much of it gets the room for all of it at once, bytes, or is refused. Otherwise several
+/// large bodies could each hold a part of the reserve and wait in vain for the rest.
+const RESERVE_WHOLE: usize = 1 << 20;
 
 /// Largest body of one ping that takes no room of its own while it is read, bytes. Nearly every ping is smaller, and has its room
 /// from when it is published.
@@ -93,7 +97,11 @@ pub(super) async fn read_reserved<S>(
             }
             if size > held {
                 let most = if known > 0 { known } else { max };
-                let room = size.max(RESERVE_FIRST).max(2 * held).min(most.max(size));
+                let room = if known > 0 && size >= RESERVE_WHOLE {
+                    most.max(size)
+                } else {
+                    size.max(RESERVE_FIRST).max(2 * held).min(most.max(size))
+                };
                 shares.push(hold(room - held)?);
                 held = room;
                 whole.reserve(room - whole.len());
@@ -105,6 +113,8 @@ pub(super) async fn read_reserved<S>(
     match tokio::time::timeout(BODY_TIME, collect).await {
         Ok(Ok(())) => Ok((whole.freeze(), shares)),
         Ok(Err(problem)) => {
+            // It is not kept, so others have its room while the rest is thrown away.
+            drop((whole, shares));
             // Of one that broke off nothing more comes.
             if problem.code() != Code::Malformed {
                 drain(&mut body).await;
@@ -226,5 +236,117 @@ pub(super) fn expect(
         Ok(())
     } else {
         Err(Problem::new(Code::UnsupportedMediaType, otherwise).at(Place::Header("Content-Type")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::cell::RefCell;
+    use std::convert::Infallible;
+    use std::pin::Pin;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Poll};
+
+    use hyper::body::{Frame, SizeHint};
+
+    use super::*;
+
+    const PIECE: usize = 64 << 10;
+
+    /// A body that comes in pieces; `seen` is told what is held when each is asked for.
+    struct Pieces {
+        left: usize,
+        announced: bool,
+        held: Arc<AtomicUsize>,
+        seen: Arc<std::sync::Mutex<Vec<usize>>>,
+    }
+
+    impl hyper::body::Body for Pieces {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            let held = self.held.load(Ordering::SeqCst);
+            self.seen.lock().unwrap().push(held);
+            let size = self.left.min(PIECE);
+            self.left -= size;
+            let piece = Bytes::from(vec![b'x'; size]);
+            Poll::Ready((size > 0).then_some(Ok(Frame::data(piece))))
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            if self.announced {
+                SizeHint::with_exact(self.left as u64)
+            } else {
+                SizeHint::default()
+            }
+        }
+    }
+
+    struct Room(Arc<AtomicUsize>, usize);
+
+    impl Drop for Room {
+        fn drop(&mut self) {
+            self.0.fetch_sub(self.1, Ordering::SeqCst);
+        }
+    }
+
+    /// Reads a body of `size` bytes with room for `most`; answers whether it was taken, the steps in which room was asked for, and
+    /// what was held each time the next piece was awaited.
+    async fn taken(size: usize, announced: bool, most: usize) -> (bool, Vec<usize>, Vec<usize>) {
+        let held = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::default();
+        let body = Body::new(Pieces {
+            left: size,
+            announced,
+            held: Arc::clone(&held),
+            seen: Arc::clone(&seen),
+        });
+        let steps = RefCell::new(Vec::new());
+        let read = read_reserved(body, 8 << 20, |more| {
+            if held.load(Ordering::SeqCst) + more > most {
+                return Err(RuntimeError::MemoryReserve);
+            }
+            steps.borrow_mut().push(more);
+            held.fetch_add(more, Ordering::SeqCst);
+            Ok(Room(Arc::clone(&held), more))
+        });
+        let read = read.await;
+        let whole = read.as_ref().is_ok_and(|(bytes, _)| bytes.len() == size);
+        drop(read);
+        assert_eq!(held.load(Ordering::SeqCst), 0);
+        let seen = seen.lock().unwrap().clone();
+        (whole, steps.into_inner(), seen)
+    }
+
+    #[tokio::test]
+    async fn what_is_refused_gives_its_room_back_before_the_rest_is_thrown_away() {
+        let (taken, steps, seen) = taken(4 << 20, true, 300 << 10).await;
+        assert!(!taken && !steps.is_empty());
+        // It was read to its end, and nothing was held from the refusal on.
+        assert_eq!(seen.len(), (4 << 20) / PIECE + 1);
+        let refused = seen.iter().rposition(|held| *held > 0).unwrap();
+        assert!(refused < 8, "{refused}");
+    }
+
+    #[tokio::test]
+    async fn who_said_how_much_comes_takes_the_rest_in_one_step() {
+        let (whole, steps, _) = taken(7 << 20, true, 8 << 20).await;
+        assert!(whole);
+        assert_eq!(steps.iter().sum::<usize>(), 7 << 20);
+        let before: usize = steps.iter().rev().skip(1).sum();
+        assert!(before <= RESERVE_WHOLE, "{steps:?}");
+        // Who did not say takes it bit by bit, at most twice of what came.
+        let (whole, steps, seen) = taken(7 << 20, false, 8 << 20).await;
+        assert!(whole && steps.len() > 5, "{steps:?}");
+        for (pieces, held) in seen.iter().enumerate() {
+            assert!(*held <= 2 * pieces.max(1) * PIECE, "{pieces}: {held}");
+        }
     }
 }

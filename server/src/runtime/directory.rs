@@ -19,6 +19,7 @@ use super::api::{
     Principal, Requested, Rotated, RuntimeError, UserView, Waiting, WhoError,
 };
 use super::cache::Generations;
+use super::erasing::Erasing;
 use super::handle::{Inner, millis};
 use super::hashing::equal;
 use super::rate::Rate;
@@ -81,8 +82,6 @@ const DEVICES_STEP: usize = 500;
 const DEVICES_LOOK_MAX: usize = 10_000;
 /// Devices of a user that are erased at the same time.
 const ERASED_AT_ONCE: usize = 64;
-/// Users that are erased at the same time; two share a place now and then, and go one after the other.
-const USERS_ERASED_AT_ONCE: usize = 16;
 /// How often somebody who waits for a shard looks whether the store has failed meanwhile.
 const FAILURE_LOOK: Duration = Duration::from_secs(1);
 /// Locks for changes of devices: two devices share one now and then, which costs a moment.
@@ -103,8 +102,7 @@ pub(super) struct Users {
     /// Held by pings to users from the look-up of the devices until the notifications are with the shards, and alone
     /// by whoever gives a device to another user.
     gates: Box<[RwLock<()>]>,
-    /// Held while a user is erased: one at a time for each, however often it is asked for.
-    erasing: Box<[Arc<tokio::sync::Mutex<()>>]>,
+    erasing: Erasing,
     hasher: RandomState,
 }
 
@@ -133,18 +131,10 @@ impl Users {
         guards
     }
 
-    fn hash(&self, app: AppId, user: &str) -> usize {
+    fn gate(&self, app: AppId, user: &str) -> usize {
         #[expect(clippy::cast_possible_truncation, reason = "any bits of a hash do")]
         let hash = self.hasher.hash_one((app, user)) as usize;
-        hash
-    }
-
-    fn gate(&self, app: AppId, user: &str) -> usize {
-        self.hash(app, user) % USER_GATES
-    }
-
-    fn erasing(&self, app: AppId, user: &str) -> &Arc<tokio::sync::Mutex<()>> {
-        &self.erasing[self.hash(app, user) % USERS_ERASED_AT_ONCE]
+        hash % USER_GATES
     }
 
     /// Keeps these users' devices where they are, until the guards are dropped. Everybody takes gates in one order, so nobody
@@ -191,7 +181,7 @@ impl Users {
                 .map(|_| tokio::sync::Mutex::default())
                 .collect(),
             gates: (0..USER_GATES).map(|_| RwLock::default()).collect(),
-            erasing: (0..USERS_ERASED_AT_ONCE).map(|_| Arc::default()).collect(),
+            erasing: Erasing::default(),
             hasher: RandomState::new(),
         }
     }
@@ -622,9 +612,8 @@ impl Inner {
         check_user(user)?;
         let inner = Arc::clone(self);
         let user = user.to_owned();
-        let alone = Arc::clone(self.users.erasing(app, &user)).lock_owned();
         self.in_time(async {
-            let alone = alone.await;
+            let alone = self.users.erasing.alone(app, &user).await;
             inner
                 .to_the_end({
                     let inner = Arc::clone(&inner);
@@ -640,7 +629,8 @@ impl Inner {
     }
 
     async fn erased_user(self: &Arc<Inner>, app: AppId, user: String) -> Result<u32, RuntimeError> {
-        // First, so that a restore finishes what a crash breaks off here. Of the user only a hash stays.
+        // First, so that a restore finishes what a crash breaks off here. Of the user only a hash stays. Without any room on the disk it
+        // is refused here, before anything waits; while only new pings are refused, erasures go on.
         let hash = self.hash_key.erased_user(app, &user);
         let note = self.erased(app, Erased::User(hash));
         self.commit_fully(vec![note], || {}).await?;
@@ -695,7 +685,8 @@ impl Inner {
         });
         loop {
             match tokio::time::timeout(FAILURE_LOOK, &mut emptied).await {
-                Ok(answer) => return answer.map_err(|_| RuntimeError::Draining),
+                // The shard has stopped, perhaps with the frame on its way: `Draining` would say that nothing happened.
+                Ok(answer) => return answer.map_err(|_| RuntimeError::StoreUnavailable),
                 // Nothing that waits then is ever answered.
                 Err(_) if self.shared.failed.load(Ordering::Relaxed) => {
                     return Err(RuntimeError::StoreUnavailable);

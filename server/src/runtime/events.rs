@@ -5,12 +5,12 @@
 //! within some ten milliseconds instead of once a second, and wakes all of them.
 
 use std::collections::HashMap;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::api::{Principal, RuntimeError};
 use super::handle::Inner;
@@ -145,8 +145,9 @@ pub enum Step {
     End,
 }
 
-/// A read of the history that has begun.
-type Reading = Pin<Box<dyn Future<Output = Result<OutcomeEvents, RuntimeError>> + Send>>;
+/// A read of the history that has begun. It goes on by itself, so that its place is used and given back at once even while nobody
+/// asks the stream: only what it found waits.
+type Reading = AbortOnDropHandle<Result<OutcomeEvents, RuntimeError>>;
 
 /// The outcomes of an app, from a position on and without an end.
 pub struct EventStream {
@@ -193,14 +194,15 @@ impl EventStream {
                         limit: PAGE,
                     };
                     let inner = Arc::clone(&inner);
-                    none.insert(Box::pin(async move { inner.read_events(follow).await }))
+                    let read = tokio::spawn(async move { inner.read_events(follow).await });
+                    none.insert(AbortOnDropHandle::new(read))
                 }
             };
             let found = tokio::select! {
                 biased;
                 // What is looked for may be far away, and whoever waits for it must not seem gone.
                 () = &mut quiet => None,
-                found = reading => Some(found),
+                found = reading => Some(found.unwrap_or(Err(RuntimeError::StoreUnavailable))),
             };
             if found.is_some() {
                 self.reading = None;

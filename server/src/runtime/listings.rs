@@ -13,11 +13,28 @@ use crate::delivery::{AppId, FairQueue};
 
 /// Reads of one app before another has its turn.
 const QUANTUM: u32 = 1;
+/// So many wait before anybody looks for those who have given up.
+const SWEEP_MIN: usize = 64;
 
 struct State {
     free: usize,
     /// Nobody, while there is a free place.
     waiting: FairQueue<oneshot::Sender<Listing>>,
+    /// When so many wait, those who have given up are taken out: twice as many as were left the last time, so that each newcomer
+    /// pays for one look.
+    sweep_at: usize,
+}
+
+impl State {
+    fn wait(&mut self, app: AppId) -> oneshot::Receiver<Listing> {
+        let (tell, told) = oneshot::channel();
+        self.waiting.push(app, tell);
+        if self.waiting.len() >= self.sweep_at {
+            self.waiting.retain(|waiting| !waiting.is_closed());
+            self.sweep_at = (2 * self.waiting.len()).max(SWEEP_MIN);
+        }
+        told
+    }
 }
 
 /// All places.
@@ -31,10 +48,11 @@ impl Listings {
         Listings(Arc::new(Mutex::new(State {
             free: places.max(1),
             waiting: FairQueue::new(QUANTUM),
+            sweep_at: SWEEP_MIN,
         })))
     }
 
-    /// Waits for a place. Whoever stops waiting leaves nothing behind.
+    /// Waits for a place. Who stops waiting is forgotten when as many have come again as waited.
     pub(super) async fn place(&self, app: AppId) -> Listing {
         loop {
             let told = {
@@ -43,9 +61,7 @@ impl Listings {
                     state.free -= 1;
                     return Listing(Some(Arc::clone(&self.0)));
                 }
-                let (tell, told) = oneshot::channel();
-                state.waiting.push(app, tell);
-                told
+                state.wait(app)
             };
             // It is never let go of while somebody has a place.
             if let Ok(place) = told.await {
@@ -134,5 +150,20 @@ mod tests {
         assert!(place.is_some());
         drop(place);
         assert!(listings.place(NOISY).now_or_never().is_some());
+    }
+
+    #[test]
+    fn those_who_gave_up_are_forgotten_while_all_places_are_taken() {
+        let listings = Listings::new(1);
+        let first = listings.place(NOISY).now_or_never();
+        let mut stays = Box::pin(listings.place(QUIET));
+        assert!((&mut stays).now_or_never().is_none());
+        for _ in 0..10_000 {
+            assert!(listings.place(NOISY).now_or_never().is_none());
+        }
+        let waiting = locked(&listings.0).waiting.len();
+        assert!(waiting <= SWEEP_MIN, "{waiting}");
+        drop(first);
+        assert!(stays.now_or_never().is_some());
     }
 }

@@ -11,6 +11,7 @@ mod callbacks;
 mod clock;
 mod directory;
 mod entropy;
+mod erasing;
 mod events;
 mod expander;
 mod handle;

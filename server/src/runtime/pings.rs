@@ -21,7 +21,7 @@ use super::settings::{EXPANSION_CHUNK, Limits, TRANSIENT_MS, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
 use super::traces::Origin;
 use super::turn::Turn;
-use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Rejection, WireSlot};
+use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Quota, Rejection, WireSlot};
 use crate::ports::{
     Audience, IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState,
     ReadError, Store,
@@ -416,20 +416,11 @@ impl Inner {
 
     /// What is wrong with the ping as a whole, if every device was refused because of the store or of the app's quotas.
     fn all_for_one(&self, app: AppId, rejected: &[(DeviceId, Rejection)]) -> Option<RuntimeError> {
-        let mut error = None;
-        for (_, why) in rejected {
-            error = Some(match (why, error) {
-                (Rejection::StoreFailed, _) | (_, Some(RuntimeError::StoreUnavailable)) => {
-                    RuntimeError::StoreUnavailable
-                }
-                (Rejection::NoRoom, _) | (_, Some(RuntimeError::NoRoom)) => RuntimeError::NoRoom,
-                (Rejection::Quota(quota), _) => self.over_quota(app, *quota),
-                (Rejection::UnknownDevice | Rejection::MailboxFull | Rejection::TooFast, _) => {
-                    return None;
-                }
-            });
+        match worst(rejected.iter().map(|(_, why)| *why))? {
+            Common::Quota(quota) => Some(self.over_quota(app, quota)),
+            Common::NoRoom => Some(RuntimeError::NoRoom),
+            Common::StoreFailed => Some(RuntimeError::StoreUnavailable),
         }
-        error
     }
 
     async fn hold_gates(
@@ -823,6 +814,30 @@ fn audience(target: &Target, limits: &Limits) -> Result<Option<Many>, PingError>
     }
 }
 
+/// A refusal that is no device's own, the worst last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Common {
+    Quota(Quota),
+    NoRoom,
+    StoreFailed,
+}
+
+/// The worst of these refusals, in whatever order the shards gave them; `None` if one of them is its device's own: then each is to be
+/// told by itself.
+fn worst(refusals: impl Iterator<Item = Rejection>) -> Option<Common> {
+    let mut worst = None;
+    for why in refusals {
+        let one = match why {
+            Rejection::UnknownDevice | Rejection::MailboxFull | Rejection::TooFast => return None,
+            Rejection::Quota(quota) => Common::Quota(quota),
+            Rejection::NoRoom => Common::NoRoom,
+            Rejection::StoreFailed => Common::StoreFailed,
+        };
+        worst = worst.max(Some(one));
+    }
+    worst
+}
+
 fn code(error: &PingError) -> &'static str {
     match error {
         PingError::UnknownDevice => "unknown_device",
@@ -842,5 +857,39 @@ fn code(error: &PingError) -> &'static str {
             RuntimeError::QuotaExceeded { .. } => "quota_exceeded",
             RuntimeError::Invalid(_) => "invalid",
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_ping_is_answered_does_not_depend_on_which_shard_was_first() {
+        let own = [
+            Rejection::UnknownDevice,
+            Rejection::MailboxFull,
+            Rejection::TooFast,
+        ];
+        let common = [
+            (
+                Rejection::Quota(Quota::Notifications),
+                Common::Quota(Quota::Notifications),
+            ),
+            (Rejection::Quota(Quota::Bytes), Common::Quota(Quota::Bytes)),
+            (Rejection::NoRoom, Common::NoRoom),
+            (Rejection::StoreFailed, Common::StoreFailed),
+        ];
+        for (place, (one, worse)) in common.into_iter().enumerate() {
+            for (other, _) in &common[..=place] {
+                assert_eq!(worst([one, *other].into_iter()), Some(worse));
+                assert_eq!(worst([*other, one].into_iter()), Some(worse));
+            }
+            for its in own {
+                assert_eq!(worst([one, its].into_iter()), None);
+                assert_eq!(worst([its, one].into_iter()), None);
+            }
+        }
+        assert_eq!(worst(std::iter::empty()), None);
     }
 }

@@ -24,6 +24,8 @@ type Script = Result<PostAnswer, PostError>;
 struct Fake {
     posts: Arc<Mutex<Vec<Post>>>,
     script: Arc<Mutex<VecDeque<Script>>>,
+    /// Nobody is answered while this is held for writing.
+    quiet: Arc<tokio::sync::RwLock<()>>,
 }
 
 impl Outbound for Fake {
@@ -48,7 +50,10 @@ impl OutboundLine for Fake {
     fn post<'a>(&'a mut self, post: &'a Post) -> Posting<'a> {
         self.posts.lock().unwrap().push(post.clone());
         let next = self.script.lock().unwrap().pop_front();
-        Box::pin(std::future::ready(next.unwrap_or(status(200))))
+        Box::pin(async move {
+            drop(self.quiet.read().await);
+            next.unwrap_or(status(200))
+        })
     }
 }
 
@@ -190,6 +195,37 @@ async fn what_cannot_be_a_callback_is_refused_at_its_place() {
     );
     assert_eq!(fake.posts().len(), 0);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn a_test_that_waited_for_its_place_goes_where_the_callback_is_then() {
+    let fake = Fake::default();
+    let server = Arc::new(with(&fake, CallbackLimits::default()).await);
+    put(&server, &server.key, SET).await;
+    let quiet = fake.quiet.write().await;
+    let test = || {
+        let server = Arc::clone(&server);
+        tokio::spawn(async move { server.ask("POST", "/v1/callbacks/test", "").await.status })
+    };
+    let mut tests: Vec<_> = (0..8).map(|_| test()).collect();
+    // All places are taken.
+    until(|| fake.posts().len() == 8).await;
+    tests.push(test());
+    // It goes the same way as these.
+    for _ in 0..20 {
+        server.ask("GET", "/v1/callbacks", "").await;
+    }
+    let moved = put(&server, &server.key, r#"{"url": "https://new.example/"}"#).await;
+    assert_eq!(moved.status, 200);
+    drop(quiet);
+    for one in tests {
+        assert_eq!(one.await.unwrap(), 200);
+    }
+    let posts = fake.posts();
+    let to: Vec<&str> = posts.iter().map(|post| post.url.as_str()).collect();
+    assert_eq!(to[..8], ["https://ok.example/"; 8]);
+    assert_eq!(to[8..], ["https://new.example/"]);
+    Arc::into_inner(server).unwrap().stop().await;
 }
 
 #[tokio::test]

@@ -473,3 +473,59 @@ async fn a_stream_that_looks_far_away_says_that_it_lives_and_loses_nothing() {
     let ended = ended.expect("at once, and not when it is quiet");
     assert!(matches!(&ended[..], [(_, OutcomeEvent::Ended(record))] if record.ping == id));
 }
+
+#[tokio::test]
+async fn a_stream_that_nobody_reads_keeps_no_other_from_reading() {
+    // One place for reads of the history.
+    let settings = RuntimeSettings {
+        reading_threads: 2,
+        ..settings()
+    };
+    let house = House::with(settings, Arc::default()).await;
+    let device = house.device("anna").await;
+    let made = house.handle.create_key(APP, "reader", Scopes::READ).await;
+    let who = house.handle.authenticate_key(&made.unwrap().secret).await;
+    let who = who.unwrap();
+    let follow = || {
+        let events = house
+            .handle
+            .follow(&who, EventsFrom::Now, EventsOf::default());
+        events.unwrap()
+    };
+    let (mut stalled, mut other) = (follow(), follow());
+    stalled.next().await.unwrap();
+    other.next().await.unwrap();
+    house.store.hold_events(true);
+    let reading = tokio::spawn(async move {
+        loop {
+            if let Step::Events(some) = other.next().await.unwrap() {
+                return some;
+            }
+        }
+    });
+    until("it has the place", async || house.store.events_held() == 1).await;
+    // This one waits for the place, is told that nothing is new, and then nobody asks it any more.
+    tokio::time::pause();
+    assert!(matches!(stalled.next().await, Ok(Step::Quiet(_))));
+    tokio::time::resume();
+    house.store.hold_events(false);
+    until("it read although nobody asks it", async || {
+        house.store.event_reads() >= 2
+    })
+    .await;
+    let mut request = ping(Target::Device(device.id));
+    request.ttl_s = Some(0);
+    let id = house.handle.ping(request).await.unwrap().id;
+    let some = tokio::time::timeout(Duration::from_secs(10), reading).await;
+    let some = some.expect("the place came back").unwrap();
+    assert!(matches!(&some[..], [(_, OutcomeEvent::Ended(record))] if record.ping == id));
+    // And so has this one what happened meanwhile.
+    let late = tokio::time::timeout(Duration::from_secs(10), async {
+        loop {
+            if let Step::Events(some) = stalled.next().await.unwrap() {
+                return some.len();
+            }
+        }
+    });
+    assert_eq!(late.await.expect("it goes on"), 1);
+}

@@ -186,6 +186,22 @@ async fn an_oversized_frame_is_refused_before_it_is_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_larger_frame_is_taken_where_the_operator_allows_it() {
+    let most = 2 * DEVICE_FRAME_MAX_BYTES;
+    let (_desk, transport) = start(LinkSettings {
+        frame_max: most,
+        ..LinkSettings::default()
+    });
+    for way in WAYS {
+        for (size, code) in [(most, Code::Malformed), (most + 1, Code::FrameTooLarge)] {
+            let (mut device, _) = Device::attach(transport.local_addr(), way, 1).await;
+            device.say_bytes(&vec![b' '; size]).await;
+            device.refused_with(code).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn text_where_binary_belongs_and_the_other_way_round_is_malformed() {
     let (_desk, transport) = start(LinkSettings::default());
     let hello = DeviceFrame::Hello(hello(1, "good"));

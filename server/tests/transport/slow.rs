@@ -161,6 +161,23 @@ async fn a_device_that_falls_silent_is_told_and_detached() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn how_much_silence_is_borne_is_the_operators_to_say() {
+    // One second of a hundred: by the share that is usual it would be four minutes.
+    let (desk, transport) = start(LinkSettings {
+        keep_alive_quic_s: (100, 100),
+        keep_alive_websocket_s: (100, 100),
+        silence_percent: 1,
+        ..LinkSettings::default()
+    });
+    let server = transport.local_addr();
+    let (mut silent, _) = Device::attach(server, Way::WebSocketCbor, 1).await;
+    let (_quic, _) = Device::attach(server, Way::Quic, 2).await;
+    silent.refused_with(Code::Silence).await;
+    desk.wait_for(id(1), Told::Detached).await;
+    desk.wait_for(id(2), Told::Detached).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_quic_device_that_vanishes_is_noticed_when_something_is_sent() {
     let (desk, transport) = start(hasty());
     let server = transport.local_addr();

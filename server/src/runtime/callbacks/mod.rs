@@ -530,26 +530,28 @@ impl Inner {
     /// Posts a test now. `None`: no callback is set.
     pub(super) async fn test_callback(&self, app: AppId) -> Option<Posted> {
         let state = self.callbacks.find(app)?;
-        let record = state.held.lock().await.record.clone()?;
         let now_ms = self.shared.clock.now().unix_ms;
         let mut random = [0; 16];
         self.entropy.fill(&mut random);
         let id = format!("test_{}", data_encoding::HEXLOWER.encode(&random));
-        Some(self.post_once(&record, &id, body::test_body(now_ms)).await)
+        self.post_once(&state, &id, body::test_body(now_ms)).await
     }
 
-    async fn post_once(&self, record: &CallbackRecord, id: &str, body: bytes::Bytes) -> Posted {
+    /// `None`: the callback was removed.
+    async fn post_once(&self, state: &State, id: &str, body: bytes::Bytes) -> Option<Posted> {
+        // It is never closed.
+        let _place = self.callbacks.by_hand.acquire().await;
+        // After the wait: where it goes, what it is signed with and when are of the moment in which it is posted.
+        let record = state.held.lock().await.record.clone()?;
         let now_ms = self.shared.clock.now().unix_ms;
         let post = Post {
             url: record.url.clone(),
-            headers: body::headers(record, id, &body, now_ms),
+            headers: body::headers(&record, id, &body, now_ms),
             body,
         };
-        // It is never closed.
-        let _place = self.callbacks.by_hand.acquire().await;
         let answer = self.callbacks.outbound.line().post(&post).await;
         count(&answer);
-        answer
+        Some(answer)
     }
 
     pub(super) async fn dead_letters(
@@ -583,10 +585,9 @@ impl Inner {
         let Some(letter) = self.dead_letter(app, number).await? else {
             return Ok(None);
         };
-        let Some(record) = state.held.lock().await.record.clone() else {
+        let Some(answer) = self.post_once(&state, &letter.id, letter.body).await else {
             return Ok(None);
         };
-        let answer = self.post_once(&record, &letter.id, letter.body).await;
         if matches!(&answer, Ok(answer) if is_success(answer.status)) {
             self.drop_dead_letter(app, number).await?;
         }

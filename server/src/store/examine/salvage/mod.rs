@@ -15,7 +15,7 @@
 //!    the main line wrote the same. An end counts, also against a row of the main line. A row counts if nothing
 //!    says that its notification has ended; it gets a new place if its number was used again.
 //! 3. *Records that rotted* are looked for in every other source.
-//! 4. *Repair* (`audit.rs`): counters and indexes are made anew from the rows, and what dangles is ended.
+//! 4. *Repair* (`examine/audit/`): counters and indexes are made anew from the rows, and what dangles is ended.
 //!
 //! The outcome has an identity of its own, so that its files are never mixed with those that it was made of, and its run
 //! is above every run that was ever seen, so that every row in it is marked as redelivered.
