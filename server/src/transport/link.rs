@@ -96,6 +96,12 @@ pub(crate) trait Pipe: Send + Unpin + 'static {
     /// How frames are written here.
     fn codec(&self) -> Codec;
 
+    /// Before anything else in a turn of the task: for carriers whose connection is driven by it.
+    fn begin_turn(&mut self, _cx: &mut Context<'_>) {}
+
+    /// After a turn that does not end the link: sends what the turn made.
+    fn end_turn(&mut self, _cx: &mut Context<'_>) {}
+
     /// The next frame; `None` for a sign of life that is no frame.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>>;
 
@@ -818,7 +824,12 @@ impl<D: Door, P: Pipe> Future for Link<D, P> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         self.outbox.register(cx.waker());
-        self.turn(cx)
+        self.pipe.begin_turn(cx);
+        let turn = self.turn(cx);
+        if turn.is_pending() {
+            self.pipe.end_turn(cx);
+        }
+        turn
     }
 }
 

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use bellwire_protocol::{Carrier, Code};
 use metrics::gauge;
-use quinn::{Endpoint, EndpointConfig, Incoming};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{MissedTickBehavior, Sleep, interval, sleep, timeout};
@@ -23,10 +22,11 @@ use super::link::{Link, Shared, silence};
 use super::meters::Meters;
 use super::outbox::Kick;
 use super::proxy::Unfit;
+use super::quic::{self, Connection, Endpoint, Gate, Judgement};
 use super::tls::{Prepared, Tls, TlsError, TlsSettings};
+use super::websocket;
 use super::websocket::ProxyTrouble;
 use super::wheel::Wheel;
-use super::{quic, websocket};
 use crate::telemetry::metrics as names;
 
 /// Connections that the system holds ready for the accepting task.
@@ -157,13 +157,6 @@ impl Transport {
         let local_addr = tcp.local_addr().map_err(failed("TCP"))?;
         let tcp = TcpListener::from_std(tcp).map_err(failed("TCP"))?;
         let config = quic::server_config(tls.quic(), silence(&door, Carrier::Quic));
-        let endpoint = Endpoint::new(
-            EndpointConfig::default(),
-            Some(config),
-            udp,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(failed("UDP"))?;
         let plain = settings.plain.map(bind_plain).transpose()?;
 
         let wheel = Arc::new(Wheel::new());
@@ -180,12 +173,13 @@ impl Transport {
             accepting: CancellationToken::new(),
             complaints: Arc::default(),
         };
+        let endpoint = Endpoint::start(udp, config, port.clone()).map_err(failed("UDP"))?;
         let transport = Transport {
             local_addr,
             plain_addr: plain.as_ref().map(|(_, addr)| *addr),
             tls,
             wheel: Arc::clone(&wheel),
-            endpoint: endpoint.clone(),
+            endpoint,
             silence: Box::new(move || silence(&door, Carrier::Quic)),
             admission: port.admission.clone(),
             accepting: port.accepting.clone(),
@@ -197,7 +191,6 @@ impl Transport {
             port.admission.clone(),
             transport.turning.clone(),
         ));
-        tokio::spawn(accept_quic(port.clone(), endpoint));
         if let Some((listener, address)) = plain {
             tokio::spawn(accept_tcp(port.clone(), listener, Way::Plain));
             info!(%address, "load balancers may bring devices without TLS, with a PROXY header of version 2");
@@ -612,64 +605,72 @@ fn link<D: Door>(
     }
 }
 
-async fn accept_quic<D: Door>(port: Port<D>, endpoint: Endpoint) {
-    while let Some(Some(incoming)) = port.accepting.run_until_cancelled(endpoint.accept()).await {
-        let meters = &port.shared.quic;
-        let peer = incoming.remote_address();
-        let limits = port.shared.door.link_settings();
-        if !incoming.remote_address_validated()
-            && incoming.may_retry()
-            && port.admission.wants_proof(peer.ip(), &limits)
-        {
+/// A QUIC connection on its way in.
+struct Arrival {
+    knock: Knock,
+    deadline: Pin<Box<Sleep>>,
+    frame_max: usize,
+}
+
+impl<D: Door> Gate for Port<D> {
+    type Ticket = Arrival;
+
+    fn judge(&mut self, peer: SocketAddr, can_prove: bool) -> Judgement<Arrival> {
+        let meters = &self.shared.quic;
+        let limits = self.shared.door.link_settings();
+        if can_prove && self.admission.wants_proof(peer.ip(), &limits) {
             meters.refused("retry");
-            // Cannot fail after `may_retry`; if it does, the peer tries again by itself.
-            let _ = incoming.retry();
-            continue;
+            return Judgement::Prove;
         }
-        match port.admission.knock(peer.ip(), &limits) {
+        match self.admission.knock(peer.ip(), &limits) {
             Ok(knock) => {
                 meters.accepted();
-                let deadline = Box::pin(sleep(limits.hello_deadline));
-                port.tasks.spawn(serve_quic(
-                    port.clone(),
-                    incoming,
-                    peer,
+                Judgement::Admit(Arrival {
                     knock,
-                    deadline,
-                    limits.frame_max,
-                ));
+                    deadline: Box::pin(sleep(limits.hello_deadline)),
+                    frame_max: limits.frame_max,
+                })
             }
             Err(crowded) => {
                 meters.refused(crowded.as_str());
-                incoming.refuse();
+                Judgement::Refuse
             }
         }
     }
+
+    fn admit(&mut self, connection: Connection, peer: SocketAddr, arrival: Arrival) {
+        self.tasks
+            .spawn(serve_quic(self.clone(), connection, peer, arrival));
+    }
+
+    fn failed(&mut self, peer: SocketAddr, _: Arrival) {
+        no_device_link(self, peer, "closed");
+    }
+}
+
+fn no_device_link<D>(port: &Port<D>, peer: SocketAddr, reason: &'static str) {
+    debug!(%peer, reason, "a QUIC connection is no device link");
+    port.shared.quic.refused(reason);
 }
 
 async fn serve_quic<D: Door>(
     port: Port<D>,
-    incoming: Incoming,
+    connection: Connection,
     peer: SocketAddr,
-    knock: Knock,
-    mut deadline: Pin<Box<Sleep>>,
-    frame_max: usize,
+    arrival: Arrival,
 ) {
-    let accepted = match incoming.accept() {
-        Ok(connecting) => quic::accept(connecting, deadline.as_mut(), frame_max).await,
-        // The first packet was not what it seemed.
-        Err(_) => Err("closed"),
-    };
-    match accepted {
+    let Arrival {
+        knock,
+        mut deadline,
+        frame_max,
+    } = arrival;
+    match quic::accept(connection, deadline.as_mut(), frame_max).await {
         Ok(pipe) => {
             let shared = Arc::clone(&port.shared);
             port.tasks
                 .spawn(Link::new(shared, pipe, knock, deadline, peer));
         }
-        Err(reason) => {
-            debug!(%peer, reason, "a QUIC connection is no device link");
-            port.shared.quic.refused(reason);
-        }
+        Err(reason) => no_device_link(&port, peer, reason),
     }
 }
 

@@ -35,15 +35,21 @@ mod testing {
 
     /// A fresh certificate for `localhost`.
     pub(crate) fn tls() -> TlsSettings {
+        tls_and_root().0
+    }
+
+    /// The same, and the certificate in PEM of the authority that vouches for it.
+    pub(crate) fn tls_and_root() -> (TlsSettings, String) {
         let now = time::OffsetDateTime::now_utc();
         let authority = DevAuthority::generate("test", Validity::authority(now).unwrap()).unwrap();
         let names: Vec<SanName> = vec!["localhost".parse().unwrap()];
         let issued = authority
             .server(&names, Validity::leaf(now).unwrap())
             .unwrap();
-        TlsSettings {
+        let settings = TlsSettings {
             chain: PemSource::Text(issued.chain_pem.as_bytes().to_vec()),
             key: PemSource::Text(issued.key_pem.as_bytes().to_vec()),
-        }
+        };
+        (settings, authority.certificate_pem().to_owned())
     }
 }

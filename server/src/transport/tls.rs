@@ -139,7 +139,7 @@ pub enum TlsError {
     Unusable(#[from] rustls::Error),
     /// The key is of a kind that TLS 1.3 on QUIC cannot use.
     #[error("QUIC cannot use this configuration: {0}")]
-    Quic(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+    Quic(#[from] quinn_proto::crypto::rustls::NoInitialCipherSuite),
 }
 
 /// TLS for both carriers. What is handed out is for the next connection; [`Tls::take`] changes what comes after.
@@ -148,7 +148,7 @@ pub(crate) struct Tls {
     /// Outlives reloads, so that tickets given before are good after.
     ticketer: Arc<dyn ProducesTickets>,
     tcp: ArcSwap<ServerConfig>,
-    quic: ArcSwap<quinn::crypto::rustls::QuicServerConfig>,
+    quic: ArcSwap<quinn_proto::crypto::rustls::QuicServerConfig>,
 }
 
 impl Tls {
@@ -191,7 +191,7 @@ impl Tls {
     }
 
     /// The configuration for the next QUIC connections.
-    pub(crate) fn quic(&self) -> Arc<quinn::crypto::rustls::QuicServerConfig> {
+    pub(crate) fn quic(&self) -> Arc<quinn_proto::crypto::rustls::QuicServerConfig> {
         self.quic.load_full()
     }
 }
@@ -199,7 +199,7 @@ impl Tls {
 /// A certificate that was read and checked, to be taken once everything else is in order too.
 pub struct Prepared {
     tcp: Arc<ServerConfig>,
-    quic: Arc<quinn::crypto::rustls::QuicServerConfig>,
+    quic: Arc<quinn_proto::crypto::rustls::QuicServerConfig>,
 }
 
 /// A chain and its key, read but not yet tried together.
@@ -241,7 +241,7 @@ fn malformed(what: &'static str, source: &PemSource, error: &pem::Error) -> TlsE
 
 type Configs = (
     Arc<ServerConfig>,
-    Arc<quinn::crypto::rustls::QuicServerConfig>,
+    Arc<quinn_proto::crypto::rustls::QuicServerConfig>,
 );
 
 fn configure(
@@ -266,7 +266,7 @@ fn configure(
     };
     let tcp = build(&[&TLS13, &TLS12], ALPN_HTTP)?;
     let quic = build(&[&TLS13], ALPN)?;
-    let quic = quinn::crypto::rustls::QuicServerConfig::try_from(quic)?;
+    let quic = quinn_proto::crypto::rustls::QuicServerConfig::try_from(quic)?;
     Ok((Arc::new(tcp), Arc::new(quic)))
 }
 

@@ -4,7 +4,15 @@
 //! we stated in the handshake, and QUIC itself closes that connection. What a connection may hold is small and stated
 //! below; the device keeps it alive, and QUIC's own idle timer notices its silence.
 
-use std::future::Future;
+mod connection;
+mod endpoint;
+mod socket;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+mod time;
+
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -12,13 +20,13 @@ use std::time::Duration;
 
 use bellwire_protocol::{Carrier, Code, Codec, FrameReader, LengthPrefix};
 use bytes::Bytes;
-use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{
-    Connection, ConnectionError, IdleTimeout, ReadError, RecvStream, SendStream, ServerConfig,
-    TransportConfig, VarInt, WriteError,
-};
+use quinn_proto::crypto::rustls::QuicServerConfig;
+use quinn_proto::{ConnectionError, IdleTimeout, ServerConfig, TransportConfig, VarInt};
 use tokio::time::Sleep;
 
+pub(crate) use self::connection::Connection;
+use self::connection::{Read, Write};
+pub(crate) use self::endpoint::{Endpoint, Gate, Judgement};
 use super::link::{Broken, Pipe, Traffic};
 use super::outgoing::Outgoing;
 
@@ -32,18 +40,8 @@ const SEND_WINDOW_BYTES: u64 = 128 * 1024;
 /// Out-of-order handshake data of one connection, in bytes: a client certificate chain fits.
 const CRYPTO_BUFFER_BYTES: usize = 8 * 1024;
 
-/// Connections that wait for the accepting task. It does hardly anything for each, so a queue means overload.
-const INCOMING_MAX: usize = 4_096;
-
-/// Packets buffered for a connection that waits for the accepting task, in bytes: the rest of a ClientHello with
-/// post-quantum keys.
-const INCOMING_BUFFER_BYTES: u64 = 8 * 1024;
-
-/// The same for all connections together.
-const INCOMING_BUFFER_TOTAL_BYTES: u64 = 8 * 1024 * 1024;
-
-/// What is read of a stream at a time, on the stack.
-const SCRATCH_BYTES: usize = 2 * 1024;
+/// What is read of a stream at a time, in bytes.
+const READ_BYTES: usize = 2 * 1024;
 
 /// The configuration of the endpoint.
 pub(crate) fn server_config(tls: Arc<QuicServerConfig>, silence: Duration) -> ServerConfig {
@@ -63,18 +61,12 @@ pub(crate) fn server_config(tls: Arc<QuicServerConfig>, silence: Duration) -> Se
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0)
         .mtu_discovery_config(None)
-        .crypto_buffer_size(CRYPTO_BUFFER_BYTES)
-        // With it, each connection keeps a buffer of ten packets for good, 12 KB, to save system calls in bursts that
-        // notifications hardly make.
-        .enable_segmentation_offload(false);
+        .crypto_buffer_size(CRYPTO_BUFFER_BYTES);
     let mut config = ServerConfig::with_crypto(tls);
     config
         .transport_config(Arc::new(transport))
         // Devices change networks; the connection follows.
-        .migration(true)
-        .max_incoming(INCOMING_MAX)
-        .incoming_buffer_size(INCOMING_BUFFER_BYTES)
-        .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL_BYTES);
+        .migration(true);
     config
 }
 
@@ -83,31 +75,42 @@ pub(crate) fn server_config(tls: Arc<QuicServerConfig>, silence: Duration) -> Se
 /// # Errors
 /// The word for metrics, when it came to nothing.
 pub(crate) async fn accept(
-    connecting: quinn::Connecting,
-    mut deadline: Pin<&mut Sleep>,
+    mut connection: Connection,
+    deadline: Pin<&mut Sleep>,
     frame_max: usize,
 ) -> Result<QuicPipe, &'static str> {
-    let late = Code::HelloTimeout;
-    let connection = tokio::select! {
-        connected = connecting => connected.map_err(|error| handshake_refusal(&error))?,
-        () = &mut deadline => return Err(late.name()),
-    };
-    let (send, receive) = tokio::select! {
-        streams = connection.accept_bi() => streams.map_err(|error| loss(&error))?,
-        () = &mut deadline => {
-            connection.close(close_number(late), late.meaning().as_bytes());
-            return Err(late.name());
+    let stands = poll_fn(|cx| {
+        connection.begin(cx);
+        if let Some(error) = connection.lost() {
+            return Poll::Ready(Err(match connection.is_connected() {
+                true => loss(error),
+                false => handshake_refusal(error),
+            }));
         }
+        // With data that came early a stream can be there before the handshake is through.
+        match connection.is_connected() && connection.stream().is_some() {
+            true => Poll::Ready(Ok(())),
+            false => Poll::Pending,
+        }
+    });
+    let late = Code::HelloTimeout;
+    let outcome = tokio::select! {
+        outcome = stands => outcome,
+        () = deadline => Err(late.name()),
     };
-    Ok(QuicPipe {
-        connection,
-        send,
-        receive,
-        reader: FrameReader::new(frame_max),
-        outgoing: Outgoing::default(),
-        traffic: Traffic::default(),
-        end: None,
-    })
+    match outcome {
+        Ok(()) => Ok(QuicPipe {
+            connection: Some(connection),
+            reader: FrameReader::new(frame_max),
+            outgoing: Outgoing::default(),
+            traffic: Traffic::default(),
+            end: None,
+        }),
+        Err(reason) => {
+            connection.leave(close_number(late), late.meaning().as_bytes());
+            Err(reason)
+        }
+    }
 }
 
 /// Number with which a connection is closed.
@@ -150,39 +153,21 @@ fn loss(error: &ConnectionError) -> &'static str {
     }
 }
 
-type Stopped = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 struct End {
     code: Code,
     message: String,
-    /// Completes when the device has everything; made once all is written.
-    stopped: Option<Stopped>,
+    /// The stream was ended: all was written.
+    is_written: bool,
 }
 
 /// A QUIC connection with its stream.
 pub(crate) struct QuicPipe {
-    connection: Connection,
-    send: SendStream,
-    receive: RecvStream,
+    /// Always there until this is dropped.
+    connection: Option<Connection>,
     reader: FrameReader,
     outgoing: Outgoing,
     traffic: Traffic,
     end: Option<Box<End>>,
-}
-
-impl QuicPipe {
-    fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(end) = &mut self.end else {
-            return Poll::Ready(());
-        };
-        let stopped = end.stopped.get_or_insert_with(|| {
-            // Fails only if it was finished or reset before, and then there is nothing to wait for either.
-            let _ = self.send.finish();
-            let stopped = self.send.stopped();
-            Box::pin(async move { drop(stopped.await) })
-        });
-        stopped.as_mut().poll(cx)
-    }
 }
 
 impl Pipe for QuicPipe {
@@ -192,7 +177,19 @@ impl Pipe for QuicPipe {
         Codec::Cbor
     }
 
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+    fn begin_turn(&mut self, cx: &mut Context<'_>) {
+        if let Some(connection) = &mut self.connection {
+            connection.begin(cx);
+        }
+    }
+
+    fn end_turn(&mut self, cx: &mut Context<'_>) {
+        if let Some(connection) = &mut self.connection {
+            connection.finish(cx);
+        }
+    }
+
+    fn poll_receive(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         let fault = |error: bellwire_protocol::DecodeError| {
             Err(Broken::Fault(error.code(), error.to_string()))
         };
@@ -201,28 +198,29 @@ impl Pipe for QuicPipe {
             Ok(None) => {}
             Err(error) => return Poll::Ready(fault(error)),
         }
-        let mut scratch = [0; SCRATCH_BYTES];
-        let received = match ready!(self.receive.poll_read(cx, &mut scratch)) {
-            Ok(received) => received,
-            Err(ReadError::ConnectionLost(error)) => {
-                return Poll::Ready(Err(Broken::Gone(loss(&error))));
-            }
-            Err(
-                ReadError::Reset(_)
-                | ReadError::ClosedStream
-                | ReadError::IllegalOrderedRead
-                | ReadError::ZeroRttRejected,
-            ) => return Poll::Ready(Err(Broken::Left)),
+        let Some(connection) = &mut self.connection else {
+            return Poll::Ready(Err(Broken::Left));
         };
-        if received == 0 {
-            return Poll::Ready(Err(if self.reader.is_at_boundary() {
-                Broken::Left
-            } else {
-                Broken::Fault(Code::Malformed, "the stream ends inside a frame".to_owned())
-            }));
-        }
+        let reader = &mut self.reader;
+        let received = match connection.read(READ_BYTES, |bytes| reader.push(bytes)) {
+            Read::Bytes(received) => received,
+            Read::Blocked => {
+                return match connection.lost() {
+                    Some(error) => Poll::Ready(Err(Broken::Gone(loss(error)))),
+                    // The endpoint wakes when something comes.
+                    None => Poll::Pending,
+                };
+            }
+            Read::Ended => {
+                return Poll::Ready(Err(if self.reader.is_at_boundary() {
+                    Broken::Left
+                } else {
+                    Broken::Fault(Code::Malformed, "the stream ends inside a frame".to_owned())
+                }));
+            }
+            Read::Reset => return Poll::Ready(Err(Broken::Left)),
+        };
         self.traffic.received += received as u64;
-        self.reader.push(&scratch[..received]);
         Poll::Ready(match self.reader.pull() {
             Ok(frame) => Ok(frame),
             Err(error) => fault(error),
@@ -242,20 +240,22 @@ impl Pipe for QuicPipe {
         self.outgoing.len()
     }
 
-    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+    fn poll_send(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let Some(connection) = &mut self.connection else {
+            return Poll::Ready(Err(Broken::Left));
+        };
         while !self.outgoing.is_empty() {
-            let rest = self.outgoing.rest();
-            match ready!(Pin::new(&mut self.send).poll_write(cx, rest)) {
-                Ok(written) => {
+            if let Some(error) = connection.lost() {
+                return Poll::Ready(Err(Broken::Gone(loss(error))));
+            }
+            match connection.write(self.outgoing.rest()) {
+                Write::Bytes(written) => {
                     self.traffic.sent += written as u64;
                     self.outgoing.advance(written);
                 }
-                Err(WriteError::ConnectionLost(error)) => {
-                    return Poll::Ready(Err(Broken::Gone(loss(&error))));
-                }
-                Err(
-                    WriteError::Stopped(_) | WriteError::ClosedStream | WriteError::ZeroRttRejected,
-                ) => return Poll::Ready(Err(Broken::Left)),
+                // What the device acknowledges makes room, and wakes.
+                Write::Blocked => return Poll::Pending,
+                Write::Stopped => return Poll::Ready(Err(Broken::Left)),
             }
         }
         Poll::Ready(Ok(()))
@@ -266,22 +266,32 @@ impl Pipe for QuicPipe {
     }
 
     fn heard_of_peer(&self) -> Option<u64> {
-        Some(self.connection.stats().udp_rx.datagrams)
+        self.connection.as_ref().map(Connection::heard)
     }
 
     fn end(&mut self, code: Code, message: &str) {
         self.end = Some(Box::new(End {
             code,
             message: message.to_owned(),
-            stopped: None,
+            is_written: false,
         }));
     }
 
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if ready!(self.poll_send(cx)).is_ok() {
-            ready!(self.poll_stopped(cx));
+        if ready!(self.poll_send(cx)).is_err() {
+            return Poll::Ready(());
         }
-        Poll::Ready(())
+        let (Some(connection), Some(end)) = (&mut self.connection, &mut self.end) else {
+            return Poll::Ready(());
+        };
+        if !end.is_written {
+            connection.end_stream();
+            end.is_written = true;
+        }
+        match connection.is_said() {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
     }
 }
 
@@ -291,7 +301,8 @@ impl Drop for QuicPipe {
             Some(end) => (end.code, end.message.as_str()),
             None => (Code::Bye, ""),
         };
-        self.connection
-            .close(close_number(code), message.as_bytes());
+        if let Some(connection) = self.connection.take() {
+            connection.leave(close_number(code), message.as_bytes());
+        }
     }
 }

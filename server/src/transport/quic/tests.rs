@@ -1,0 +1,279 @@
+//! The endpoint and its connections, with quinn's client as the device.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bellwire_protocol::ALPN;
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::*;
+use crate::transport::testing;
+use crate::transport::tls::Tls;
+
+const LONG: Duration = Duration::from_secs(20);
+
+/// Lets everybody in, or asks for a proof first.
+struct Open {
+    ask: bool,
+    asked: u32,
+    arrived: mpsc::UnboundedSender<Connection>,
+}
+
+impl Gate for Open {
+    type Ticket = ();
+
+    fn judge(&mut self, _: SocketAddr, can_prove: bool) -> Judgement<()> {
+        match self.ask && can_prove {
+            true => {
+                self.asked += 1;
+                Judgement::Prove
+            }
+            false => {
+                // Whoever is asked comes back.
+                assert_eq!(self.asked > 0, self.ask);
+                Judgement::Admit(())
+            }
+        }
+    }
+
+    fn admit(&mut self, connection: Connection, _: SocketAddr, (): ()) {
+        self.arrived.send(connection).unwrap();
+    }
+
+    fn failed(&mut self, _: SocketAddr, (): ()) {
+        panic!("a whole handshake was begun");
+    }
+}
+
+struct House {
+    endpoint: Endpoint,
+    address: SocketAddr,
+    arrivals: mpsc::UnboundedReceiver<Connection>,
+    client: quinn::Endpoint,
+}
+
+impl House {
+    fn new(ask: bool) -> House {
+        let (settings, root) = testing::tls_and_root();
+        let tls = Tls::new(&settings).unwrap();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let address = socket.local_addr().unwrap();
+        let (arrived, arrivals) = mpsc::unbounded_channel();
+        let gate = Open {
+            ask,
+            asked: 0,
+            arrived,
+        };
+        let config = server_config(tls.quic(), Duration::from_secs(60));
+        let endpoint = Endpoint::start(socket, config, gate).unwrap();
+
+        let mut roots = rustls::RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(root.as_bytes()).unwrap())
+            .unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        let config = quinn::crypto::rustls::QuicClientConfig::try_from(config).unwrap();
+        let mut client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        client.set_default_client_config(quinn::ClientConfig::new(Arc::new(config)));
+        House {
+            endpoint,
+            address,
+            arrivals,
+            client,
+        }
+    }
+
+    /// A device with its stream open, and the server's end of it.
+    async fn connect(
+        &mut self,
+    ) -> (
+        quinn::Connection,
+        quinn::SendStream,
+        quinn::RecvStream,
+        QuicPipe,
+    ) {
+        let connecting = self.client.connect(self.address, "localhost").unwrap();
+        let device = async {
+            let connection = connecting.await.unwrap();
+            let (mut send, receive) = connection.open_bi().await.unwrap();
+            send.write_all(&[0, 0]).await.unwrap();
+            (connection, send, receive)
+        };
+        let server = async {
+            let connection = self.arrivals.recv().await.unwrap();
+            let deadline = std::pin::pin!(tokio::time::sleep(LONG));
+            accept(connection, deadline, 16 * 1024).await.unwrap()
+        };
+        let ((connection, send, receive), pipe) = tokio::join!(device, server);
+        (connection, send, receive, pipe)
+    }
+
+    async fn nobody_is_left(&self) {
+        timeout(LONG, self.endpoint.wait_idle()).await.unwrap();
+    }
+}
+
+/// Serves the pipe as a link would until `done`.
+async fn turn<T>(
+    pipe: &mut QuicPipe,
+    mut done: impl FnMut(&mut QuicPipe, &mut Context<'_>) -> Poll<T>,
+) -> T {
+    let turns = poll_fn(|cx| {
+        pipe.begin_turn(cx);
+        let done = done(pipe, cx);
+        if done.is_pending() {
+            pipe.end_turn(cx);
+        }
+        done
+    });
+    timeout(LONG, turns).await.unwrap()
+}
+
+/// Reads until nothing more can come; answers why.
+async fn end_of(pipe: &mut QuicPipe) -> Broken {
+    turn(pipe, |pipe, cx| {
+        loop {
+            if let Err(broken) = ready!(pipe.poll_receive(cx)) {
+                return Poll::Ready(broken);
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_leaves_is_forgotten_whichever_side_ended_it() {
+    let mut house = House::new(false);
+    for round in 0..12 {
+        let (connection, send, receive, mut pipe) = house.connect().await;
+        match round % 3 {
+            0 => {
+                connection.close(0_u32.into(), b"");
+                end_of(&mut pipe).await;
+                drop(pipe);
+            }
+            1 => {
+                drop(pipe);
+                let closed = timeout(LONG, connection.closed()).await.unwrap();
+                assert!(matches!(closed, ConnectionError::ApplicationClosed(_)));
+            }
+            _ => {
+                pipe.end(Code::Bye, "that was it");
+                let reads = async {
+                    let mut receive = receive;
+                    receive.read_to_end(64).await.unwrap()
+                };
+                let ends = turn(&mut pipe, |pipe, cx| pipe.poll_end(cx));
+                let (said, ()) = tokio::join!(reads, ends);
+                assert!(said.is_empty());
+                drop(pipe);
+            }
+        }
+        drop(send);
+    }
+    house.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn much_is_said_in_order_and_in_turns_to_a_device_that_reads_slowly() {
+    let mut house = House::new(false);
+    let (connection, _send, mut receive, mut pipe) = house.connect().await;
+    let frames = 2_000_u32;
+    let says = async {
+        for number in 0..frames {
+            pipe.queue(&number.to_be_bytes(), &[7; 500]);
+        }
+        turn(&mut pipe, |pipe, cx| {
+            pipe.poll_send(cx).map(|sent| assert!(sent.is_ok()))
+        })
+        .await;
+        pipe.end(Code::Bye, "");
+        turn(&mut pipe, |pipe, cx| pipe.poll_end(cx)).await;
+    };
+    let hears = async {
+        let mut reader = FrameReader::new(16 * 1024);
+        let mut next = 0_u32;
+        while let Some(chunk) = receive.read_chunk(2_000, true).await.unwrap() {
+            reader.push(&chunk.bytes);
+            while let Some(frame) = reader.pull().unwrap() {
+                assert_eq!(frame[..4], next.to_be_bytes());
+                next += 1;
+            }
+            tokio::task::yield_now().await;
+        }
+        next
+    };
+    let ((), heard) = timeout(LONG, async { tokio::join!(says, hears) })
+        .await
+        .unwrap();
+    assert_eq!(heard, frames);
+    drop((pipe, connection));
+    house.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_proves_its_address_and_comes_in() {
+    let mut house = House::new(true);
+    let (connection, _send, _receive, pipe) = house.connect().await;
+    drop(pipe);
+    timeout(LONG, connection.closed()).await.unwrap();
+    house.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn closing_ends_every_connection_and_lets_nobody_in() {
+    let mut house = House::new(false);
+    let mut there = Vec::new();
+    for _ in 0..5 {
+        there.push(house.connect().await);
+    }
+    house.endpoint.close(close_number(Code::Drain), b"over");
+    for (connection, _send, _receive, mut pipe) in there {
+        let gone = end_of(&mut pipe).await;
+        assert!(matches!(gone, Broken::Gone("shutdown")));
+        drop(pipe);
+        timeout(LONG, connection.closed()).await.unwrap();
+    }
+    house.nobody_is_left().await;
+    let late = house.client.connect(house.address, "localhost").unwrap();
+    // Whether it is refused or nobody answers any more: it does not come in.
+    let late = timeout(Duration::from_secs(1), late).await;
+    assert!(!matches!(late, Ok(Ok(_))));
+    assert_eq!(house.arrivals.len(), 0);
+}
+
+#[tokio::test]
+async fn what_a_connection_without_turns_is_sent_is_bounded() {
+    let mut house = House::new(false);
+    let (connection, mut send, _receive, pipe) = house.connect().await;
+    // The window of the stream is small; whatever a peer does, no more datagrams than this wait.
+    let writes = async {
+        let nothing = [0; 512];
+        loop {
+            if send.write_all(&nothing).await.is_err() {
+                break;
+            }
+        }
+    };
+    assert!(timeout(Duration::from_millis(300), writes).await.is_err());
+    let waiting = pipe.connection.as_ref().unwrap().waiting();
+    assert!(
+        waiting > 0 && waiting <= connection::ARRIVED_MAX,
+        "{waiting}"
+    );
+    drop(pipe);
+    timeout(LONG, connection.closed()).await.unwrap();
+    house.nobody_is_left().await;
+    assert_eq!(house.endpoint.hub().open.load(Ordering::Acquire), 0);
+}
