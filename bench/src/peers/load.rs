@@ -4,6 +4,7 @@
 //! Every message carries its number. One array remembers when each was due, one when it was answered, one when a device
 //! had it; figures are made of them afterwards, and what was answered and never came is a violation.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -368,13 +369,14 @@ impl Ledger {
             .count()
     }
 
-    /// Time from when a message was due to what `done` says, of the messages due between.
-    fn latency(&self, done: &[AtomicU64], from: u64, to: u64) -> Latency {
+    /// Time from when a message was due to what `done` says, of the messages of these numbers. Not of those that were due in some
+    /// time: where a server is late, all of those were due long before.
+    fn latency(&self, done: &[AtomicU64], numbers: Range<usize>) -> Latency {
         let mut micros = Histogram::<u64>::new_with_max(LATENCY_MAX_MICROS, 3)
             .unwrap_or_else(|_| unreachable!("the bounds are valid"));
-        for (due, done) in self.due.iter().zip(done) {
+        for (due, done) in self.due[numbers.clone()].iter().zip(&done[numbers]) {
             let (due, done) = (due.load(Ordering::Relaxed), done.load(Ordering::Relaxed));
-            if (from..=to).contains(&due) && done >= due {
+            if due != 0 && done >= due {
                 micros.saturating_record(((done - due) / 1_000).max(1));
             }
         }
@@ -502,12 +504,13 @@ async fn flow(
     let (pid, me) = (job.target.pid, std::process::id());
     sleep(Duration::from_secs(warm_up.into())).await;
     let (cpu, own) = (process::cpu_time(pid)?, process::cpu_time(me)?);
-    let from = ledger.now();
+    let taken = || ledger.next.load(Ordering::Relaxed).min(limit);
+    let (from, first) = (ledger.now(), taken());
     let end = Instant::now() + Duration::from_secs(seconds.into());
     while Instant::now() < end && ledger.next.load(Ordering::Relaxed) < limit {
         sleep(LOOK_EVERY).await;
     }
-    let to = ledger.now();
+    let (to, numbers) = (ledger.now(), first..taken());
     let server_cpu_seconds = process::cpu_time(pid)?.saturating_sub(cpu).as_secs_f64();
     let generator_cpu_seconds = process::cpu_time(me)?.saturating_sub(own).as_secs_f64();
     ledger.stop.store(true, Ordering::Relaxed);
@@ -527,8 +530,8 @@ async fn flow(
         arrived: ledger.within(&ledger.arrived, from, to),
         server_cpu_seconds,
         generator_cpu_seconds,
-        to_answer: ledger.latency(&ledger.answered, from, to),
-        to_device: ledger.latency(&ledger.arrived, from, to),
+        to_answer: ledger.latency(&ledger.answered, numbers.clone()),
+        to_device: ledger.latency(&ledger.arrived, numbers),
         published: ledger.answers.load(Ordering::Relaxed),
     };
     Ok(Found {
@@ -588,7 +591,7 @@ async fn stored(job: &Job, sending: Sending) -> Outcome<Found> {
             messages: ledger.answers.load(Ordering::Relaxed),
             publish_seconds,
             publish_cpu_seconds: publish_cpu.as_secs_f64(),
-            to_answer: ledger.latency(&ledger.answered, 0, u64::MAX),
+            to_answer: ledger.latency(&ledger.answered, 0..messages),
             message_bytes: grown / messages.max(1) as f64,
             fetch_seconds,
             fetch_cpu_seconds: fetch_cpu.as_secs_f64(),
@@ -629,8 +632,10 @@ mod tests {
             ledger.due[number].store(due, Ordering::Relaxed);
             ledger.arrived[number].store(arrived, Ordering::Relaxed);
         }
-        let latency = ledger.latency(&ledger.arrived, 0, 5_000_000);
+        let latency = ledger.latency(&ledger.arrived, 0..1);
         assert!((1.99..=2.01).contains(&latency.p50), "{latency:?}");
         assert_eq!(latency.p50, latency.max);
+        let latency = ledger.latency(&ledger.arrived, 1..2);
+        assert!((0.49..=0.51).contains(&latency.p50), "{latency:?}");
     }
 }

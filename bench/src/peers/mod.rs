@@ -44,6 +44,9 @@ const STORED_OF_A_DEVICE_MAX: u32 = 800;
 /// Messages that a backend sends in one write in the part `together`.
 const TOGETHER: usize = 32;
 
+/// Part of a rate that must arrive, or the server did not keep up.
+const KEPT_UP: f64 = 0.95;
+
 /// Messages a second of the part `quiet`, from one backend.
 const QUIET_RATE: u32 = 100;
 
@@ -338,6 +341,20 @@ async fn measure(
                 report.violation(format!("{title}: {violation}"));
             }
             tell(report, &title, &found.what);
+            if let (
+                load::Part::Flow {
+                    rate: Some(rate), ..
+                },
+                What::Flow(flow),
+            ) = (part, &found.what)
+            {
+                let arrived = flow.arrived as f64 / flow.seconds;
+                if arrived < f64::from(rate) * KEPT_UP {
+                    report.note(format!(
+                        "{title}: it did not keep up, so messages waited the longer the longer it ran"
+                    ));
+                }
+            }
         }
         Err(failure) => report.violation(format!("{title}: {failure}")),
     }

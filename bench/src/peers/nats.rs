@@ -17,6 +17,9 @@ const MESSAGE_MAX_BYTES: usize = 1 << 20;
 /// Messages that a consumer may have unacknowledged; the server's own default.
 const UNACKNOWLEDGED: u32 = 1_000;
 
+/// Consumers that a stream may have. The server's own default is 1,000, and it takes that for no limit as well.
+const CONSUMERS_MAX: u32 = 1_000_000;
+
 /// What a server may say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Said {
@@ -117,7 +120,7 @@ impl Client {
         let config = json!({
             "name": name, "subjects": [subjects], "storage": "file", "num_replicas": 1,
             "retention": "workqueue", "discard": "old", "max_msgs": -1, "max_bytes": -1,
-            "max_age": 0, "max_consumers": -1,
+            "max_age": 0, "max_consumers": CONSUMERS_MAX,
         });
         self.put_request(
             &format!("$JS.API.STREAM.CREATE.{name}"),
