@@ -144,6 +144,12 @@ async fn idle(args: &Floors, report: &mut Report, progress: Progress) -> Outcome
         )
         .await?;
         bar.done();
+        if found.connected != args.connections as usize {
+            report.violation(format!(
+                "{} connections were made over {name}, and {} stood at the end",
+                args.connections, found.connected
+            ));
+        }
         let mut push = |what: &str, value, unit| {
             report.push(Figure::new(format!("{name}: {what}"), value, unit));
         };

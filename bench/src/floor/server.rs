@@ -270,13 +270,13 @@ async fn accept_quic(incoming: quinn::Incoming) {
     let Ok(connection) = incoming.await else {
         return;
     };
-    let Ok((_send, mut receive)) = connection.accept_bi().await else {
+    let Ok((send, mut receive)) = connection.accept_bi().await else {
         return;
     };
     tokio::spawn(async move {
         let mut scratch = [0; 64];
         while let Ok(Some(_)) = receive.read(&mut scratch).await {}
-        // Kept until the device is gone.
-        drop(connection);
+        // Kept until the device is gone: letting go of the sending half would end the stream, and the device would leave.
+        drop((send, connection));
     });
 }
