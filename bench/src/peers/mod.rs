@@ -359,7 +359,12 @@ async fn measure(
         Err(failure) => report.violation(format!("{title}: {failure}")),
     }
     if !broker.stop().await {
-        report.violation(format!("{title}: the server did not end after SIGTERM"));
+        let what = format!("{title}: the server did not end by itself after SIGTERM");
+        // What a peer does with what it holds is not what is measured.
+        match start.peer {
+            Peer::Bellwire => report.violation(what),
+            Peer::Mosquitto | Peer::Nats => report.note(what),
+        }
     }
     Ok(())
 }
