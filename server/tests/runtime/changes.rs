@@ -651,7 +651,17 @@ async fn a_full_disk_gives_no_device_away_and_holds_up_no_ping() {
     // Nothing of it happened, and nobody waits for it.
     house.store.set_mode(Mode::Commit);
     for name in ["anna", "ben"] {
-        send(&house, user(name)).await;
+        // The shard hears within a second that there is room again.
+        until("there is room", async || {
+            match house.handle.ping(ping(user(name))).await {
+                Ok(_) => true,
+                Err(error) => {
+                    assert_eq!(error, RuntimeError::NoRoom.into());
+                    false
+                }
+            }
+        })
+        .await;
     }
     let looked = look(&house, device.id).await;
     assert_eq!((looked.user.as_str(), looked.waiting), ("anna", Some(2)));
