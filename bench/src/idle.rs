@@ -65,7 +65,7 @@ impl IdleArgs {
 /// What each device costs one server.
 struct Cost {
     resident: f64,
-    proportional: f64,
+    own: f64,
     slab: Option<f64>,
     tcp_buffers: Option<f64>,
     /// CPU of the quiet time, microseconds of each device and second.
@@ -98,7 +98,7 @@ pub(crate) async fn run(args: IdleArgs, progress: Progress) -> Outcome<Report> {
         let ours = weigh_server(&args, carrier, count as usize, &mut report, progress).await?;
         tell(&mut report, &args, carrier, count, &ours, floor.as_ref());
         if let Some(floor) = floor {
-            floors.push((carrier, floor.proportional));
+            floors.push((carrier, floor.own));
         }
     }
     let below = |wanted| floors.iter().find(|(carrier, _)| *carrier == wanted);
@@ -206,7 +206,7 @@ async fn weigh(args: &IdleArgs, pid: u32, fleet: &mut Fleet, progress: Progress)
     let kernel = kernel.zip(kernel_after);
     Ok(Cost {
         resident: each(memory.resident, memory_after.resident),
-        proportional: each(memory.proportional, memory_after.proportional),
+        own: each(memory.own, memory_after.own),
         slab: kernel.map(|(before, after)| each(before.slab, after.slab) / 2.0),
         tcp_buffers: kernel
             .map(|(before, after)| each(before.tcp_buffers, after.tcp_buffers) / 2.0),
@@ -242,7 +242,7 @@ fn tell(
     figure(
         "memory of a device",
         "bytes",
-        &|cost| Some(cost.proportional),
+        &|cost| Some(cost.own),
         Some(Budget::AtMost(most * 1_024.0)),
     );
     figure(
@@ -274,7 +274,7 @@ fn tell(
     if let Some(floor) = floor {
         let own = Figure::new(
             format!("{name}: of that Bellwire's own"),
-            ours.proportional - floor.proportional,
+            ours.own - floor.own,
             "bytes",
         );
         report.push(own.budget_if(!args.server.smoke, Budget::AtMost(1.5 * 1_024.0)));

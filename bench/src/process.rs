@@ -31,8 +31,9 @@ pub(crate) fn cpu_time(pid: u32) -> Outcome<Duration> {
 pub(crate) struct Memory {
     /// Resident, pages shared with others counted in full.
     pub(crate) resident: u64,
-    /// Resident, pages shared with others counted by share.
-    pub(crate) proportional: u64,
+    /// Heap and stacks, which are resident and no file's. Pages of files are left out: they are shared with every process that
+    /// runs the same program, and change hands when one of them starts.
+    pub(crate) own: u64,
 }
 
 /// Memory that a process holds now.
@@ -44,7 +45,7 @@ pub(crate) fn memory(pid: u32) -> Outcome<Memory> {
     };
     Ok(Memory {
         resident: find("Rss:")?,
-        proportional: find("Pss:")?,
+        own: find("Pss_Anon:")?,
     })
 }
 
@@ -199,7 +200,7 @@ mod tests {
         let me = std::process::id();
         cpu_time(me).unwrap();
         let memory = memory(me).unwrap();
-        assert!(memory.resident >= memory.proportional && memory.proportional > 0);
+        assert!(memory.resident >= memory.own && memory.own > 0);
     }
 
     #[test]

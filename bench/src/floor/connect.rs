@@ -20,7 +20,7 @@ const GONE: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Found {
     /// Growth of memory, bytes.
-    pub(crate) proportional: f64,
+    pub(crate) own: f64,
     /// Growth of the kernel's memory, bytes, half of it, because both ends are on this machine.
     pub(crate) kernel: Option<f64>,
     /// Processor time from the first packet to the end of the quiet time, microseconds.
@@ -66,7 +66,7 @@ pub(crate) async fn measure(
     let kernel = kernel.zip(process::kernel_memory());
     let each = |before: u64, after: u64| (after as f64 - before as f64) / count as f64;
     let found = Found {
-        proportional: each(before.proportional, after.proportional),
+        own: each(before.own, after.own),
         kernel: kernel.map(|(before, after)| each(before.sum(), after.sum()) / 2.0),
         cpu_micros: cpu.as_secs_f64() * 1e6 / count as f64,
         per_second: count as f64 / took.as_secs_f64(),

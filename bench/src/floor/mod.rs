@@ -153,7 +153,7 @@ async fn idle(args: &Floors, report: &mut Report, progress: Progress) -> Outcome
         let mut push = |what: &str, value, unit| {
             report.push(Figure::new(format!("{name}: {what}"), value, unit));
         };
-        push("memory of a connection", found.proportional, "bytes");
+        push("memory of a connection", found.own, "bytes");
         if let (Some(kernel), FloorCarrier::Websocket) = (found.kernel, carrier) {
             push("kernel memory of a connection, about", kernel, "bytes");
         }

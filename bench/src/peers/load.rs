@@ -195,8 +195,8 @@ async fn idle(job: &Job, settle: u32) -> Outcome<Found> {
     lost_devices(&mut listeners, &mut violations);
     Ok(Found {
         what: What::Idle(Idle {
-            absent_bytes: each(before_any.proportional, before.proportional),
-            connection_bytes: each(before.proportional, after.proportional),
+            absent_bytes: each(before_any.own, before.own),
+            connection_bytes: each(before.own, after.own),
             kernel_bytes: kernel.map(|(before, after)| each(before.sum(), after.sum()) / 2.0),
             cpu_micros: cpu.as_secs_f64() * 1e6 / job.devices as f64,
             per_second,
@@ -560,7 +560,7 @@ async fn stored(job: &Job, sending: Sending) -> Outcome<Found> {
     }
     let publish_seconds = publishing.elapsed().as_secs_f64();
     let publish_cpu = process::cpu_time(pid)?.saturating_sub(cpu);
-    let grown = process::memory(pid)?.proportional as f64 - memory.proportional as f64;
+    let grown = process::memory(pid)?.own as f64 - memory.own as f64;
 
     let cpu = process::cpu_time(pid)?;
     let fetching = Instant::now();
