@@ -47,6 +47,10 @@ enum Part {
 
 /// Connect devices: full handshakes, resumed ones, and all at once after a restart
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench connect                                       handshakes, then a storm of 5,000
+  bellwire-bench connect --only handshakes --carrier quic      one carrier
+  bellwire-bench connect --only storm --storm 15000            a larger storm")]
 pub(crate) struct ConnectArgs {
     #[command(flatten)]
     #[serde(flatten)]

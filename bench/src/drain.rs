@@ -9,6 +9,7 @@ use tokio::time::sleep;
 use crate::engine::Engine;
 use crate::failure::Outcome;
 use crate::fleet::Carriers;
+use crate::floor::beside;
 use crate::generator::devices::Fleet;
 use crate::progress::Progress;
 use crate::report::{Budget, Figure, Report};
@@ -18,6 +19,9 @@ use crate::rig::{self, LOOK_EVERY, Load, Meter, Rig, ServerArgs};
 const BATCH: u32 = 500;
 const CONNECTIONS: u32 = 4;
 
+/// Messages that go to one connection together in the floor: a window of a session.
+const TOGETHER: usize = 32;
+
 /// Longest wait for the engine to have all that the log has.
 const QUIET_MAX: Duration = Duration::from_secs(60);
 
@@ -26,6 +30,9 @@ const BUSY: &str = "store_busy";
 
 /// Fill mailboxes of absent devices, let all of them come, and see how fast they are emptied
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench drain                                200 devices with 1,000 notifications each
+  bellwire-bench drain --engine fjall --devices 1000  five times as many, out of fjall")]
 pub(crate) struct DrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
@@ -42,6 +49,9 @@ pub(crate) struct DrainArgs {
     /// What the devices connect by
     #[arg(long, value_enum, default_value_t = Carriers::Both)]
     carrier: Carriers,
+    /// Leave out the floors
+    #[arg(long)]
+    no_floor: bool,
     /// Content of a ping in bytes
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(33..=1_000))]
     bytes: u32,
@@ -78,6 +88,13 @@ async fn drain(
     progress: Progress,
 ) -> Outcome<()> {
     let what = carrier.name();
+    let floor = match args.no_floor || args.server.smoke {
+        true => None,
+        false => {
+            let devices = args.devices as usize;
+            Some(beside::written(carrier, devices, args.bytes, TOGETHER).await?)
+        }
+    };
     let engine = args.engine.setting();
     let mut rig = Rig::start(&args.server, &[&engine], args.devices as usize, progress).await?;
     let before = rig.books().await?;
@@ -99,6 +116,7 @@ async fn drain(
             accepted as f64 / usage.server.max(1e-2),
             "per server CPU-second",
         )
+        .floor(floor)
         .budget_if(!args.server.smoke, Budget::AtLeast(50_000.0)),
     );
     report.push(Figure::new(

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::failure::Outcome;
 use crate::fleet::{self, Carriers};
+use crate::floor::beside;
 use crate::generator::backends::Target;
 use crate::progress::Progress;
 use crate::report::{Budget, Figure, Report};
@@ -20,6 +21,10 @@ const CONNECTING: usize = 64;
 
 /// Post pings to a topic and to everyone, and see how they spread over attached devices
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench fanout                                      10,000 devices of each carrier
+  bellwire-bench fanout --carrier quic --devices 100000      ten times as many over QUIC
+  bellwire-bench fanout --pings 100 --runs 5 --out report    with spread, as files")]
 pub(crate) struct FanoutArgs {
     #[command(flatten)]
     #[serde(flatten)]
@@ -36,6 +41,9 @@ pub(crate) struct FanoutArgs {
     /// Pings before that, not measured
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     warm_up: u32,
+    /// Leave out the floors
+    #[arg(long)]
+    no_floor: bool,
     /// Content of a ping in bytes
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(33..=4_000))]
     bytes: u32,
@@ -73,6 +81,10 @@ async fn spread(
     progress: Progress,
 ) -> Outcome<()> {
     let devices = u64::from(args.devices);
+    let floor = match args.no_floor || args.server.smoke {
+        true => None,
+        false => Some(beside::written(carrier, devices as usize, args.bytes, 1).await?),
+    };
     let mut rig = Rig::start(&args.server, &[], devices as usize, progress).await?;
     let (api, key) = (rig.server.listen.api, rig.server.key.clone());
     fleet::subscribe(api, &key, &rig.devices, TOPIC, progress).await?;
@@ -125,6 +137,7 @@ async fn spread(
                     deliveries as f64 / usage.server.max(1e-2),
                     "per server CPU-second",
                 )
+                .floor(floor)
                 .budget_if(!args.server.smoke, Budget::AtLeast(budget)),
             );
             usage.tell(report, &what, deliveries, "µs per delivery", None);

@@ -95,6 +95,11 @@ enum Part {
 
 /// Grow what a server keeps, and look at what should stay the same
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench grow --only stored --engines fjall --stored 10000,1000000,10000000
+  bellwire-bench grow --only registered --registered 1000,1000000
+  bellwire-bench grow --only expired --expired 1000000
+  bellwire-bench grow --only attached --attached 1000,200000")]
 pub(crate) struct GrowArgs {
     #[command(flatten)]
     #[serde(flatten)]

@@ -26,6 +26,10 @@ const GONE_AFTER: Duration = Duration::from_secs(1);
 
 /// Connect devices that stay silent, and weigh them
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench idle                                          2,000 WebSockets, 5,000 over QUIC
+  bellwire-bench idle --websocket 15000 --quic 200000          as many as fit here
+  bellwire-bench idle --carrier plain                          without TLS, as behind a load balancer")]
 pub(crate) struct IdleArgs {
     #[command(flatten)]
     #[serde(flatten)]

@@ -49,13 +49,12 @@ const RUNS_OF_A_REPORT: u32 = 5;
 #[derive(Debug, Parser)]
 #[command(name = "bellwire-bench", version, arg_required_else_help = true)]
 #[command(after_help = "Examples:
-  bellwire-bench ping                               quiet pings, fixed rates, as many as go through, batches
-  bellwire-bench ping --only rates --rates 500,5000 latency at two rates
+  bellwire-bench ping                               quiet, at fixed rates, as many as go, in batches
   bellwire-bench stored --engines fjall             pings that wait on disk
   bellwire-bench fanout --devices 10000             one ping to 10,000 attached devices
   bellwire-bench idle --websocket 15000 --quic 200000
                                                     what silent devices hold
-  bellwire-bench connect --out report               five runs, as Markdown, JSON and plots in a folder
+  bellwire-bench connect --out report               five runs, as Markdown, JSON and plots
   bellwire-bench grow --engines fjall --stored 10000,1000000,10000000
                                                     what stays the same while something grows
   bellwire-bench soak --minutes 60                  an hour of everything at once
@@ -64,8 +63,8 @@ const RUNS_OF_A_REPORT: u32 = 5;
   bellwire-bench floor                              what the bare libraries and the disk allow
   bellwire-bench peers --runs 5                     Bellwire beside mosquitto and nats-server
 
-bench/README.md tells how to read the figures. A workload fails (exit code 1) if something was lost, doubled or
-counted differently on two sides, never because it was slow.")]
+bench/README.md tells how to read the figures. A workload fails (exit code 1) if something was
+lost, doubled or counted differently on two sides, never because it was slow.")]
 struct Arguments {
     #[command(subcommand)]
     workload: Workload,
@@ -94,7 +93,7 @@ enum Workload {
     Grow(grow::GrowArgs),
     Soak(soak::SoakArgs),
     Churn(churn::Churn),
-    /// Run every workload but churn as it is by default, one after the other
+    /// Run every workload but churn and peers as it is by default, one after the other
     All(rig::ServerArgs),
     #[command(hide = true)]
     ChurnStore(churn::ChurnStore),

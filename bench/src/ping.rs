@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::failure::Outcome;
 use crate::fleet::Carriers;
+use crate::floor::beside;
 use crate::generator::backends::Backends;
 use crate::generator::devices::Fleet;
 use crate::progress::Progress;
@@ -57,6 +58,11 @@ enum Part {
 
 /// Post pings to attached devices: quiet, at fixed rates, as many as go through, in batches
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench ping                                    all parts, two minutes
+  bellwire-bench ping --only quiet,throughput --runs 5   two parts, five times
+  bellwire-bench ping --only rates --rates 500,5000      latency at two rates
+  bellwire-bench ping --set STORE__DEFER_MAX=0s          without waiting for acknowledgements")]
 pub(crate) struct PingArgs {
     #[command(flatten)]
     #[serde(flatten)]
@@ -88,6 +94,9 @@ pub(crate) struct PingArgs {
     /// Content of a ping in bytes
     #[arg(long, default_value_t = 1_024, value_parser = clap::value_parser!(u32).range(33..=4_096))]
     bytes: u32,
+    /// Leave out the floors
+    #[arg(long)]
+    no_floor: bool,
     /// Only these parts
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Quiet, Part::Rates, Part::Throughput, Part::Batch])]
     only: Vec<Part>,
@@ -142,6 +151,10 @@ pub(crate) async fn run(args: PingArgs, progress: Progress) -> Outcome<Report> {
             .await?;
         latencies(&mut report, "quiet", &measured, &mut fleet).await?;
         if !args.server.smoke {
+            if !args.no_floor {
+                let floor = beside::one_way_ms(args.bytes).await?;
+                report.set_floor("quiet: due to device p50", floor);
+            }
             report.set_budget("quiet: due to device p50", Budget::AtMost(0.4));
             report.set_budget("quiet: due to device p99", Budget::AtMost(2.0));
         }

@@ -31,7 +31,7 @@ const AGREE_MAX: Duration = Duration::from_secs(30);
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// From telling the backends to the first ping that is due.
-const LEAD: u64 = SECOND / 5;
+const LEAD: u64 = SECOND / 10;
 
 /// Part of a core from which on a process of one thread is called busy.
 const BUSY: f64 = 0.9;

@@ -37,6 +37,9 @@ static OVER_TIME: Plot = Plot {
 
 /// Mix all kinds of load for some minutes, and look at memory, files and threads of the server
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench soak                                          three minutes
+  bellwire-bench soak --minutes 600 --out report               a night, with a plot")]
 pub(crate) struct SoakArgs {
     #[command(flatten)]
     #[serde(flatten)]

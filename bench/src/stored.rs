@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::engine::Engine;
 use crate::failure::Outcome;
 use crate::fleet::Carriers;
+use crate::floor::{Ground, beside};
 use crate::generator::devices::Fleet;
 use crate::progress::Progress;
 use crate::report::{Budget, Figure, Plot, Report};
@@ -24,6 +25,9 @@ const QUIET_RATE: u32 = 50;
 
 /// Seconds of which the best counts as the burst.
 const BURST_SECONDS: usize = 3;
+
+/// Records that become safe together in a floor.
+const TOGETHER: usize = 256;
 
 /// How new work is refused when the engine is too far behind for too long; the workload provokes that.
 const BUSY: &str = "store_busy";
@@ -49,6 +53,10 @@ enum Part {
 
 /// Post pings to absent devices: quiet, one by one, in batches; burst and sustained, with each engine
 #[derive(Debug, Clone, clap::Args, Serialize)]
+#[command(after_help = "Examples:
+  bellwire-bench stored                                        both engines, four minutes
+  bellwire-bench stored --engines fjall --only batch           one engine, in batches
+  bellwire-bench stored --seconds 300 --devices 50000          five minutes of each")]
 pub(crate) struct StoredArgs {
     #[command(flatten)]
     #[serde(flatten)]
@@ -80,6 +88,9 @@ pub(crate) struct StoredArgs {
     /// Content of a ping in bytes
     #[arg(long, default_value_t = 1_024, value_parser = clap::value_parser!(u32).range(33..=1_300))]
     bytes: u32,
+    /// Leave out the floors
+    #[arg(long)]
+    no_floor: bool,
     /// Only these parts
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Quiet, Part::Single, Part::Batch])]
     only: Vec<Part>,
@@ -108,18 +119,52 @@ pub(crate) async fn run(args: StoredArgs, progress: Progress) -> Outcome<Report>
         args
     };
     let mut report = Report::new("stored", &args)?;
+    let floors = !args.no_floor && !args.server.smoke;
+    let log = match floors {
+        true => Some(Log::measure(args.bytes).await?),
+        false => None,
+    };
     for &engine in &args.engines {
+        let ground = match engine {
+            Engine::Sled => Some(Ground::SledUnsynced),
+            Engine::Fjall => Some(Ground::FjallUnsynced),
+            Engine::Memory => None,
+        };
+        let own = match ground.filter(|_| floors) {
+            Some(ground) => Some(beside::committed(ground, TOGETHER, args.bytes).await?.0),
+            None => None,
+        };
         for &part in &args.only {
-            post(&args, engine, part, &mut report, progress).await?;
+            post(&args, engine, part, (log, own), &mut report, progress).await?;
         }
     }
     Ok(report)
 }
 
+/// What the bare log does.
+#[derive(Debug, Clone, Copy)]
+struct Log {
+    /// Milliseconds until one record is safe.
+    one_ms: f64,
+    /// Records a second when many become safe together.
+    rate: f64,
+}
+
+impl Log {
+    async fn measure(bytes: u32) -> Outcome<Log> {
+        Ok(Log {
+            one_ms: beside::committed(Ground::Log, 1, bytes).await?.1,
+            rate: beside::committed(Ground::Log, TOGETHER, bytes).await?.0,
+        })
+    }
+}
+
+/// `floors`: of the log, and the rate of the engine by itself.
 async fn post(
     args: &StoredArgs,
     engine: Engine,
     part: Part,
+    floors: (Option<Log>, Option<f64>),
     report: &mut Report,
     progress: Progress,
 ) -> Outcome<()> {
@@ -165,14 +210,20 @@ async fn post(
         if !args.server.smoke {
             let p50 = format!("{what}: due to answer p50");
             report.set_budget(&p50, Budget::AtMost(median + 1.0));
+            if let Some(log) = floors.0 {
+                report.set_floor(&p50, log.one_ms);
+            }
         }
     } else {
         let burst = posted.seconds.iter().take(BURST_SECONDS).max();
-        report.push(Figure::new(
-            format!("{what}: burst, best of the first {BURST_SECONDS} seconds"),
-            *burst.unwrap_or(&0) as f64,
-            "pings/s",
-        ));
+        report.push(
+            Figure::new(
+                format!("{what}: burst, best of the first {BURST_SECONDS} seconds"),
+                *burst.unwrap_or(&0) as f64,
+                "pings/s",
+            )
+            .floor(floors.0.map(|log| log.rate)),
+        );
         let budget = match (engine, part) {
             (Engine::Fjall, Part::Single) => Some(15_000.0),
             (Engine::Fjall, Part::Batch) => Some(40_000.0),
@@ -181,6 +232,7 @@ async fn post(
             (Engine::Memory, _) | (_, Part::Quiet) => None,
         };
         let figure = Figure::new(format!("{what}: sustained"), measured.rate(), "pings/s");
+        let figure = figure.floor(floors.1);
         let budget = budget.filter(|_| meant && !full);
         report.push(match budget {
             Some(least) => figure.budget(Budget::AtLeast(least)),

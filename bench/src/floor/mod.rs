@@ -4,6 +4,7 @@
 //! [`server`] holds connections, [`connect`] weighs them, [`commit`] makes records safe in groups, [`mod@write`] writes messages to
 //! connections. Each runs in a process of its own that does nothing else.
 
+pub(crate) mod beside;
 mod commit;
 mod connect;
 mod server;

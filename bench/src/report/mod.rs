@@ -258,6 +258,13 @@ impl Report {
         }
     }
 
+    /// States the floor under a figure that is there already.
+    pub(crate) fn set_floor(&mut self, name: &str, floor: f64) {
+        for figure in self.figures.iter_mut().filter(|figure| figure.name == name) {
+            figure.floor = Some(floor);
+        }
+    }
+
     pub(crate) fn markdown(&self) -> String {
         markdown::report(self)
     }
