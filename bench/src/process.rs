@@ -26,6 +26,25 @@ pub(crate) fn cpu_time(pid: u32) -> Outcome<Duration> {
     Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
 }
 
+/// CPU time that all processes of the machine together have used so far, system included. `None` where it does not say.
+pub(crate) fn machine_time() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/stat").ok()?;
+    let ticks = busy_ticks(text.lines().next()?)?;
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    Some(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+}
+
+/// Out of the first line of /proc/stat: user, nice, system, idle, waiting for disks, interrupts of both kinds. What guests used is
+/// in user already.
+fn busy_ticks(line: &str) -> Option<u64> {
+    let mut fields = line.strip_prefix("cpu ")?.split_whitespace();
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    let (user, nice, system) = (next()?, next()?, next()?);
+    let (_idle, _disks) = (next()?, next()?);
+    let (hard, soft) = (next()?, next()?);
+    Some(user + nice + system + hard + soft)
+}
+
 /// Memory of a process in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Memory {
@@ -201,6 +220,14 @@ mod tests {
         cpu_time(me).unwrap();
         let memory = memory(me).unwrap();
         assert!(memory.resident >= memory.own && memory.own > 0);
+    }
+
+    #[test]
+    fn the_machine_is_busy_when_it_is_not_idle() {
+        let line = "cpu  100 20 30 4000 500 6 7 80 0 0";
+        assert_eq!(busy_ticks(line), Some(163));
+        assert_eq!(busy_ticks("cpu0 1 2 3 4 5 6 7"), None);
+        assert!(machine_time().is_some());
     }
 
     #[test]

@@ -36,6 +36,9 @@ const LEAD: u64 = SECOND / 10;
 /// Part of a core from which on a process of one thread is called busy.
 const BUSY: f64 = 0.9;
 
+/// Part of the machine that programs which have nothing to do with the run may use before the report says so.
+const OTHERS_MAX: f64 = 0.1;
+
 /// How late a generator may be by itself in one of a hundred pings before the report says so.
 const LATE_MAX_MS: f64 = 1.0;
 
@@ -308,6 +311,7 @@ pub(crate) struct Meter {
     server: (u32, Duration),
     backends: Vec<(u32, Duration)>,
     devices: Vec<(u32, Duration)>,
+    machine: Option<Duration>,
     started: Instant,
 }
 
@@ -319,6 +323,8 @@ pub(crate) struct Usage {
     pub(crate) backends: Vec<f64>,
     /// Of each process; one that plays devices has one thread.
     pub(crate) devices: Vec<f64>,
+    /// Of everything else that ran on the machine.
+    pub(crate) others: f64,
     /// Time that passed.
     pub(crate) seconds: f64,
 }
@@ -334,6 +340,7 @@ impl Meter {
             backends: each(backends)?,
             devices: each(devices)?,
             server: (server, process::cpu_time(server)?),
+            machine: process::machine_time(),
             started: Instant::now(),
         })
     }
@@ -345,12 +352,18 @@ impl Meter {
                 .as_secs_f64())
         };
         let seconds = self.started.elapsed().as_secs_f64();
-        Ok(Usage {
+        let mut usage = Usage {
             server: used(&self.server)?,
             backends: self.backends.iter().map(used).collect::<Outcome<_>>()?,
             devices: self.devices.iter().map(used).collect::<Outcome<_>>()?,
+            others: 0.0,
             seconds: seconds.max(1e-3),
-        })
+        };
+        if let Some((before, now)) = self.machine.zip(process::machine_time()) {
+            let all = now.saturating_sub(before).as_secs_f64();
+            usage.others = (all - usage.server - usage.generators()).max(0.0);
+        }
+        Ok(usage)
     }
 }
 
@@ -383,6 +396,7 @@ impl Usage {
             ("server", self.server),
             ("backends", self.backends.iter().sum()),
             ("devices", self.devices.iter().sum()),
+            ("everything else on the machine", self.others),
         ] {
             report.push(Figure::new(
                 format!("{what}: {who}, share of a core"),
@@ -416,7 +430,9 @@ impl Usage {
             .chain(&self.devices)
             .any(|used| used / self.seconds > BUSY);
         let all = (self.server + self.generators()) / self.seconds;
-        if busy {
+        if self.others / self.seconds > cores * OTHERS_MAX {
+            "other programs used more than 10 % of the machine: rates and latencies mean nothing, CPU per ping is about right."
+        } else if busy {
             "a process of the generator used more than 90 % of a core: the generator was the bottleneck."
         } else if lag_ms.is_some_and(|lag_ms| lag_ms > LATE_MAX_MS) {
             "the generator itself was late: latencies are too high."
