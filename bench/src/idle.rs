@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::time::sleep;
 
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::fleet::Carriers;
 use crate::floor::{Floor, FloorCarrier};
 use crate::generator::devices::{Fleet, Place};
@@ -174,6 +174,12 @@ async fn weigh_floor(
     sleep(GONE_AFTER).await;
     let mut fleet = Fleet::strangers(&place, carrier, count, false).await?;
     let cost = weigh(args, floor.pid()?, &mut fleet, progress).await?;
+    let attached = fleet.counts().await?.attached;
+    if attached != count as u64 {
+        return Err(Failure::new(format!(
+            "{attached} of {count} connections to the floor stayed"
+        )));
+    }
     fleet.stop().await;
     floor.stop().await;
     Ok(cost)
