@@ -151,8 +151,14 @@ async fn weigh_server(
             carrier.name()
         ));
     }
+    // With everybody there, and nobody who would leave by itself.
+    let ended = rig.stop(report).await;
+    report.push(Figure::new(
+        format!("{}: ending with all devices attached", carrier.name()),
+        ended.as_secs_f64(),
+        "s",
+    ));
     fleet.stop().await;
-    rig.stop(report).await;
     Ok(cost)
 }
 

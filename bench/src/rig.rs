@@ -188,11 +188,13 @@ impl Rig {
         }
     }
 
-    /// Ends the server.
-    pub(crate) async fn stop(self, report: &mut Report) {
+    /// Ends the server, and tells how long that took.
+    pub(crate) async fn stop(self, report: &mut Report) -> Duration {
+        let begun = Instant::now();
         if !self.server.stop().await.0 {
             report.violation("the server did not end by itself after SIGTERM");
         }
+        begun.elapsed()
     }
 }
 

@@ -13,8 +13,9 @@ use crate::failure::{During, Failure, Outcome};
 /// How long a server may take until it is ready.
 const START_MAX: Duration = Duration::from_secs(120);
 
-/// How long a server may take to end after SIGTERM before it is killed.
-const STOP_MAX: Duration = Duration::from_secs(60);
+/// How long a server may take to end after SIGTERM before it is killed: `drain.window` is 30 s of it, and sending hundreds of
+/// thousands of devices away is work.
+const STOP_MAX: Duration = Duration::from_secs(180);
 
 /// How often a condition of a process is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -81,7 +82,8 @@ pub(crate) fn binary(asked: Option<&Path>) -> Outcome<PathBuf> {
             .with_file_name("bellwire"),
     };
     if path.is_file() {
-        return Ok(path);
+        // The server runs in a directory of its own.
+        return std::path::absolute(&path).during("find the server");
     }
     Err(Failure::new(format!(
         "there is no server at {}: run `cargo build --release --workspace` first, or name one with --server",

@@ -5,29 +5,13 @@
     reason = "a workload that cannot be run is a failed test"
 )]
 
-use std::process::{Command, Stdio};
+mod support;
 
 use serde_json::Value;
+use support::{good, value};
 
 fn floors(part: &str) -> Value {
-    let output = Command::new(env!("CARGO_BIN_EXE_bellwire-bench"))
-        .args(["floor", "--part", part, "--smoke", "--json", "--quiet"])
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}: {said}", output.status);
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["violations"], serde_json::json!([]), "{said}");
-    report
-}
-
-fn value(report: &Value, figure: &str) -> f64 {
-    let figures = report["figures"].as_array().unwrap();
-    let found = figures.iter().find(|found| found["name"] == figure);
-    found.unwrap_or_else(|| panic!("no figure {figure} in {report}"))["value"]
-        .as_f64()
-        .unwrap()
+    good(&["floor", "--part", part])
 }
 
 #[test]

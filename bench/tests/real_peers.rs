@@ -6,37 +6,14 @@
     reason = "a workload that cannot be run is a failed test"
 )]
 
-use std::path::Path;
-use std::process::{Command, Stdio};
+mod support;
 
 use serde_json::Value;
+use support::{good, need_server, run, said, value};
 
 fn peers(arguments: &[&str]) -> Value {
-    let bench = Path::new(env!("CARGO_BIN_EXE_bellwire-bench"));
-    assert!(
-        bench.with_file_name("bellwire").is_file(),
-        "the server binary is missing beside {}: run `cargo build --workspace` first",
-        bench.display()
-    );
-    let output = Command::new(bench)
-        .args(["peers", "--smoke", "--json", "--quiet"])
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}: {said}", output.status);
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["violations"], serde_json::json!([]), "{said}");
-    report
-}
-
-fn value(report: &Value, figure: &str) -> f64 {
-    let figures = report["figures"].as_array().unwrap();
-    let found = figures.iter().find(|found| found["name"] == figure);
-    found.unwrap_or_else(|| panic!("no figure {figure} in {report}"))["value"]
-        .as_f64()
-        .unwrap()
+    need_server();
+    good(&[&["peers"], arguments].concat())
 }
 
 const PEERS: [&str; 3] = ["bellwire", "mosquitto", "nats"];
@@ -75,13 +52,15 @@ fn messages_wait_for_absent_devices_of_every_peer() {
 
 #[test]
 fn a_peer_that_is_not_there_is_said_so() {
-    let output = Command::new(env!("CARGO_BIN_EXE_bellwire-bench"))
-        .args(["peers", "--smoke", "--quiet", "--peer", "nats"])
-        .args(["--nats-server", "/nowhere/nats-server"])
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let missing = [
+        "peers",
+        "--peer",
+        "nats",
+        "--nats-server",
+        "/nowhere/nats-server",
+    ];
+    let (output, _) = run(&missing);
     assert!(!output.status.success());
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said(&output);
     assert!(said.contains("/nowhere/nats-server"), "{said}");
 }
