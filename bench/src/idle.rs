@@ -151,10 +151,10 @@ async fn weigh_server(
             carrier.name()
         ));
     }
-    // With everybody there, and nobody who would leave by itself.
+    // Everybody is there and is cut at once, because no workload has a window for drains.
     let ended = rig.stop(report).await;
     report.push(Figure::new(
-        format!("{}: ending with all devices attached", carrier.name()),
+        format!("{}: ending while all are attached", carrier.name()),
         ended.as_secs_f64(),
         "s",
     ));

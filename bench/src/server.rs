@@ -13,8 +13,7 @@ use crate::failure::{During, Failure, Outcome};
 /// How long a server may take until it is ready.
 const START_MAX: Duration = Duration::from_secs(120);
 
-/// How long a server may take to end after SIGTERM before it is killed: `drain.window` is 30 s of it, and sending hundreds of
-/// thousands of devices away is work.
+/// How long a server may take to end after SIGTERM before it is killed: cutting hundreds of thousands of devices is work.
 const STOP_MAX: Duration = Duration::from_secs(180);
 
 /// How often a condition of a process is looked at.
