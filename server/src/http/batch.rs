@@ -43,8 +43,8 @@ use super::serve::Cut;
 use super::{Backend, allowance, body, text};
 use crate::delivery::PingId;
 use crate::runtime::{
-    BodyShare, Handle, Origin, PingAnswer, PingError, PingRequest, Placed, Principal, Target, Turn,
-    sha256,
+    Begun, BodyShare, HandedPing, Handle, Origin, PingAnswer, PingError, PingRequest, Placed,
+    Principal, Target, Turn, sha256,
 };
 use crate::telemetry::metrics as names;
 
@@ -284,19 +284,76 @@ struct Ended {
     result: Result<PingAnswer, Problem>,
 }
 
-/// Publishes one line.
-async fn publish(handle: Handle, line: Line, turn: Turn) -> Ended {
-    let result = match line.ping {
-        Ok(ping) => {
-            let origin = line.origin.as_deref();
-            let answer = handle.ping_in_turn(ping, turn, origin).await;
-            answer.map_err(refusal)
+/// Lines that were begun and not answered.
+#[derive(Default)]
+struct UnderWay {
+    /// In their order.
+    lines: VecDeque<(u32, Way)>,
+    /// Those that are [`Way::Long`], in their order.
+    long: FuturesOrdered<BoxFuture<'static, Result<PingAnswer, PingError>>>,
+    /// What became of the first of these.
+    answered: VecDeque<Result<PingAnswer, PingError>>,
+}
+
+/// How a line goes on.
+enum Way {
+    Over(Result<PingAnswer, Problem>),
+    Handed(HandedPing),
+    Long,
+}
+
+impl UnderWay {
+    fn len(&self) -> usize {
+        self.lines.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    /// Begins a line.
+    fn begin(&mut self, handle: &Handle, line: Line, turn: Turn) {
+        let way = match line.ping {
+            Err(problem) => Way::Over(Err(problem)),
+            Ok(ping) => match handle.begin_ping(ping, turn, line.origin) {
+                Begun::Over(answer) => Way::Over(answer.map_err(refusal)),
+                Begun::Handed(ping) => Way::Handed(ping),
+                Begun::Long(ping) => {
+                    self.long.push_back(ping);
+                    Way::Long
+                }
+            },
+        };
+        self.lines.push_back((line.number, way));
+    }
+
+    /// The next line's end; `None`: nothing is under way. The first line alone is asked, but for those that go on only while they are
+    /// polled: so the task is not woken for each of hundreds that nobody can be told of yet.
+    fn poll_next(&mut self, handle: &Handle, cx: &mut Context<'_>) -> Poll<Option<Ended>> {
+        while let Poll::Ready(Some(answer)) = self.long.poll_next_unpin(cx) {
+            self.answered.push_back(answer);
         }
-        Err(problem) => Err(problem),
-    };
-    Ended {
-        number: line.number,
-        result,
+        let Some((number, way)) = self.lines.pop_front() else {
+            return Poll::Ready(None);
+        };
+        let way = match way {
+            Way::Over(result) => Ok(result),
+            Way::Handed(mut ping) => match ping.poll(handle, cx) {
+                Poll::Ready(answer) => Ok(answer.map_err(refusal)),
+                Poll::Pending => Err(Way::Handed(ping)),
+            },
+            Way::Long => match self.answered.pop_front() {
+                Some(answer) => Ok(answer.map_err(refusal)),
+                None => Err(Way::Long),
+            },
+        };
+        match way {
+            Ok(result) => Poll::Ready(Some(Ended { number, result })),
+            Err(way) => {
+                self.lines.push_front((number, way));
+                Poll::Pending
+            }
+        }
     }
 }
 
@@ -354,7 +411,7 @@ const CLASSES: [&str; 3] = ["2xx", "4xx", "5xx"];
 
 impl Batch {
     async fn run(mut self, pieces: mpsc::Sender<Piece>) -> Over {
-        let mut under_way = FuturesOrdered::new();
+        let mut under_way = UnderWay::default();
         let stall = self.stall;
         let mut stalled = pin!(tokio::time::sleep(stall));
         let over = loop {
@@ -367,7 +424,7 @@ impl Batch {
                     }
                     Err(_) => break Over::Gone,
                 },
-                more = poll_fn(|cx| self.advance(cx, &mut under_way, publish)) => if !more {
+                more = poll_fn(|cx| self.advance(cx, &mut under_way)) => if !more {
                     break Over::Answered;
                 },
                 () = pieces.closed() => break Over::Gone,
@@ -375,7 +432,7 @@ impl Batch {
             }
         };
         // What was begun ends as if somebody still listened.
-        while let Some(ended) = under_way.next().await {
+        while let Some(ended) = poll_fn(|cx| under_way.poll_next(&self.handle, cx)).await {
             self.count(&ended);
         }
         for (class, count) in CLASSES.into_iter().zip(self.counts) {
@@ -398,15 +455,10 @@ impl Batch {
     }
 
     /// Begins what may begin, and gathers answers: `true` as soon as there are some, `false` when everything is answered and sent.
-    fn advance<F: Future<Output = Ended>>(
-        &mut self,
-        cx: &mut Context<'_>,
-        under_way: &mut FuturesOrdered<F>,
-        begin: impl Fn(Handle, Line, Turn) -> F,
-    ) -> Poll<bool> {
+    fn advance(&mut self, cx: &mut Context<'_>, under_way: &mut UnderWay) -> Poll<bool> {
         let mut gathered = false;
         for _ in 0..AHEAD_MAX {
-            while let Poll::Ready(Some(ended)) = under_way.poll_next_unpin(cx) {
+            while let Poll::Ready(Some(ended)) = under_way.poll_next(&self.handle, cx) {
                 self.count(&ended);
                 put(&mut self.unsent, &ended);
                 gathered = true;
@@ -440,7 +492,7 @@ impl Batch {
             if let Some(line) = self.ahead.pop_front() {
                 let (turn, placed) = Turn::new();
                 self.placed = placed;
-                under_way.push_back(begin(self.handle.clone(), line, turn));
+                under_way.begin(&self.handle, line, turn);
             }
         }
         // Others shall have their turn as well.

@@ -8,6 +8,7 @@
 //! proof), then one of `pings`, `outcomes`, `events`, `callbacks`, `devices`, `keys`, `operations`, which read it with `body`, `json` and `query` and hand
 //! it to the runtime's [`Handle`]. Whatever goes wrong is an [`error::Problem`]; nothing here decides about deliveries.
 
+mod again;
 mod allowance;
 mod auth;
 mod backup;

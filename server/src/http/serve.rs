@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Site;
+use super::again::again;
 use crate::telemetry::metrics::{HTTP_CONNECTION_ERRORS_TOTAL, HTTP_CONNECTIONS};
 
 /// What a TLS configuration for these listeners offers, best first.
@@ -130,7 +131,7 @@ pub async fn serve(listening: Listening, site: Site, shutdown: CancellationToken
         match accepted {
             Ok((stream, peer, place)) => {
                 pause = ACCEPT_PAUSE.0;
-                tracker.spawn(connection(
+                tracker.spawn(again(connection(
                     stream,
                     peer,
                     tls.as_ref().map(|source| source()),
@@ -140,7 +141,7 @@ pub async fn serve(listening: Listening, site: Site, shutdown: CancellationToken
                         cut: cut.child_token(),
                     },
                     Counted::new(name, place),
-                ));
+                )));
             }
             Err(error) if of_one_connection(&error) => {}
             Err(error) => {

@@ -22,6 +22,7 @@ use super::cache::Generations;
 use super::erasing::Erasing;
 use super::handle::{Inner, millis};
 use super::hashing::equal;
+use super::meters::Who;
 use super::rate::Rate;
 use super::settings::{KEYS_MAX, NAME_MAX_BYTES, SECRET_OVERLAP_MAX, USER_MAX_BYTES};
 use super::shard::{Emptied, Input};
@@ -232,7 +233,7 @@ impl Inner {
                 until_ms = Some(end_ms);
             }
         }
-        count_authentication("device", fits);
+        self.shared.meters.authenticated(Who::Device, fits);
         fits.then_some(Authenticated {
             device,
             at: at.mono,
@@ -845,7 +846,7 @@ impl Inner {
         let known = keys.get(&id);
         let hash = known.map_or([0; 32], |key| key.record.secret_hash);
         let fits = equal(&hash, &shown) && known.is_some() && parsed.is_some();
-        count_authentication("key", fits);
+        self.shared.meters.authenticated(Who::Key, fits);
         known
             .filter(|_| fits)
             .map(|Key { record, rate }| Principal {
@@ -1081,9 +1082,4 @@ fn key_view(record: &KeyRecord) -> KeyView {
         name: record.name.clone(),
         created_ms: record.created_ms,
     }
-}
-
-fn count_authentication(who: &'static str, fits: bool) {
-    let result = if fits { "accepted" } else { "refused" };
-    metrics::counter!(names::AUTHENTICATIONS_TOTAL, "who" => who, "result" => result).increment(1);
 }

@@ -340,8 +340,7 @@ impl Handle {
         self.inner.ping(request, None, Some(origin)).await
     }
 
-    /// Publishes, and ends `turn` when the ping has its place in every mailbox that it addresses, or is refused: whatever is
-    /// published after that comes after it. A ping that waits for the answer of another with the same key has its places from that.
+    /// Publishes, and ends `turn` as [`Handle::begin_ping`] does.
     pub async fn ping_in_turn(
         &self,
         request: PingRequest,

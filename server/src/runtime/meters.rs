@@ -59,6 +59,13 @@ const _: () = {
     }
 };
 
+/// Who shows a secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Who {
+    Device,
+    Key,
+}
+
 /// All of them.
 pub(super) struct Meters {
     apps: ArcSwap<HashMap<AppId, AppMeters>>,
@@ -76,6 +83,8 @@ pub(super) struct Meters {
     pub(super) not_durable: Counter,
     /// Every deferred notification counts here, so they are made once; the position is the discriminant.
     notices: [Counter; NOTICES.len()],
+    /// By [`Who`], and whether it was refused.
+    authentications: [[Counter; 2]; 2],
     sessions: [Gauge; 2],
     attaches: [Counter; 2],
     connected: [AtomicU64; 2],
@@ -99,6 +108,11 @@ impl Meters {
             revocations: counter!(names::REVOCATIONS_TOTAL),
             not_durable: counter!(names::OUTCOMES_NOT_DURABLE_TOTAL),
             notices: NOTICES.map(|(_, name)| counter!(names::NOTICES_TOTAL, "notice" => name)),
+            authentications: ["device", "key"].map(|who| {
+                ["accepted", "refused"].map(
+                    |result| counter!(names::AUTHENTICATIONS_TOTAL, "who" => who, "result" => result),
+                )
+            }),
             sessions: carriers.map(|carrier| gauge!(names::SESSIONS, "carrier" => carrier)),
             attaches: carriers.map(|carrier| counter!(names::ATTACHES_TOTAL, "carrier" => carrier)),
             connected: [AtomicU64::new(0), AtomicU64::new(0)],
@@ -116,6 +130,11 @@ impl Meters {
 
     pub(super) fn app<T>(&self, app: AppId, count: impl FnOnce(&AppMeters) -> T) -> T {
         count(self.apps.load().get(&app).unwrap_or(&self.other))
+    }
+
+    /// A secret was looked at.
+    pub(super) fn authenticated(&self, who: Who, fits: bool) {
+        self.authentications[who as usize][usize::from(!fits)].increment(1);
     }
 
     pub(super) fn ended(&self, app: AppId, outcome: Outcome, at_ms: u64, noted: Noted) {

@@ -14,6 +14,7 @@ mod entropy;
 mod erasing;
 mod events;
 mod expander;
+mod handed;
 mod handle;
 mod hashing;
 mod idempotency;
@@ -49,6 +50,7 @@ pub use callbacks::{
 pub use clock::SystemClock;
 pub use entropy::SystemEntropy;
 pub use events::{EventStream, EventsFrom, EventsOf, Step};
+pub use handed::{Begun, HandedPing};
 pub use handle::Handle;
 pub use hashing::{HashKey, HashKeyError, load_or_create_hash_key, sha256};
 pub use quota::{Allowance, AllowanceView, Throttle};

@@ -1,6 +1,7 @@
 //! From a publish request to its answer.
 
 use std::collections::{BTreeMap, HashSet};
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,15 +14,16 @@ use super::api::{
     PairView, PingAnswer, PingError, PingRequest, PingView, RevokeCounts, RuntimeError, Target,
 };
 use super::audiences::ToAudience;
+use super::handed::About;
 use super::handle::Inner;
 use super::hashing::sha256;
 use super::idempotency::{Begin, Done};
 use super::quota::App;
-use super::settings::{EXPANSION_CHUNK, Limits, TRANSIENT_MS, USERS_PER_PING};
+use super::settings::{EXPANSION_CHUNK, Limits, USERS_PER_PING};
 use super::shard::{Gather, Input, Parts, Settled, Waiter};
 use super::traces::Origin;
 use super::turn::Turn;
-use crate::delivery::{AppId, DeviceId, Hold, Notification, PingId, Quota, Rejection, WireSlot};
+use crate::delivery::{AppId, DeviceId, PingId, Quota, Rejection};
 use crate::ports::{
     Audience, IdempotencyRecord, Op, OutcomePage, OutcomeQuery, OutcomeRecord, PairState,
     ReadError, Store,
@@ -36,7 +38,7 @@ struct Publication<'a> {
     app: AppId,
     id: PingId,
     may_repeat: bool,
-    request: &'a PingRequest,
+    request: &'a mut PingRequest,
     limits: Limits,
     trace: Option<Origin>,
     /// The key that made it: its hash, and the hash of the body.
@@ -46,74 +48,89 @@ struct Publication<'a> {
 impl Inner {
     pub(super) async fn ping(
         self: &Arc<Inner>,
-        request: PingRequest,
-        turn: Option<Turn>,
+        mut request: PingRequest,
+        mut turn: Option<Turn>,
         origin: Option<&Origin>,
     ) -> Result<PingAnswer, PingError> {
-        let begun = self.shared.clock.now();
-        let answer = self.answer(&request, turn, origin.cloned()).await;
+        let about = self.about(&request);
+        let answer = match self.hand_over(&mut request, &mut turn, origin) {
+            Some(Ok(mut handed)) => poll_fn(|cx| handed.poll(self, about.app, cx)).await,
+            Some(Err(error)) => Err(error),
+            // Apart, so that those above need no room for it.
+            None => Box::pin(self.answer(&mut request, turn, origin.cloned())).await,
+        };
+        self.told(about, &answer, origin);
+        let mut answer = answer?;
+        if let Some(wait) = request.wait_acknowledged {
+            answer.outcomes = Box::pin(async {
+                let wait = self.brought(about.app, answer.id, wait).await;
+                self.outcomes(about.app, answer.id, wait).await
+            })
+            .await;
+        }
+        Ok(answer)
+    }
+
+    /// What is counted of a ping that begins now.
+    pub(super) fn about(&self, request: &PingRequest) -> About {
+        let to_audience = match &request.target {
+            Target::Topic(_) | Target::Everyone => true,
+            Target::Devices(named) => named.len() > self.limits.load().devices_max as usize,
+            Target::Device(_) | Target::Users(_) => false,
+        };
+        About {
+            app: request.app,
+            begun: self.shared.clock.now().mono,
+            to_audience,
+        }
+    }
+
+    /// Counts a ping that was answered.
+    pub(super) fn told(
+        &self,
+        about: About,
+        answer: &Result<PingAnswer, PingError>,
+        origin: Option<&Origin>,
+    ) {
         if let Some(origin) = origin {
-            match &answer {
+            match answer {
                 Ok(answer) => origin.accepted(answer.id, answer.devices, answer.rejected.len()),
                 Err(error) => origin.refused(code(error)),
             }
         }
-        let took = self.shared.clock.now().mono - begun.mono;
-        let devices_max = self.limits.load().devices_max as usize;
-        let to_audience = match &request.target {
-            Target::Topic(_) | Target::Everyone => true,
-            Target::Devices(named) => named.len() > devices_max,
-            Target::Device(_) | Target::Users(_) => false,
-        };
+        let took = self.shared.clock.now().mono - about.begun;
         let meters = &self.shared.meters;
         meters.accept_seconds.record(took.as_secs_f64());
-        match &answer {
-            Ok(answer) => meters.app(request.app, |app| {
+        match answer {
+            Ok(answer) => meters.app(about.app, |app| {
                 app.pings_accepted.increment(1);
                 // Those of an audience count as they are reached.
-                if !to_audience {
+                if !about.to_audience {
                     app.notifications
                         .increment(u64::from(answer.devices) - answer.rejected.len() as u64);
                 }
             }),
             Err(error) => {
-                let label = meters.app(request.app, |app| app.label.clone());
+                let label = meters.app(about.app, |app| app.label.clone());
                 metrics::counter!(names::PINGS_TOTAL, "app" => label, "result" => code(error))
                     .increment(1);
             }
         }
-        let mut answer = answer?;
-        if let Some(wait) = request.wait_acknowledged {
-            let wait = self.brought(request.app, answer.id, wait).await;
-            answer.outcomes = self.outcomes(request.app, answer.id, wait).await;
-        }
-        Ok(answer)
     }
 
     async fn answer(
         self: &Arc<Inner>,
-        request: &PingRequest,
+        request: &mut PingRequest,
         turn: Option<Turn>,
         trace: Option<Origin>,
     ) -> Result<PingAnswer, PingError> {
-        if self.refusing.load(Ordering::Relaxed) {
-            return Err(RuntimeError::Draining.into());
-        }
-        let limits = **self.limits.load();
-        if request.content.size > limits.content_max {
-            return Err(PingError::ContentTooLarge {
-                size: request.content.size,
-                limit: limits.content_max,
-            });
-        }
+        let limits = self.takes(request)?;
         let app = self.app(request.app).ok_or(PingError::UnknownDevice)?;
-        match &request.idempotency {
+        match request.idempotency.take() {
             None => {
-                let mut id = [0; 16];
-                self.entropy.fill(&mut id);
                 let publication = Publication {
                     app: request.app,
-                    id: PingId(id),
+                    id: self.new_ping_id(),
                     may_repeat: false,
                     request,
                     limits,
@@ -123,7 +140,7 @@ impl Inner {
                 self.publish(publication, turn).await
             }
             Some((key, body_hash)) => {
-                self.publish_once(app, request, limits, (key, body_hash), turn, trace)
+                self.publish_once(app, request, limits, (&key, &body_hash), turn, trace)
                     .await
             }
         }
@@ -134,7 +151,7 @@ impl Inner {
     async fn publish_once(
         self: &Arc<Inner>,
         app: &App,
-        request: &PingRequest,
+        request: &mut PingRequest,
         limits: Limits,
         (key, body_hash): (&str, &[u8; 32]),
         mut turn: Option<Turn>,
@@ -273,41 +290,11 @@ impl Inner {
             None => self.resolve(request, &limits).await?,
         };
         let listed = audience.as_ref().map_or(0, |(_, listed)| listed.len());
-        let share = self
-            .take_room(
-                app,
-                request.content.encoded.len() + listed * size_of::<DeviceId>(),
-                limits.memory_reserve,
-            )
-            .ok_or(RuntimeError::MemoryReserve)?;
-        let now_ms = self.shared.clock.now().unix_ms;
-        let ttl_s = request
-            .ttl_s
-            .unwrap_or(limits.ttl_default_s)
-            .min(limits.ttl_max_s);
-        if request.ttl_s.is_some_and(|asked| asked > ttl_s) {
-            metrics::counter!(names::TTLS_LOWERED_TOTAL).increment(1);
-        }
-        let transient = ttl_s == 0;
-        let lifetime_ms = if transient {
-            TRANSIENT_MS
-        } else {
-            ttl_s.saturating_mul(1_000)
-        };
-        let notification = Arc::new(Notification {
-            ping: id,
-            app,
-            accepted_ms: now_ms,
-            expires_ms: now_ms.saturating_add(lifetime_ms),
-            urgency: request.urgency,
-            collapse: request.collapse.clone(),
-            size: request.content.size,
-            transient,
-            shared: devices.len() > 1 || audience.is_some(),
-            content: request.content.encoded.clone(),
-            wire: WireSlot::default(),
-            hold: Hold::of(share),
-        });
+        let shared = devices.len() > 1 || audience.is_some();
+        let more = listed * size_of::<DeviceId>();
+        let (notification, ttl_s) = self.notification(request, id, &limits, shared, more)?;
+        let now_ms = notification.accepted_ms;
+        let notification = Arc::new(notification);
         if let Some((audience, listed)) = audience {
             // Its places are taken when it is accepted: what is accepted later is brought later.
             return self
@@ -338,14 +325,7 @@ impl Inner {
                 Ok(answer(Vec::new()))
             }
             &[device] => {
-                let (sender, settled) = oneshot::channel();
-                self.shard(device).inbox.push(Input::Enqueue {
-                    device,
-                    notification,
-                    may_repeat,
-                    paced: true,
-                    waiter: Waiter::One(sender),
-                });
+                let settled = self.hand_to_shard(device, notification, may_repeat);
                 drop(gates);
                 if let Some(turn) = turn {
                     turn.end();
@@ -403,7 +383,7 @@ impl Inner {
     }
 
     /// Why the only device of a ping did not take it.
-    fn refusal(&self, app: AppId, why: Rejection) -> PingError {
+    pub(super) fn refusal(&self, app: AppId, why: Rejection) -> PingError {
         match why {
             Rejection::UnknownDevice => PingError::UnknownDevice,
             Rejection::MailboxFull => PingError::MailboxFull,

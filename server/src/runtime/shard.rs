@@ -3,8 +3,8 @@
 //!
 //! A turn: look at the clock once; hear what the committer says; take inputs up to [`TURN_INPUTS`] of links and as many of
 //! publishers, apps in turns ([`Lanes`]); do what is due;
-//! carry out the effects; hand a batch to the committer if it has a place; then wake each link once, hand all reads
-//! to the reading threads at once, and answer.
+//! carry out the effects; wake each link once; hand a batch to the committer if it has a place; then hand all reads
+//! to the reading threads at once.
 //!
 //! The inbox has no limit of its own, because everybody who puts something in is bounded already: a publisher by
 //! the memory reserve and its requests, a link by its window and its frames in flight, the reading threads and the
@@ -50,6 +50,10 @@ pub(super) const INBOX_KEEPS: usize = 4 * TURN_INPUTS;
 const HELD_MAX: usize = 65_536;
 /// Of these, how many go into one frame.
 const HELD_AT_ONCE: usize = 8_192;
+/// How late the timer may ring while nothing else happens: a ping to a device that acknowledges in less needs no waking of the shard then,
+/// and no earlier ringing of the timer. What is due is due at its own time all the same: in any turn before, and nothing is sent past its
+/// expiry.
+const TIMER_GRAIN: Duration = Duration::from_millis(5);
 /// Far longer than the way from a proof to the shard may take; then an ended secret need not be remembered, because the
 /// store tells.
 const PROOF_MAX: Duration = Duration::from_secs(600);
@@ -617,9 +621,12 @@ impl ShardTask {
             if let Some(deadline) = self.core.next_deadline()
                 && armed.is_none_or(|at| deadline < at)
             {
-                let now = self.shared.clock.now();
-                timer.set(tokio::time::sleep(deadline - now.mono));
-                armed = Some(deadline);
+                let now = self.shared.clock.now().mono;
+                let at = deadline.max(now + TIMER_GRAIN);
+                if armed.is_none_or(|armed| at < armed) {
+                    timer.set(tokio::time::sleep(at - now));
+                    armed = Some(at);
+                }
             }
             tokio::select! {
                 biased;
@@ -677,6 +684,8 @@ impl ShardTask {
         }
         self.core.handle_deadlines(now, &mut self.effects);
         self.carry_out(now.unix_ms);
+        // First of all: an acknowledgement that comes before its row is sealed spares the disk.
+        self.wake_links();
         if place {
             self.wanted = false;
             self.submit();
@@ -695,7 +704,6 @@ impl ShardTask {
         if !self.outcomes.is_empty() {
             self.shared.store.record_outcomes(&mut self.outcomes);
         }
-        self.wake_links();
         if !self.reads.is_empty() {
             self.shared
                 .reading

@@ -430,6 +430,8 @@ impl Desk {
             waiter: Waiter::Source(id),
             work: Work::Ops(batch),
         });
+        // Or the committer would wake only to wait for this lock.
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -444,6 +446,7 @@ impl Desk {
             waiter: Waiter::Single(done),
             work,
         });
+        drop(state);
         self.changed.notify_all();
     }
 
