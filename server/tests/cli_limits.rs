@@ -76,7 +76,9 @@ fn settings() -> Vec<(&'static str, &'static str, &'static str, Value)> {
             "limits.lag_bytes_max",
             json!(2 << 20),
         ),
-        ("store.lag_time", "3s", "limits.lag_ms_max", json!(3_000)),
+        // Both together.
+        ("store.lag_time", "3s", "limits.lag_ms_max", json!(5_000)),
+        ("store.rest_time", "2s", "limits.lag_ms_max", json!(5_000)),
         (
             "limits.keep_alive_quic_min",
             "30s",

@@ -119,8 +119,10 @@ pub struct Store {
     pub reserve_bytes: u64,
     /// How far the engine may be behind, bytes.
     pub lag_bytes: u64,
-    /// How far the engine may be behind in time.
+    /// How far the engine may be behind in time, beyond the rest.
     pub lag_time: Duration,
+    /// How long what is safe rests before the engine takes it.
+    pub rest_time: Duration,
     /// How long it is known what was erased.
     pub erasures_keep: Duration,
     /// A network file system is good enough.
@@ -348,6 +350,7 @@ impl Checked {
             reserve_bytes: source.get(&keys::STORE_RESERVE),
             lag_bytes: source.get(&keys::STORE_LAG_BYTES),
             lag_time: source.get(&keys::STORE_LAG_TIME),
+            rest_time: source.get(&keys::STORE_REST_TIME),
             erasures_keep: source.get(&keys::STORE_ERASURES_KEEP),
             trust_file_system: source.get(&keys::STORE_TRUST),
         };

@@ -295,7 +295,7 @@ struct LimitsReport {
     memory_reserve: u64,
     /// How far the engine may be behind the log, bytes; `store.lag_bytes` is how far it is.
     lag_bytes_max: u64,
-    /// The same as a time, milliseconds.
+    /// The same as a time, milliseconds: `store.lag_time` and `store.rest_time` together.
     lag_ms_max: u64,
     /// Free space that is kept, bytes; `store.free_bytes` is what there is.
     disk_reserve: u64,

@@ -4,6 +4,12 @@
 //! of one key only the last is done, and a row that came and went in between never reaches the engine. So the
 //! further the engine is behind, the cheaper a frame becomes.
 //!
+//! That is why frames rest before they are taken (`docs/decisions/0043`): until the oldest is of a certain age, or until they
+//! come to so many bytes, or until the store is closed. What a device acknowledges within that time costs the
+//! engine nothing but its outcome. Nobody waits for it: readers see the overlay, a snapshot and a backup begin at the engine's
+//! position, and the log keeps what is behind that. While frames rest the applier sleeps; only a first frame and the last of
+//! enough bytes wake it.
+//!
 //! A merged run goes into the engine in batches of bounded size, in the order of its keys, and only the last batch carries the
 //! position. A process that dies in between finds some keys of the run written and the position before it; the
 //! replay then does the whole run again, which ends in the same state because writes are absolute
@@ -26,8 +32,14 @@ use super::write::Write;
 use crate::delivery::{DeviceId, Mono, Outcome, PingId, RowKey};
 use crate::ports::Clock;
 
-/// Most bytes of frames that are merged into one run.
+/// Most bytes of frames that are merged into one run while others wait for the engine: room comes back when a run is done.
 const RUN_BYTES: usize = 8 << 20;
+
+/// Most bytes that rest, and that are merged into one run while nobody waits for it.
+const REST_BYTES: usize = 16 << 20;
+
+/// Which part of what the engine may be behind may rest: bursts keep the room of the others.
+const REST_PART: u64 = 4;
 
 /// Most bytes of values in one batch.
 const BATCH_BYTES: usize = 4 << 20;
@@ -64,6 +76,9 @@ pub(super) struct Queue {
     state: Mutex<QueueState>,
     changed: Condvar,
     limit: LagLimit,
+    /// How old the oldest frame becomes before it is taken, unless there are so many bytes before.
+    rest: Duration,
+    rest_bytes: usize,
 }
 
 #[derive(Default)]
@@ -71,6 +86,8 @@ struct QueueState {
     frames: VecDeque<SafeFrame>,
     /// Bytes of all frames not yet applied, those in the applier's hands included.
     bytes: u64,
+    /// Bytes of those that nobody has taken yet.
+    waiting: usize,
     /// When the oldest of them became safe.
     oldest: Option<Mono>,
     applied: u64,
@@ -85,7 +102,9 @@ impl Queue {
         &self.limit
     }
 
-    pub(super) fn new(limit: LagLimit, applied: u64) -> Queue {
+    /// A queue behind the frame `applied`, in which frames rest for a time. The limit counts that time as well.
+    pub(super) fn new(limit: LagLimit, rest: Duration, applied: u64) -> Queue {
+        let rest_bytes = usize::try_from(limit.bytes / REST_PART).unwrap_or(usize::MAX);
         Queue {
             state: Mutex::new(QueueState {
                 applied,
@@ -93,6 +112,8 @@ impl Queue {
             }),
             changed: Condvar::new(),
             limit,
+            rest,
+            rest_bytes: rest_bytes.min(REST_BYTES),
         }
     }
 
@@ -102,10 +123,25 @@ impl Queue {
 
     pub(super) fn push(&self, frame: SafeFrame) {
         let mut state = self.lock();
+        let enough = state.waiting >= self.rest_bytes;
         state.bytes += frame.bytes as u64;
+        state.waiting += frame.bytes;
         state.oldest.get_or_insert(frame.at);
         state.frames.push_back(frame);
-        self.changed.notify_all();
+        // Whoever rests for others is not woken by each of them.
+        if state.frames.len() == 1 || (!enough && state.waiting >= self.rest_bytes) {
+            self.changed.notify_all();
+        }
+    }
+
+    /// How long the frames that wait may still rest.
+    fn rest_left(&self, state: &QueueState, now: Mono) -> Duration {
+        match state.frames.front() {
+            Some(frame) if state.waiting < self.rest_bytes => {
+                self.rest.saturating_sub(now - frame.at)
+            }
+            Some(_) | None => Duration::ZERO,
+        }
     }
 
     /// Bytes behind, and for how long.
@@ -152,16 +188,19 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    fn take(state: &mut QueueState) -> Vec<SafeFrame> {
+    fn take(&self, state: &mut QueueState) -> Vec<SafeFrame> {
+        let crowded = state.bytes >= self.limit.bytes / 2;
+        let most = if crowded { RUN_BYTES } else { REST_BYTES };
         let mut run = Vec::new();
         let mut bytes = 0;
         while let Some(frame) = state.frames.front() {
-            if !run.is_empty() && bytes + frame.bytes > RUN_BYTES {
+            if !run.is_empty() && bytes + frame.bytes > most {
                 break;
             }
             bytes += frame.bytes;
             run.extend(state.frames.pop_front());
         }
+        state.waiting -= bytes;
         run
     }
 
@@ -207,34 +246,8 @@ impl Applier {
     /// Runs until the queue is closed and empty. `caught_up` is called after every run.
     pub(super) fn run(mut self, queue: &Queue, caught_up: &dyn Fn()) {
         loop {
-            let (run, closing) = {
-                let mut state = queue.lock();
-                loop {
-                    if !state.frames.is_empty() && (!state.paused || state.closing) {
-                        break;
-                    }
-                    if state.closing {
-                        return;
-                    }
-                    if self.unflushed == 0 {
-                        state = queue
-                            .changed
-                            .wait(state)
-                            .unwrap_or_else(PoisonError::into_inner);
-                    } else {
-                        let (guard, waited) = queue
-                            .changed
-                            .wait_timeout(state, FLUSH_EVERY)
-                            .unwrap_or_else(PoisonError::into_inner);
-                        state = guard;
-                        if waited.timed_out() {
-                            drop(state);
-                            self.flush();
-                            state = queue.lock();
-                        }
-                    }
-                }
-                (Queue::take(&mut state), state.closing)
+            let Some((run, closing)) = self.wait(queue) else {
+                return;
             };
             let mut tries = 0u64;
             while let Err(error) = self.apply(&run) {
@@ -261,9 +274,59 @@ impl Applier {
         }
     }
 
+    /// Waits until frames have rested, and takes a run of them; with it whether the queue is being closed. `None`: it is closed
+    /// and empty.
+    fn wait(&mut self, queue: &Queue) -> Option<(Vec<SafeFrame>, bool)> {
+        let mut state = queue.lock();
+        loop {
+            if state.closing {
+                if state.frames.is_empty() {
+                    return None;
+                }
+                break;
+            }
+            if state.frames.is_empty() || state.paused {
+                if self.unflushed == 0 {
+                    state = queue
+                        .changed
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner);
+                    continue;
+                }
+                let (guard, waited) = queue
+                    .changed
+                    .wait_timeout(state, FLUSH_EVERY)
+                    .unwrap_or_else(PoisonError::into_inner);
+                state = guard;
+                if waited.timed_out() {
+                    drop(state);
+                    self.flush();
+                    state = queue.lock();
+                }
+                continue;
+            }
+            let left = queue.rest_left(&state, self.clock.now().mono);
+            if left.is_zero() {
+                break;
+            }
+            let (guard, waited) = queue
+                .changed
+                .wait_timeout_while(state, left, |state| {
+                    !state.closing && !state.paused && state.waiting < queue.rest_bytes
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+            // Waited for, and not looked at again: however the clock runs, frames do not rest for ever.
+            if waited.timed_out() {
+                break;
+            }
+        }
+        Some((queue.take(&mut state), state.closing))
+    }
+
     /// Applies what is in the queue, on this thread. Answers the number of frames.
     pub(super) fn step(&mut self, queue: &Queue) -> Result<usize, EngineError> {
-        let run = Queue::take(&mut queue.lock());
+        let run = queue.take(&mut queue.lock());
         if !run.is_empty() {
             self.apply(&run)?;
             queue.done(&run);

@@ -302,8 +302,9 @@ fn assemble(
         LagLimit {
             // What waits for the engine is in memory.
             bytes: settings.lag_bytes.min(settings.memory_bytes / LAG_PART),
-            time: settings.lag_time,
+            time: settings.lag_time.saturating_add(settings.rest_time),
         },
+        settings.rest_time,
         next_frame - 1,
     ));
     let figures = Arc::new(LogFigures::default());

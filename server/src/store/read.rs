@@ -354,6 +354,17 @@ impl Reader {
     }
 }
 
+/// The ends of rows that a walk meets with few others in between, which is cheaper than to look for each of them: of one urgency, in
+/// order, and at most every other one missing.
+fn walkable(rows: &[RowKey]) -> Option<(RowKey, RowKey)> {
+    let (first, last) = (*rows.first()?, *rows.last()?);
+    let rise =
+        |pair: &[RowKey]| pair[0].urgency == pair[1].urgency && pair[0].order < pair[1].order;
+    let span = last.order.saturating_sub(first.order);
+    (rows.len() > 1 && span < 2 * rows.len() as u64 && rows.windows(2).all(rise))
+        .then_some((first, last))
+}
+
 /// One view, and what to do with what it shows.
 struct Look<'a> {
     view: View<'a>,
@@ -543,24 +554,42 @@ impl Look<'_> {
         rows: &[RowKey],
         chores: &mut Vec<Chore>,
     ) -> Result<Bodies, ReadError> {
-        let mut found = Vec::with_capacity(rows.len());
-        for row in rows {
-            found.push((*row, self.notification(device, *row, chores)?));
-        }
+        let mut found: Bodies = rows.iter().map(|row| (*row, None)).collect();
+        let Some((first, last)) = walkable(rows) else {
+            for (row, body) in &mut found {
+                let key = keys::row(device, *row);
+                if let Some(value) = self.view.get(&key)? {
+                    *body = self.notification(&key, device, *row, &value, chores)?;
+                }
+            }
+            return Ok(found);
+        };
+        let (from, to) = (keys::row(device, first), keys::row(device, last).after());
+        let mut wanted = found.iter_mut().peekable();
+        self.each(&from, &to, Direction::Up, &mut |key, value| {
+            // Whatever else lies there is met by a walk over all of the mailbox.
+            let Some((_, row)) = keys::parse_row(key) else {
+                return Ok(ControlFlow::Continue(()));
+            };
+            while wanted.next_if(|(next, _)| next.order < row.order).is_some() {}
+            if let Some((_, body)) = wanted.next_if(|(next, _)| *next == row) {
+                *body = self.notification(key, device, row, value, chores)?;
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
         Ok(found)
     }
 
+    /// What a row says, with the body that it shares.
     fn notification(
         &self,
+        key: &[u8],
         device: DeviceId,
         row: RowKey,
+        value: &[u8],
         chores: &mut Vec<Chore>,
     ) -> Result<Option<Arc<Notification>>, ReadError> {
-        let key = keys::row(device, row);
-        let Some(value) = self.view.get(&key)? else {
-            return Ok(None);
-        };
-        let Some(stored) = self.sound(&key, &value, record::row(&key, row, &value))? else {
+        let Some(stored) = self.sound(key, value, record::row(key, row, value))? else {
             chores.push(Chore::DropRow { device, row });
             return Ok(None);
         };

@@ -13,6 +13,7 @@ mod growing;
 mod model;
 mod mounted;
 mod rebuilding;
+mod resting;
 mod restores;
 mod schedules;
 mod support;
@@ -47,6 +48,55 @@ fn what_was_committed_is_read_back_with_either_engine() {
             assert_eq!(view.summary.unwrap().count, 1);
             let bodies = store.read_bodies(device, &[view.rows[0].key]).unwrap();
             assert_eq!(bodies[0].1.as_ref().unwrap().content, note.content);
+        }
+    }
+}
+
+#[test]
+fn bodies_are_the_same_whichever_rows_are_asked_for_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = open_at(dir.path(), EngineKind::Sled);
+    let device = device_id(1);
+    let urgency = |order: u64| match order % 7 {
+        0 => crate::delivery::Urgency::High,
+        _ => crate::delivery::Urgency::Normal,
+    };
+    let mut batch = vec![register(device, "ada")];
+    // One in five was never there, and some share a body.
+    for order in (1..=60).filter(|order| order % 5 > 0) {
+        let note = notification(ping_id(order), |note| {
+            note.urgency = urgency(order);
+            note.shared = order % 4 == 0;
+            note.content = vec![order as u8; 100].into();
+        });
+        batch.push(insert(device, order, &note));
+    }
+    commit(&*opened.store, batch).unwrap();
+    let row = |order| RowKey {
+        urgency: urgency(order),
+        order,
+    };
+    let of_urgency = |wanted| (1..=60).map(row).filter(move |row| row.urgency == wanted);
+    let normal: Vec<_> = of_urgency(crate::delivery::Urgency::Normal).collect();
+    let asked: [Vec<_>; 6] = [
+        normal.clone(),
+        of_urgency(crate::delivery::Urgency::High).collect(),
+        normal.iter().copied().step_by(2).collect(),
+        normal.iter().copied().rev().collect(),
+        (1..=60).map(row).collect(),
+        Vec::new(),
+    ];
+    for rows in asked {
+        let together = opened.store.read_bodies(device, &rows).unwrap();
+        assert_eq!(together.len(), rows.len());
+        for ((found, body), row) in together.iter().zip(&rows) {
+            assert_eq!(found, row);
+            let there = row.order % 5 > 0;
+            assert_eq!(body.is_some(), there, "{row:?}");
+            if let Some(body) = body {
+                assert_eq!(body.ping, ping_id(row.order));
+                assert_eq!(&*body.content, [row.order as u8; 100]);
+            }
         }
     }
 }

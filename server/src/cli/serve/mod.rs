@@ -572,6 +572,7 @@ pub(super) fn store_settings(checked: &Checked, data: &DataDir) -> StoreSettings
         snapshot_every: store.snapshot_every,
         lag_bytes: store.lag_bytes,
         lag_time: store.lag_time,
+        rest_time: store.rest_time,
         reserve_bytes: store.reserve_bytes,
         trust_file_system: store.trust_file_system,
         rebuild_factor: store.rebuild_factor,

@@ -1,8 +1,9 @@
 //! The seam to the engines: an ordered map of bytes that takes batches.
 //!
-//! An engine is an index over the log. It need not be durable, it may be thrown away, but two things it must do:
-//! a batch is applied whole or not at all, together with the position that it brings the engine to, and whatever survives a
-//! kill of the process is the state after some prefix of the batches. Nothing above this folder knows trees.
+//! An engine is an index over the log. It need not be durable, it may be thrown away, but one thing it must do:
+//! whatever survives a kill of the process is the state after some prefix of the writes, and the position that a batch brings the
+//! engine to is the last write of that batch. Then an engine that says a position has everything before it, and what
+//! it has beyond that is written again by the replay. Nothing above this folder knows trees.
 
 pub(in crate::store) mod fjall;
 pub(in crate::store) mod memory;
@@ -17,7 +18,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-/// Most operations in one batch: sled holds off its readers while it applies one.
+/// Most operations in one batch: the pieces in which much is applied, between which others get their turn.
 pub(in crate::store) const BATCH_OPERATIONS: usize = 256;
 
 /// An engine that did not do what was asked; the text is for the operator.
@@ -62,7 +63,8 @@ pub(in crate::store) trait Engine: Send + Sync + 'static {
         visit: Visit<'_>,
     ) -> Result<(), EngineError>;
 
-    /// Applies a batch of at most [`BATCH_OPERATIONS`], and the position if one is given, whole or not at all.
+    /// Applies a batch of at most [`BATCH_OPERATIONS`], then the position if one is given. Readers may see a part of it, and a crash or
+    /// an error may leave one, but the position is never there without all of the batch.
     fn apply(&self, batch: &[EngineWrite], position: Option<u64>) -> Result<(), EngineError>;
 
     /// The frame that it takes next; `None` if it never was told.

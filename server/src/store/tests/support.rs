@@ -139,13 +139,14 @@ pub(super) fn everything(device: DeviceId) -> MailboxRead {
     }
 }
 
-/// Settings that suit tests: small segments, no reserve.
+/// Settings that suit tests: small segments, no reserve, a short rest.
 pub(super) fn settings(dir: &Path, engine: EngineKind) -> StoreSettings {
     StoreSettings {
         engine,
         segment_bytes: 256 << 10,
         memory_bytes: 64 << 20,
         reserve_bytes: 0,
+        rest_time: Duration::from_millis(5),
         ..StoreSettings::new(dir)
     }
 }

@@ -1,0 +1,340 @@
+//! What is safe rests before the engine takes it: what comes and goes meanwhile never reaches the engine, a kill loses nothing of it,
+//! and nothing rests for ever.
+
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::super::apply::SafeFrame;
+use super::super::engine::memory::MemoryEngine;
+use super::super::engine::{EngineError, EngineWrite, Visit};
+use super::super::testing::{ManualClock, SeededEntropy};
+use super::super::write::FrameBuilder;
+use super::super::*;
+use super::support::*;
+use crate::delivery::Outcome;
+
+/// Longer than any test takes.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// An engine in memory that remembers what it was told to write.
+#[derive(Default)]
+struct Recorder {
+    inner: MemoryEngine,
+    told: Mutex<Vec<EngineWrite>>,
+}
+
+impl Recorder {
+    /// How many writes there were of keys that begin like this, and how many of those were puts.
+    fn told(&self, room: u8) -> (usize, usize) {
+        let told = self.told.lock().unwrap();
+        let of_room = told.iter().filter(|write| write.key[0] == room);
+        let puts = of_room.clone().filter(|write| write.value.is_some());
+        (of_room.count(), puts.count())
+    }
+}
+
+impl Engine for Recorder {
+    fn name(&self) -> &'static str {
+        "recorder"
+    }
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
+        self.inner.get(key)
+    }
+    fn scan(
+        &self,
+        range: Range<&[u8]>,
+        direction: engine::Direction,
+        visit: Visit<'_>,
+    ) -> Result<(), EngineError> {
+        self.inner.scan(range, direction, visit)
+    }
+    fn apply(&self, batch: &[EngineWrite], position: Option<u64>) -> Result<(), EngineError> {
+        self.told.lock().unwrap().extend_from_slice(batch);
+        self.inner.apply(batch, position)
+    }
+    fn position(&self) -> Result<Option<u64>, EngineError> {
+        self.inner.position()
+    }
+    fn size_bytes(&self) -> u64 {
+        self.inner.size_bytes()
+    }
+    fn flush(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+    fn close(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+}
+
+/// An applier on its thread, and what it works on. Its clock stands still.
+struct Bench {
+    engine: Arc<Recorder>,
+    overlay: Arc<Overlay>,
+    queue: Arc<Queue>,
+    clock: Arc<ManualClock>,
+    thread: JoinHandle<()>,
+    frames: u64,
+}
+
+impl Bench {
+    fn new(rest: Duration, lag_bytes: u64) -> Bench {
+        let engine = Arc::new(Recorder::default());
+        let overlay = Arc::new(Overlay::new());
+        let clock = Arc::new(ManualClock::new(1_700_000_000_000));
+        let limit = LagLimit {
+            bytes: lag_bytes,
+            time: LONG,
+        };
+        let queue = Arc::new(Queue::new(limit, rest, 0));
+        let applier = Applier::new(
+            Arc::clone(&engine) as Arc<dyn Engine>,
+            Arc::clone(&overlay),
+            Arc::clone(&clock) as Arc<dyn Clock>,
+        );
+        let thread = {
+            let queue = Arc::clone(&queue);
+            std::thread::spawn(move || applier.run(&queue, &|| {}))
+        };
+        Bench {
+            engine,
+            overlay,
+            queue,
+            clock,
+            thread,
+            frames: 0,
+        }
+    }
+
+    fn push(&mut self, ops: &[Op]) {
+        self.frames += 1;
+        let mut frame = FrameBuilder::new();
+        ops.iter().for_each(|op| frame.add(op).unwrap());
+        let (bytes, writes) = frame.seal(self.frames, 0);
+        self.overlay.publish(self.frames, &writes);
+        self.queue.push(SafeFrame {
+            number: self.frames,
+            writes,
+            bytes: bytes.len(),
+            at: self.clock.now().mono,
+        });
+    }
+
+    /// Waits until the engine has every frame.
+    fn wait(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.queue.applied() < self.frames {
+            assert!(Instant::now() < deadline, "it rests for ever");
+            std::thread::yield_now();
+        }
+    }
+
+    fn close(self) -> Arc<Recorder> {
+        self.queue.close();
+        self.thread.join().unwrap();
+        assert_eq!(self.queue.applied(), self.frames);
+        assert_eq!(self.engine.position().unwrap(), Some(self.frames + 1));
+        self.engine
+    }
+}
+
+#[test]
+fn what_comes_and_goes_while_it_rests_never_reaches_the_engine() {
+    let mut bench = Bench::new(LONG, u64::MAX);
+    let device = device_id(1);
+    let stays = notification(ping_id(99), |_| {});
+    bench.push(&[register(device, "ada"), insert(device, 99, &stays)]);
+    for order in 1..=20 {
+        let note = notification(ping_id(order), |note| note.collapse = key("score"));
+        bench.push(&[
+            insert(device, order, &note),
+            summary(device, 2, 10, order + 1),
+        ]);
+        bench.push(&[
+            remove(device, order, &note, Outcome::Acknowledged, order),
+            summary(device, 1, 5, order + 1),
+        ]);
+    }
+    assert_eq!(bench.queue.applied(), 0, "all of it rests");
+    let engine = bench.close();
+    for (room, writes) in [
+        (b'r', 1),
+        (b'x', 1),
+        (b'c', 0),
+        (b'p', 21),
+        (b't', 20),
+        (b's', 1),
+    ] {
+        let name = char::from(room);
+        assert_eq!(engine.told(room), (writes, writes), "{name}");
+    }
+}
+
+#[test]
+fn what_the_engine_took_before_is_removed_from_it() {
+    let mut bench = Bench::new(Duration::ZERO, u64::MAX);
+    let (device, note) = (device_id(1), notification(ping_id(1), |_| {}));
+    bench.push(&[insert(device, 1, &note)]);
+    bench.wait();
+    bench.push(&[remove(device, 1, &note, Outcome::Acknowledged, 7)]);
+    let engine = bench.close();
+    assert_eq!(engine.told(b'r'), (2, 1), "a put, then a removal");
+    let rows = keys::rows(device);
+    let mut left = 0;
+    let count: Visit<'_> = &mut |_, _| {
+        left += 1;
+        std::ops::ControlFlow::Continue(())
+    };
+    let up = engine::Direction::Up;
+    engine.scan(&*rows..&*rows.end(), up, count).unwrap();
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn nothing_rests_for_ever_even_if_the_clock_stands_still() {
+    let mut bench = Bench::new(Duration::from_millis(10), u64::MAX);
+    for n in 1..=5 {
+        bench.push(&[register(device_id(n), "ada")]);
+        bench.wait();
+    }
+    bench.close();
+}
+
+#[test]
+fn a_quarter_of_what_the_engine_may_be_behind_ends_the_rest() {
+    let mut bench = Bench::new(LONG, 64 << 10);
+    for n in 1..=40u64 {
+        let note = notification(ping_id(n), |note| note.content = vec![7; 1_000].into());
+        bench.push(&[insert(device_id(n), 1, &note)]);
+    }
+    // Without any help of the clock.
+    let deadline = Instant::now() + PATIENCE;
+    while bench.queue.applied() < 16 {
+        assert!(Instant::now() < deadline, "it rests for ever");
+        std::thread::yield_now();
+    }
+    bench.close();
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+fn open_resting(dir: &Path, engine: EngineKind) -> (House, OpenReport) {
+    let settings = StoreSettings {
+        rest_time: LONG,
+        ..settings(dir, engine)
+    };
+    open_house(
+        &settings,
+        Arc::new(ManualClock::new(1_700_000_000_000)),
+        Arc::new(SeededEntropy::new(9)),
+    )
+    .unwrap()
+}
+
+#[test]
+fn a_kill_while_frames_rest_loses_nothing() {
+    for engine in [EngineKind::Sled, EngineKind::Fjall] {
+        let dir = tempfile::tempdir().unwrap();
+        let device = device_id(1);
+        let notes: Vec<_> = (1..=6).map(|n| notification(ping_id(n), |_| {})).collect();
+        let add = |order: u64| insert(device, order, &notes[order as usize - 1]);
+        let end = |order: u64| {
+            let note = &notes[order as usize - 1];
+            remove(device, order, note, Outcome::Acknowledged, 9)
+        };
+        let (house, _) = open_resting(&dir.path().join("data"), engine);
+        commit(&house, vec![register(device, "ada"), add(1), add(2)]).unwrap();
+        house.close();
+        drop(house);
+        // The engine has two rows. One of them and two of four new ones go while everything rests.
+        let (house, _) = open_resting(&dir.path().join("data"), engine);
+        commit(&house, vec![add(3), add(4)]).unwrap();
+        commit(&house, vec![end(1), end(3)]).unwrap();
+        commit(&house, vec![add(5), add(6), summary(device, 3, 15, 7)]).unwrap();
+        commit(&house, vec![end(5), summary(device, 3, 15, 7)]).unwrap();
+        assert!(house.stats().lag_bytes > 0, "it rests");
+        let there = |house: &House| {
+            let view = house.read_mailbox(&everything(device)).unwrap();
+            assert_eq!(view.summary.unwrap().count, 3);
+            let rows = view.rows.iter().map(|row| row.key.order);
+            let ended = (1..=6).filter(|n| {
+                let page = house.pairs(ping_id(*n), None, 1).unwrap();
+                matches!(page.items[..], [(_, _, PairState::Ended { .. })])
+            });
+            (rows.collect::<Vec<_>>(), ended.collect::<Vec<_>>())
+        };
+        let expected = (vec![2, 4, 6], vec![1, 3, 5]);
+        assert_eq!(there(&house), expected);
+        // What a kill leaves is what is in the files now.
+        copy(&dir.path().join("data"), &dir.path().join("killed"));
+        let (after, report) = open_resting(&dir.path().join("killed"), engine);
+        assert_eq!(report.rebuilt, None);
+        assert!(report.replayed_frames >= 4, "{report:?}");
+        assert_eq!(there(&after), expected, "{engine:?}");
+        after.close();
+        assert_eq!(there(&after), expected, "{engine:?}: applied");
+        house.close();
+        assert_eq!(there(&house), expected, "{engine:?}: the one that went on");
+    }
+}
+
+#[test]
+fn a_replay_removes_rows_that_an_earlier_life_had_brought_into_the_engine() {
+    for engine in [FileEngine::Sled, FileEngine::Fjall] {
+        let kind = match engine {
+            FileEngine::Sled => EngineKind::Sled,
+            FileEngine::Fjall => EngineKind::Fjall,
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let (device, note) = (device_id(1), notification(ping_id(1), |_| {}));
+        let (house, _) = open_resting(dir.path(), kind);
+        let before = house.stats().last_frame;
+        commit(
+            &house,
+            vec![register(device, "ada"), insert(device, 1, &note)],
+        )
+        .unwrap();
+        let ends = remove(device, 1, &note, Outcome::Acknowledged, 9);
+        commit(&house, vec![ends, summary(device, 0, 0, 2)]).unwrap();
+        house.close();
+        drop(house);
+        // As if a run of both frames had been broken off by a kill behind the batch that has the row: the engine has the row,
+        // and stands before the frame that put it.
+        let files = RealFiles::new(dir.path(), 8 << 20);
+        let raw = home::Files::open(&files, engine, engine.name()).unwrap();
+        let row = RowKey {
+            urgency: note.urgency,
+            order: 1,
+        };
+        let key = Bytes::copy_from_slice(&keys::row(device, row));
+        let mut value = Vec::new();
+        record::put_row(&key, &mut value, 1, &note);
+        let put = EngineWrite {
+            key: key.clone(),
+            value: Some(value.into()),
+        };
+        raw.apply(&[put], Some(before + 1)).unwrap();
+        raw.close().unwrap();
+        drop(raw);
+        let (house, report) = open_resting(dir.path(), kind);
+        assert_eq!(report.rebuilt, None);
+        assert!(report.replayed_frames >= 2, "{report:?}");
+        let view = house.read_mailbox(&everything(device)).unwrap();
+        assert_eq!(view.rows, [], "{kind:?}: it was acknowledged");
+        assert_eq!(house.engine.get(&key).unwrap(), None);
+    }
+}
