@@ -21,6 +21,7 @@ use super::door::Door;
 use super::link::{Link, Shared, silence};
 use super::meters::Meters;
 use super::outbox::Kick;
+use super::pace::Pace;
 use super::proxy::Unfit;
 use super::quic::{self, Connection, Endpoint, Gate, Judgement};
 use super::tls::{Prepared, Tls, TlsError, TlsSettings};
@@ -168,6 +169,7 @@ impl Transport {
                 websocket: Meters::new(Carrier::WebSocket),
             }),
             admission: Admission::new(settings.count_loopback),
+            pace: Pace::new(),
             tls: Arc::clone(&tls),
             tasks: TaskTracker::new(),
             accepting: CancellationToken::new(),
@@ -363,6 +365,7 @@ fn bind_udp(addr: SocketAddr) -> io::Result<UdpSocket> {
 struct Port<D> {
     shared: Arc<Shared<D>>,
     admission: Admission,
+    pace: Pace,
     tls: Arc<Tls>,
     tasks: TaskTracker,
     accepting: CancellationToken,
@@ -386,6 +389,7 @@ impl<D> Clone for Port<D> {
         Port {
             shared: Arc::clone(&self.shared),
             admission: self.admission.clone(),
+            pace: self.pace.clone(),
             tls: Arc::clone(&self.tls),
             tasks: self.tasks.clone(),
             accepting: self.accepting.clone(),
@@ -530,8 +534,14 @@ async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, kno
     if let Err(error) = websocket::prepare(&tcp, settings.write_deadline) {
         debug!(%peer, %error, "the socket's options cannot be set");
     }
+    let way_in = async {
+        // A place is for those who have something to say.
+        tcp.readable().await.map_err(|_| "closed")?;
+        let handshake = || Box::pin(websocket::accept(tcp, port.tls.tcp(), settings.frame_max));
+        port.pace.in_place(handshake).await
+    };
     let accepted = tokio::select! {
-        accepted = websocket::accept(tcp, port.tls.tcp(), settings.frame_max) => accepted,
+        accepted = way_in => accepted,
         () = &mut deadline => Err(Code::HelloTimeout.name()),
     };
     link(&port, accepted, knock, deadline, peer);
@@ -664,7 +674,8 @@ async fn serve_quic<D: Door>(
         mut deadline,
         frame_max,
     } = arrival;
-    match quic::accept(connection, deadline.as_mut(), frame_max).await {
+    let way_in = quic::accept(connection, deadline.as_mut(), frame_max);
+    match port.pace.in_turns(Box::pin(way_in)).await {
         Ok(pipe) => {
             let shared = Arc::clone(&port.shared);
             port.tasks

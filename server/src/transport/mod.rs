@@ -1,10 +1,10 @@
 //! The device port: what carries the links between devices and their mailboxes.
 //!
 //! Read in this order: [`Link`](link::Link) is what both carriers share, with the [`Outbox`](outbox::Outbox) that the
-//! runtime writes to and the [`Wheel`](wheel::Wheel) that notices silence; `websocket` and `quic` bring frames to it;
-//! `listen` opens the port and lets connections in, as far as `admission` has room, also those that a load
-//! balancer brings without TLS (`proxy`); `tls` is the only place that
-//! configures TLS.
+//! runtime writes to and the [`Wheel`](wheel::Wheel) that notices silence; `websocket` (with `messages` on `wire` on
+//! `secure`) and `quic` bring frames to it; `listen` opens the port and lets connections in, as far as `admission` has
+//! room and as fast as `pace` gives turns, also those that a load balancer brings without TLS (`proxy`); `tls` is
+//! the only place that configures TLS.
 //!
 //! Decides nothing about notifications, and knows nothing of the store or HTTP. What it answers to peers that
 //! misbehave is listed in docs/abuse.md, each line with its test.
@@ -14,14 +14,18 @@ mod door;
 mod http_head;
 mod link;
 mod listen;
+mod messages;
 mod meters;
 mod outbox;
 mod outgoing;
+mod pace;
 mod proxy;
 mod quic;
+mod secure;
 mod tls;
 mod websocket;
 mod wheel;
+mod wire;
 
 pub use door::Door;
 pub use listen::{Knocking, Transport, TransportError, TransportSettings};

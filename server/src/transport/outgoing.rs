@@ -13,6 +13,11 @@ impl Outgoing {
         self.bytes.extend_from_slice(bytes);
     }
 
+    /// Has `write` add bytes at the end.
+    pub(crate) fn fill<T>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+        write(&mut self.bytes)
+    }
+
     /// Makes room for so many bytes to come.
     pub(crate) fn reserve(&mut self, bytes: usize) {
         self.bytes.reserve(bytes);

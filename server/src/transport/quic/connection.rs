@@ -21,8 +21,9 @@ use quinn_proto::{
 };
 use tokio::time::{Sleep, sleep_until};
 
-use super::endpoint::Hub;
+use super::endpoint::{Hub, Place};
 use super::time::now;
+use crate::transport::pace::PLACE_TIME;
 
 /// What may wait for a connection whose task does not get to run; more is dropped, as a network would.
 pub(super) const ARRIVED_MAX: usize = 1_024;
@@ -42,6 +43,8 @@ thread_local! {
 #[derive(Default)]
 struct Arrived {
     events: Vec<ConnectionEvent>,
+    /// How many of these are datagrams.
+    datagrams: u64,
     close: Option<(VarInt, Bytes)>,
 }
 
@@ -65,6 +68,7 @@ impl Wire {
             return;
         }
         arrived.events.push(event);
+        arrived.datagrams += 1;
         drop(arrived);
         self.waker.wake();
     }
@@ -121,10 +125,14 @@ pub(super) enum Write {
 
 /// A QUIC connection of a device, with the one stream that it may open.
 pub(crate) struct Connection {
+    /// Until the handshake is through or has taken its time, and since when.
+    place: Option<Box<(Place, Instant)>>,
     proto: Box<quinn_proto::Connection>,
     handle: ConnectionHandle,
     hub: Arc<Hub>,
     wire: Arc<Wire>,
+    /// Datagrams that came.
+    heard: u64,
     timer: Pin<Box<Sleep>>,
     /// What the timer is set to; `None`: it means nothing.
     rings: Option<Instant>,
@@ -144,13 +152,17 @@ impl Connection {
         handle: ConnectionHandle,
         hub: Arc<Hub>,
         wire: Arc<Wire>,
+        place: Place,
     ) -> Connection {
+        let begun = now();
         Connection {
+            place: Some(Box::new((place, begun))),
             proto: Box::new(proto),
             handle,
             hub,
             wire,
-            timer: Box::pin(sleep_until(now().into())),
+            heard: 0,
+            timer: Box::pin(sleep_until(begun.into())),
             rings: None,
             unsent: None,
             stream: None,
@@ -161,29 +173,46 @@ impl Connection {
         }
     }
 
-    /// Takes what has come and what is due, and answers it.
+    /// Takes what has come and what is due; [`Connection::finish`] answers it, together with what the turn makes.
     pub(super) fn begin(&mut self, cx: &mut Context<'_>) {
         // First, so that nothing comes unnoticed.
         self.wire.register(cx.waker());
-        for _ in 0..ROUNDS_PER_TURN {
-            let mut worked = self.take_arrived();
-            worked |= self.mind_timer(cx);
-            worked |= self.take_events();
-            worked |= self.transmit(cx);
-            self.tell_endpoint();
-            if !worked {
-                return;
-            }
+        self.take_arrived();
+        self.mind_timer(cx);
+        self.take_events();
+        self.mind_place();
+    }
+
+    /// A turn of which nobody makes anything: takes what has come and what is due, and answers it.
+    pub(super) fn turn(&mut self, cx: &mut Context<'_>) {
+        self.begin(cx);
+        self.finish(cx);
+    }
+
+    /// Gives the place of the handshake back when it is due. A peer that does not answer is sent to again before long, so this
+    /// is looked at in time.
+    fn mind_place(&mut self) {
+        if let Some(place) = &self.place
+            && (self.is_connected
+                || self.lost.is_some()
+                || now().saturating_duration_since(place.1) >= PLACE_TIME)
+        {
+            self.place = None;
         }
-        cx.waker().wake_by_ref();
     }
 
     /// Sends what the turn made, and sets the timer.
     pub(super) fn finish(&mut self, cx: &mut Context<'_>) {
-        let sent = self.transmit(cx);
-        self.tell_endpoint();
+        for _ in 0..ROUNDS_PER_TURN {
+            self.transmit(cx);
+            self.tell_endpoint();
+            // A timer that has rung already may have something to say.
+            if !self.mind_timer(cx) {
+                break;
+            }
+        }
         // What that leads to is for the next turn.
-        if (sent && self.mind_timer(cx)) | self.take_events() {
+        if self.take_events() {
             cx.waker().wake_by_ref();
         }
     }
@@ -210,7 +239,7 @@ impl Connection {
 
     /// Datagrams that came.
     pub(super) fn heard(&self) -> u64 {
-        self.proto.stats().udp_rx.datagrams
+        self.heard
     }
 
     /// Datagrams and answers that wait for a turn.
@@ -279,9 +308,9 @@ impl Connection {
 
     // ---- What the protocol is told and says ------------------------------------------------------------------------
 
-    fn take_arrived(&mut self) -> bool {
+    fn take_arrived(&mut self) {
         let arrived = self.wire.take();
-        let worked = !arrived.events.is_empty() || arrived.close.is_some();
+        self.heard += arrived.datagrams;
         for event in arrived.events {
             self.proto.handle_event(event);
         }
@@ -290,7 +319,6 @@ impl Connection {
             self.lost
                 .get_or_insert_with(|| Box::new(ConnectionError::LocallyClosed));
         }
-        worked
     }
 
     /// Sets the timer, or tells the protocol that it has rung.
@@ -347,18 +375,18 @@ impl Connection {
 
     // ---- Sending ---------------------------------------------------------------------------------------------------
 
-    /// Sends what there is to send, as far as the system takes it; whether it was anything.
-    fn transmit(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Sends what there is to send, as far as the system takes it.
+    fn transmit(&mut self, cx: &mut Context<'_>) {
         if !self.send_unsent(cx) {
-            return false;
+            return;
         }
         let segments = self.hub.socket.segments();
         DATAGRAMS.with_borrow_mut(|bytes| {
             let at = now();
-            for sends in 0..SENDS_PER_TURN {
+            for _ in 0..SENDS_PER_TURN {
                 bytes.clear();
                 let Some(transmit) = self.proto.poll_transmit(at, segments, bytes) else {
-                    return sends > 0;
+                    return;
                 };
                 let datagrams = bytes.get(..transmit.size).unwrap_or(bytes);
                 if !self.hub.socket.send(&transmit, datagrams) {
@@ -368,13 +396,12 @@ impl Connection {
                         room: room(&self.hub),
                     }));
                     self.send_unsent(cx);
-                    return true;
+                    return;
                 }
             }
             // There may be more.
             cx.waker().wake_by_ref();
-            true
-        })
+        });
     }
 
     /// Tries again what the system had no room for; `false`: it still has none, and wakes when it has.
@@ -413,7 +440,7 @@ impl Future for Leaving {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        self.0.begin(cx);
+        self.0.turn(cx);
         if self.0.is_over {
             Poll::Ready(())
         } else {

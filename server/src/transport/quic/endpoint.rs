@@ -1,8 +1,10 @@
 //! The endpoint: takes datagrams from the socket, finds whose they are, and lets connections in.
 //!
 //! One task holds it, and nobody waits for it: connections put what they have for it into the [`Hub`], and get what comes for
-//! them through a [`Wire`] each.
+//! them through a [`Wire`] each. Who was let in begins when one of the places for handshakes is free (`pace.rs`), in order; until
+//! then there is nothing of it but its first datagrams.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,12 +25,22 @@ use tracing::warn;
 use super::connection::{Connection, Wire};
 use super::socket::Socket;
 use super::time::now;
+use crate::transport::pace::Pace;
 
 /// Calls of the system for receiving before others have their turn; each brings up to 32 buffers.
 const RECEIVES_PER_TURN: usize = 8;
 
 /// Pause after the socket failed to receive.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Connections that wait for a place; further ones are dropped and come again by themselves, as after a lost packet.
+pub(super) const WAITING_MAX: usize = 4_096;
+
+/// Bytes kept of what a connection says while it waits: its first flight, sent again once.
+pub(super) const WAITING_BYTES: u64 = 8 * 1024;
+
+/// Connections that begin before the socket is looked at again; some begin with their handshake's work.
+const BEGINS_PER_TURN: usize = 4;
 
 /// What is done with a connection that knocks.
 pub(crate) enum Judgement<T> {
@@ -70,9 +82,33 @@ pub(super) struct Hub {
     news: Notify,
     pub(super) open: AtomicUsize,
     idle: Notify,
+    /// Places for handshakes that are free.
+    places: AtomicUsize,
+}
+
+/// The place of a handshake; dropping it gives it back.
+pub(super) struct Place(Arc<Hub>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Whoever waits does so because there was none.
+        if self.0.places.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.0.news.notify_one();
+        }
+    }
 }
 
 impl Hub {
+    /// A place, if one is free.
+    fn place(self: &Arc<Hub>) -> Option<Place> {
+        self.places
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| {
+                free.checked_sub(1)
+            })
+            .is_ok()
+            .then(|| Place(Arc::clone(self)))
+    }
+
     fn told(&self) -> MutexGuard<'_, Told> {
         // Nothing in there can be half done.
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
@@ -98,12 +134,22 @@ impl Endpoint {
         config: ServerConfig,
         gate: G,
     ) -> io::Result<Endpoint> {
+        Endpoint::with_places(socket, config, gate, Pace::places_of_this_machine())
+    }
+
+    pub(super) fn with_places<G: Gate>(
+        socket: UdpSocket,
+        config: ServerConfig,
+        gate: G,
+        places: usize,
+    ) -> io::Result<Endpoint> {
         let hub = Arc::new(Hub {
             socket: Socket::new(socket)?,
             told: Mutex::default(),
             news: Notify::new(),
             open: AtomicUsize::new(0),
             idle: Notify::new(),
+            places: AtomicUsize::new(places),
         });
         let proto = quinn_proto::Endpoint::new(
             Arc::new(EndpointConfig::default()),
@@ -116,6 +162,7 @@ impl Endpoint {
             hub: Arc::clone(&hub),
             wires: Vec::new(),
             gate,
+            waiting: VecDeque::new(),
             closed: None,
             response: Vec::new(),
         };
@@ -154,12 +201,14 @@ impl Endpoint {
 }
 
 /// The endpoint in its task.
-struct Serving<G> {
+struct Serving<G: Gate> {
     proto: quinn_proto::Endpoint,
     hub: Arc<Hub>,
     /// By the number of the connection's handle.
     wires: Vec<Option<Arc<Wire>>>,
     gate: G,
+    /// Those who may come in and wait for a place.
+    waiting: VecDeque<(Incoming, SocketAddr, G::Ticket)>,
     closed: Option<(VarInt, Bytes)>,
     /// Where answers to strangers are made.
     response: Vec<u8>,
@@ -170,9 +219,15 @@ impl<G: Gate> Serving<G> {
         let hub = Arc::clone(&self.hub);
         let mut memory = vec![0; Socket::RECEIVE_BYTES * BATCH_SIZE];
         loop {
-            let ready = tokio::select! {
-                ready = hub.socket.readable() => ready.map(|()| true),
-                () = hub.news.notified() => Ok(false),
+            let ready = if self.begin_some() {
+                // There are more; whoever has to do something gets to it first.
+                yield_now().await;
+                Ok(true)
+            } else {
+                tokio::select! {
+                    ready = hub.socket.readable() => ready.map(|()| true),
+                    () = hub.news.notified() => Ok(false),
+                }
             };
             self.heed();
             if self.closed.is_some() && hub.open.load(Ordering::Acquire) == 0 {
@@ -203,6 +258,13 @@ impl<G: Gate> Serving<G> {
         }
         if let Some((code, reason)) = told.close {
             self.proto.set_server_config(None);
+            for (incoming, _, _) in self.waiting.drain(..) {
+                self.response.clear();
+                let refused = self.proto.refuse(incoming, &mut self.response);
+                if let Some(bytes) = self.response.get(..refused.size) {
+                    self.hub.socket.send(&refused, bytes);
+                }
+            }
             for wire in self.wires.iter().flatten() {
                 wire.close(code, reason.clone());
             }
@@ -267,13 +329,13 @@ impl<G: Gate> Serving<G> {
                     wire.datagram(event);
                 }
             }
-            Some(DatagramEvent::NewConnection(incoming)) => self.knock(incoming, now),
+            Some(DatagramEvent::NewConnection(incoming)) => self.knock(incoming),
             Some(DatagramEvent::Response(transmit)) => self.respond(&transmit),
             None => {}
         }
     }
 
-    fn knock(&mut self, incoming: Incoming, now: Instant) {
+    fn knock(&mut self, incoming: Incoming) {
         let peer = incoming.remote_address();
         let can_prove = !incoming.remote_address_validated() && incoming.may_retry();
         let judgement = match self.closed {
@@ -282,7 +344,13 @@ impl<G: Gate> Serving<G> {
         };
         self.response.clear();
         match judgement {
-            Judgement::Admit(ticket) => self.admit(incoming, now, peer, ticket),
+            Judgement::Admit(ticket) if self.waiting.len() < WAITING_MAX => {
+                self.waiting.push_back((incoming, peer, ticket));
+            }
+            Judgement::Admit(ticket) => {
+                self.proto.ignore(incoming);
+                self.gate.failed(peer, ticket);
+            }
             Judgement::Prove => match self.proto.retry(incoming, &mut self.response) {
                 Ok(transmit) => self.respond(&transmit),
                 // It has proved it already.
@@ -299,7 +367,29 @@ impl<G: Gate> Serving<G> {
         }
     }
 
-    fn admit(&mut self, incoming: Incoming, now: Instant, peer: SocketAddr, ticket: G::Ticket) {
+    /// Lets some begin of those who wait; `true`: there are more, and places for them.
+    fn begin_some(&mut self) -> bool {
+        for _ in 0..BEGINS_PER_TURN {
+            if self.waiting.is_empty() {
+                return false;
+            }
+            let Some(place) = self.hub.place() else {
+                return false;
+            };
+            if let Some((incoming, peer, ticket)) = self.waiting.pop_front() {
+                self.admit(incoming, place, peer, ticket);
+            }
+        }
+        if self.waiting.is_empty() {
+            // Gives the memory of a storm back.
+            self.waiting = VecDeque::new();
+        }
+        !self.waiting.is_empty()
+    }
+
+    fn admit(&mut self, incoming: Incoming, place: Place, peer: SocketAddr, ticket: G::Ticket) {
+        self.response.clear();
+        let now = now();
         match self.proto.accept(incoming, now, &mut self.response, None) {
             Ok((handle, connection)) => {
                 let wire = Arc::new(Wire::default());
@@ -311,8 +401,11 @@ impl<G: Gate> Serving<G> {
                 }
                 self.hub.open.fetch_add(1, Ordering::AcqRel);
                 let hub = Arc::clone(&self.hub);
-                self.gate
-                    .admit(Connection::new(connection, handle, hub, wire), peer, ticket);
+                self.gate.admit(
+                    Connection::new(connection, handle, hub, wire, place),
+                    peer,
+                    ticket,
+                );
             }
             Err(error) => {
                 if let Some(transmit) = &error.response {

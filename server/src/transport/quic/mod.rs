@@ -65,6 +65,10 @@ pub(crate) fn server_config(tls: Arc<QuicServerConfig>, silence: Duration) -> Se
     let mut config = ServerConfig::with_crypto(tls);
     config
         .transport_config(Arc::new(transport))
+        // Those who wait for a place (endpoint.rs) hold their first flight and no more.
+        .max_incoming(endpoint::WAITING_MAX)
+        .incoming_buffer_size(endpoint::WAITING_BYTES)
+        .incoming_buffer_size_total(endpoint::WAITING_BYTES * endpoint::WAITING_MAX as u64 / 4)
         // Devices change networks; the connection follows.
         .migration(true);
     config
@@ -80,7 +84,7 @@ pub(crate) async fn accept(
     frame_max: usize,
 ) -> Result<QuicPipe, &'static str> {
     let stands = poll_fn(|cx| {
-        connection.begin(cx);
+        connection.turn(cx);
         if let Some(error) = connection.lost() {
             return Poll::Ready(Err(match connection.is_connected() {
                 true => loss(error),

@@ -58,6 +58,10 @@ struct House {
 
 impl House {
     fn new(ask: bool) -> House {
+        House::with_places(ask, 64)
+    }
+
+    fn with_places(ask: bool, places: usize) -> House {
         let (settings, root) = testing::tls_and_root();
         let tls = Tls::new(&settings).unwrap();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -70,7 +74,7 @@ impl House {
             arrived,
         };
         let config = server_config(tls.quic(), Duration::from_secs(60));
-        let endpoint = Endpoint::start(socket, config, gate).unwrap();
+        let endpoint = Endpoint::with_places(socket, config, gate, places).unwrap();
 
         let mut roots = rustls::RootCertStore::empty();
         roots
@@ -276,4 +280,75 @@ async fn what_a_connection_without_turns_is_sent_is_bounded() {
     timeout(LONG, connection.closed()).await.unwrap();
     house.nobody_is_left().await;
     assert_eq!(house.endpoint.hub().open.load(Ordering::Acquire), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handshakes_begin_as_places_become_free_and_nobody_is_forgotten() {
+    let mut house = House::with_places(false, 2);
+    let devices: Vec<_> = (0..6)
+        .map(|_| {
+            let connecting = house.client.connect(house.address, "localhost").unwrap();
+            tokio::spawn(async move {
+                let connection = connecting.await.unwrap();
+                let (mut send, _receive) = connection.open_bi().await.unwrap();
+                send.write_all(&[0, 0]).await.unwrap();
+                connection.closed().await;
+            })
+        })
+        .collect();
+    let mut begun = Vec::new();
+    for _ in 0..2 {
+        begun.push(house.arrivals.recv().await.unwrap());
+    }
+    // Time enough for a third.
+    let third = timeout(Duration::from_millis(200), house.arrivals.recv()).await;
+    assert!(third.is_err(), "nobody begins without a place");
+    // Who is through makes room for the next.
+    for through in 1..=6 {
+        let deadline = std::pin::pin!(tokio::time::sleep(LONG));
+        let pipe = accept(begun.remove(0), deadline, 16 * 1024).await;
+        drop(pipe.unwrap());
+        if through <= 4 {
+            let next = timeout(LONG, house.arrivals.recv()).await.unwrap();
+            begun.push(next.unwrap());
+        }
+    }
+    for device in devices {
+        timeout(LONG, device).await.unwrap().unwrap();
+    }
+    house.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_does_not_go_on_keeps_its_place_for_a_while_only() {
+    let mut house = House::with_places(false, 1);
+    // A first flight, and then nothing: what is answered goes to a socket that nobody reads.
+    let capture = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let silent = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let connecting = house
+        .client
+        .connect(capture.local_addr().unwrap(), "localhost")
+        .unwrap();
+    let mut datagram = [0; 2_000];
+    for _ in 0..2 {
+        let first = timeout(Duration::from_millis(200), capture.recv(&mut datagram)).await;
+        if let Ok(Ok(length)) = first {
+            silent
+                .send_to(&datagram[..length], house.address)
+                .await
+                .unwrap();
+        }
+    }
+    drop(connecting);
+    let stuck = house.arrivals.recv().await.unwrap();
+    let deadline = Box::pin(tokio::time::sleep(LONG));
+    let stuck = tokio::spawn(async move {
+        let mut deadline = deadline;
+        accept(stuck, deadline.as_mut(), 16 * 1024).await.map(drop)
+    });
+    let (connection, _send, _receive, pipe) = house.connect().await;
+    assert!(!stuck.is_finished(), "the other still waits for its peer");
+    stuck.abort();
+    drop((connection, pipe));
+    house.nobody_is_left().await;
 }
