@@ -451,6 +451,7 @@ impl World {
                     notification,
                     may_repeat: flag("repeat"),
                     too_fast: flag("too_fast"),
+                    patient: flag("patient"),
                 }));
             }
             "attach" => {
@@ -491,6 +492,9 @@ impl World {
             "decline" => self.event(Event::Decline {
                 session: session(words[1]),
                 ping: ping(words[2]),
+            }),
+            "release" => self.event(Event::Release {
+                ping: ping(words[1]),
             }),
             "revoke" => {
                 let ticket = self.ticket();

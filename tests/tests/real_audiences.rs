@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use bellwire_tests::real::{Api, Phone, Server, Site, Way, eventually};
+use bellwire_tests::real::{Api, Phone, Proxy, Server, Site, Way, eventually};
 use futures_util::future::join_all;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -144,4 +144,74 @@ async fn an_expansion_goes_on_after_each_kill_and_reaches_everybody_once() {
         phone.leave().await;
         server.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_does_not_answer_holds_up_nobody_and_a_kill_meanwhile_repeats_nothing() {
+    let site = Site::new();
+    let phones = tempfile::tempdir().unwrap();
+    let server = site.start();
+    let api = server.api();
+    let key = api.key().to_owned();
+    let way = Proxy::start().await;
+    way.lead_to(server.listen().devices);
+    let mut ana = Phone::register(&server, &api, phones.path(), "ana", Way::WebSocket).await;
+    let mute = Phone::register(&server, &api, phones.path(), "mute", Way::WebSocket).await;
+    let mut mute = mute.through(way.address());
+    ana.attach(&server, &api).await;
+    mute.attach(&server, &api).await;
+
+    // What it says does not arrive, and its connection stands: nothing of the page is noted while it is waited for.
+    way.hold_after(Some(0));
+    let first = everyone(&api, "first").await;
+    ana.given(1).await;
+    mute.given(1).await;
+    let look = api.get(&format!("/v1/pings/{first}?limit=1")).await;
+    let open = !look.expect(200)["expanding"].is_null();
+    server.kill();
+    println!("the kill came while it was waited for: {open}");
+    let (server, api) = again(&site, &key);
+    ana.leave().await;
+    mute.leave().await;
+    way.hold_after(None);
+    way.lead_to(server.listen().devices);
+    ana.attach(&server, &api).await;
+    mute.attach(&server, &api).await;
+    let both = BTreeSet::from([ana.id(), mute.id()]);
+    let path = format!("/v1/pings/{first}");
+    eventually("both have acknowledged", async || {
+        let look = api.get(&path).await.expect(200);
+        let devices = look["devices"].as_array().unwrap().iter();
+        let acknowledged: BTreeSet<String> = devices
+            .filter(|pair| pair["state"] == "acknowledged")
+            .map(|pair| pair["device"].as_str().unwrap().to_owned())
+            .collect();
+        (acknowledged == both).then_some(())
+    })
+    .await;
+    assert_eq!(ana.ledger.bodies(), ["first"]);
+    assert_eq!(mute.ledger.bodies(), ["first"]);
+
+    // Others come behind it, to everybody, in their order.
+    way.hold_after(Some(0));
+    let bodies: Vec<String> = (0..8).map(|number| format!("number {number}")).collect();
+    for body in &bodies {
+        everyone(&api, body).await;
+    }
+    let last = everyone(&api, "last").await;
+    let states = reached(&api, &last).await;
+    assert_eq!(states[&mute.id()], "waiting");
+    ana.given(10).await;
+    mute.given(10).await;
+    assert_eq!(ana.ledger.bodies()[1..9], bodies);
+    assert_eq!(mute.ledger.bodies()[1..9], bodies);
+    way.hold_after(None);
+    eventually("it has acknowledged the last", async || {
+        let states = reached(&api, &last).await;
+        (states[&mute.id()] == "acknowledged").then_some(())
+    })
+    .await;
+    ana.leave().await;
+    mute.leave().await;
+    server.stop().await;
 }

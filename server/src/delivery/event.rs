@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ids::{AppId, DeviceId, PingId, SessionId, Ticket};
+use super::ids::{AppId, DeviceId, PingId, SessionId, Ticket, Tickets};
 use super::notification::{CollapseKey, Notification, Urgency};
 use super::stock::Quota;
 
@@ -46,6 +46,11 @@ pub enum Event {
         /// Which one.
         ping: PingId,
     },
+    /// What is held back of this ping has waited long enough ([`Enqueue::patient`]): it is offered to the disk.
+    Release {
+        /// Which ping.
+        ping: PingId,
+    },
     /// The device is to take something off the screen. The store knows it already, so a mailbox that sleeps is not
     /// woken: the next session is told.
     Withdraw(Withdrawal),
@@ -82,6 +87,10 @@ pub struct Enqueue {
     pub may_repeat: bool,
     /// The device is sent too much: it is accepted only if it waits already.
     pub too_fast: bool,
+    /// It is safe without its row until the ticket is answered: a crash brings it here again. So the row may wait for the
+    /// acknowledgement for as long as whoever hands it over lets it ([`Event::Release`]). With `may_repeat`: an earlier
+    /// run may have sent it.
+    pub patient: bool,
 }
 
 /// What a device's `hello` means to its mailbox.
@@ -247,7 +256,7 @@ pub enum Effect {
     /// each notification that was or is hereby accepted.
     Ended {
         /// Those who still wait for an answer; empty if it was given before.
-        tickets: Vec<Ticket>,
+        tickets: Tickets,
         /// Whose app.
         app: AppId,
         /// Which device.
@@ -394,7 +403,7 @@ pub struct RowMeta {
     pub expires_ms: u64,
     /// Its replacement key.
     pub collapse: Option<CollapseKey>,
-    /// The run that accepted it.
+    /// The run that accepted it; an earlier one if that may have sent it.
     pub run: u32,
     /// Its body is stored beside the rows of its ping.
     pub shared: bool,

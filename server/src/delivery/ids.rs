@@ -75,3 +75,6 @@ pub struct SessionId(pub u64);
 /// The runtime's name for somebody who waits for an answer. The core only carries it back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(pub u64);
+
+/// Those who wait for the answer about one notification; mostly one.
+pub type Tickets = smallvec::SmallVec<[Ticket; 2]>;

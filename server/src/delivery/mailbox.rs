@@ -18,6 +18,11 @@
 //! | sealed | in the frame that is being written | stored |
 //! | stored | safe; promised | gone, by a removal in a later frame |
 //!
+//! How long a row may be held depends on who waits. A publisher who was promised nothing yet waits for moments. A ping to an
+//! audience is safe with its expansion, so its rows wait until they are released ([`Event::Release`]), with one condition:
+//! whatever is offered takes those along that are held so before it; else a crash could bring an earlier one again behind
+//! a later one.
+//!
 //! A row that goes becomes a [`Departure`]: it carries the outcome until that may be announced. What an acceptance
 //! pushes out (collapse, eviction) *rides* with the newcomer's row and is sealed in the same frame, so that neither can
 //! be on disk without the other; if a verdict takes the newcomer out first, the riders go into a frame alone and the
@@ -51,7 +56,7 @@ use super::event::{
     Disk, Effect, Enqueue, Event, Lowest, MailboxRead, Outcome, Rejection, RowMeta, Summary,
     Withdrawal,
 };
-use super::ids::{AppId, DeviceId, PingId, Ticket};
+use super::ids::{AppId, DeviceId, PingId, Ticket, Tickets};
 use super::notification::{CollapseKey, Notification};
 use super::policy::{OverflowRule, Policy};
 use super::session::Session;
@@ -90,7 +95,7 @@ impl Context<'_> {
         });
     }
 
-    fn accept(&mut self, tickets: &mut Vec<Ticket>, ping: PingId) {
+    fn accept(&mut self, tickets: &mut Tickets, ping: PingId) {
         let device = self.device;
         for ticket in tickets.drain(..) {
             self.emit(Effect::Accepted {
@@ -131,7 +136,7 @@ struct Row {
     /// Kept while the disk may still need it, or while it is about to be sent.
     body: Option<Arc<Notification>>,
     /// Who waits for acceptance.
-    tickets: Vec<Ticket>,
+    tickets: Tickets,
     /// It may have been sent before.
     sent: bool,
     in_flight: bool,
@@ -168,7 +173,7 @@ struct Departure {
     insert: Insert,
     outcome: Outcome,
     at_ms: u64,
-    tickets: Vec<Ticket>,
+    tickets: Tickets,
     revokers: Vec<Ticket>,
     /// Those who wanted it revoked when it had ended already: answered when that is safe.
     late: Vec<Ticket>,
@@ -437,12 +442,20 @@ impl Mailbox {
             | Event::Decline { .. }
             | Event::Presence { .. }
             | Event::Revoke { .. }
+            | Event::Release { .. }
             | Event::Withdraw(_)
             | Event::Wipe { .. }
             | Event::Clear { .. }
             | Event::Expire { .. }) => {
-                self.backlog.push_back(other);
-                self.work_off(cx);
+                if self.backlog.is_empty() && !self.reading && self.read_again_at.is_none() {
+                    // Mostly nothing waits: then the backlog needs no place either.
+                    if let Some(other) = self.decide(other, cx) {
+                        self.backlog.push_front(other);
+                    }
+                } else {
+                    self.backlog.push_back(other);
+                    self.work_off(cx);
+                }
             }
         }
     }
@@ -453,18 +466,26 @@ impl Mailbox {
             let Some(event) = self.backlog.pop_front() else {
                 break;
             };
-            if let Some(request) = self.missing(&event, cx) {
-                self.reading = true;
+            if let Some(event) = self.decide(event, cx) {
                 self.backlog.push_front(event);
-                cx.emit(Effect::Read(request));
                 return;
             }
-            self.apply(event, cx);
-            self.asked = Asked::default();
         }
         if self.backlog.is_empty() && self.backlog.capacity() > 0 {
             self.backlog = VecDeque::new();
         }
+    }
+
+    /// Handles an event, or gives it back and asks for what must be read first.
+    fn decide(&mut self, event: Event, cx: &mut Context<'_>) -> Option<Event> {
+        if let Some(request) = self.missing(&event, cx) {
+            self.reading = true;
+            cx.emit(Effect::Read(request));
+            return Some(event);
+        }
+        self.apply(event, cx);
+        self.asked = Asked::default();
+        None
     }
 
     fn apply(&mut self, event: Event, cx: &mut Context<'_>) {
@@ -497,6 +518,7 @@ impl Mailbox {
                 }
             }
             Event::Revoke { ticket, ping } => self.revoke(ticket, ping, cx),
+            Event::Release { ping } => self.release_ping(ping, cx),
             Event::Withdraw(withdrawal) => self.withdraw(withdrawal, cx),
             Event::Wipe { ticket } => self.wipe(ticket, cx),
             Event::Clear { ticket } => self.clear(ticket, cx),
@@ -561,6 +583,7 @@ impl Mailbox {
             | Event::Acknowledge { .. }
             | Event::Decline { .. }
             | Event::Presence { .. }
+            | Event::Release { .. }
             | Event::Withdraw(_)
             | Event::Read(_)
             | Event::Bodies(_) => None,

@@ -21,10 +21,10 @@ pub use event::{
     Summary, Verdict, Withdrawal,
 };
 pub use fair::FairQueue;
-pub use ids::{AppId, DeviceId, IdError, PingId, SessionId, Ticket};
+pub use ids::{AppId, DeviceId, IdError, PingId, SessionId, Ticket, Tickets};
 pub use mailbox::WITHDRAWALS_MAX;
 pub use notification::{CollapseKey, Hold, Notification, Urgency, WireSlot};
-pub use policy::{OverflowRule, Policy};
+pub use policy::{AUDIENCE_DEFER_MAX, OverflowRule, Policy};
 pub use shard::Shard;
 pub use stock::{DeviceClaim, Held, Quota, Stock, StoredMailbox};
 pub use time::{Mono, Now};

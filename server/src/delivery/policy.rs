@@ -2,6 +2,11 @@
 
 use std::time::Duration;
 
+/// Longest time that a row of a ping to an audience waits for its acknowledgement, which has time to come because such a ping is
+/// safe without its rows. Longer than a busy server and a phone network take together; short enough that a crash asks
+/// few devices twice, and that a device which does not answer holds up nobody. Such devices are known by the next ping.
+pub const AUDIENCE_DEFER_MAX: Duration = Duration::from_secs(1);
+
 /// What a full mailbox does with a newcomer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OverflowRule {

@@ -9,8 +9,11 @@ use std::time::Duration;
 use super::event::Attach;
 use super::ids::{PingId, SessionId};
 use super::notification::Urgency;
-use super::policy::Policy;
+use super::policy::{AUDIENCE_DEFER_MAX, Policy};
 use super::time::Mono;
+
+/// Held back until it is released, not until a moment.
+pub(super) const UNTIL_RELEASED: Mono = Mono(u64::MAX);
 
 /// A notification sent in this session that the device has not answered yet.
 #[derive(Debug, Clone, Copy)]
@@ -23,11 +26,20 @@ pub(super) struct InFlight {
     pub(super) sent_at: Mono,
     /// When it expires.
     pub(super) expires_at: Mono,
-    /// Its row is held back from the disk until then.
+    /// Its row is held back from the disk until then, or [`UNTIL_RELEASED`].
     pub(super) held_until: Option<Mono>,
+    /// It is held back for longer than moments: it goes to the disk with whatever goes there from behind it.
+    pub(super) held_long: bool,
     /// It ended otherwise (expired, revoked, turned away), but the device still counts it: its place is free
     /// only when the device has answered.
     pub(super) ended: Option<PingId>,
+}
+
+impl InFlight {
+    /// Its row is held back until somebody says otherwise.
+    pub(super) fn is_patient(&self) -> bool {
+        self.held_until == Some(UNTIL_RELEASED)
+    }
 }
 
 /// One attached connection.
@@ -117,6 +129,18 @@ impl Session {
     pub(super) fn defers_for(&self, policy: &Policy) -> Option<Duration> {
         (!policy.defer_max.is_zero() && self.quick >= policy.defer_after)
             .then(|| Duration::from_micros(2 * u64::from(self.smoothed_us)).min(policy.defer_max))
+    }
+
+    /// Whether its device may be expected to acknowledge within [`AUDIENCE_DEFER_MAX`]: it usually does, and nothing that it has
+    /// waits for longer.
+    pub(super) fn is_prompt(&self, now: Mono, policy: &Policy) -> bool {
+        let smoothed = Duration::from_micros(u64::from(self.smoothed_us));
+        !policy.defer_max.is_zero()
+            && smoothed < AUDIENCE_DEFER_MAX
+            && self
+                .in_flight
+                .front()
+                .is_none_or(|oldest| now - oldest.sent_at < AUDIENCE_DEFER_MAX)
     }
 
     /// Takes a measured acknowledgement time. Answers whether it was quick.

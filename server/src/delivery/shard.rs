@@ -1,5 +1,6 @@
 //! The mailboxes that are awake, their deadlines, and the frames between them and the disk.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,14 +54,20 @@ pub struct Shard {
     disk: Disk,
     // Looked up by device only; nothing depends on the order of iteration, which differs from run to run.
     mailboxes: HashMap<DeviceId, Box<Mailbox>>,
-    /// One entry for a mailbox with a deadline, at or before it: early visits are harmless, moving entries is not free.
-    deadlines: BTreeSet<(Mono, DeviceId)>,
-    /// Mailboxes that want a frame: by app in turns, and within an app in the order in which they began to.
-    offering: FairQueue<DeviceId>,
+    lists: Lists,
     /// Mailboxes in the outstanding frame; `None`: no frame is outstanding.
     sealed: Option<Vec<DeviceId>>,
     /// A frame found no room: not before then.
     not_before: Option<Mono>,
+}
+
+/// Where mailboxes are listed and counted, beside the shard's map of them.
+#[derive(Debug)]
+struct Lists {
+    /// One entry for a mailbox with a deadline, at or before it: early visits are harmless, moving entries is not free.
+    deadlines: BTreeSet<(Mono, DeviceId)>,
+    /// Mailboxes that want a frame: by app in turns, and within an app in the order in which they began to.
+    offering: FairQueue<DeviceId>,
     /// What its mailboxes hold, by app.
     tally: Tally,
 }
@@ -83,23 +90,25 @@ impl Shard {
             policy,
             disk: Disk::Open,
             mailboxes: HashMap::new(),
-            deadlines: BTreeSet::new(),
-            offering: FairQueue::new(FRAME_QUANTUM),
+            lists: Lists {
+                deadlines: BTreeSet::new(),
+                offering: FairQueue::new(FRAME_QUANTUM),
+                tally,
+            },
             sealed: None,
             not_before: None,
-            tally,
         }
     }
 
     /// Counts mailboxes of this shard as they were in the store at any moment since the start of the run: by rising id, all
     /// those behind the last ones up to `passed`; `None`: to the end.
     pub fn seed(&mut self, mailboxes: &[StoredMailbox], passed: Option<DeviceId>) {
-        self.tally.seed(mailboxes, passed);
+        self.lists.tally.seed(mailboxes, passed);
     }
 
     /// A device of this shard is about to be made, and was claimed ([`Stock::claim_device`]).
     pub fn made(&mut self, device: DeviceId) {
-        self.tally.made(device);
+        self.lists.tally.made(device);
     }
 
     /// Replaces the policy; holds from the next event on.
@@ -131,17 +140,16 @@ impl Shard {
             | Event::Acknowledge { .. }
             | Event::Decline { .. }
             | Event::Presence { .. }
+            | Event::Release { .. }
             | Event::Withdraw(_)
             | Event::Read(_)
             | Event::Bodies(_) => false,
         };
-        if !wakes && !self.mailboxes.contains_key(&device) {
-            return;
-        }
-        let mailbox = self
-            .mailboxes
-            .entry(device)
-            .or_insert_with(|| Box::new(Mailbox::new()));
+        let mailbox = match self.mailboxes.entry(device) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(_) if !wakes => return,
+            Entry::Vacant(entry) => entry.insert(Box::new(Mailbox::new())),
+        };
         mailbox.handle(
             event,
             &mut Context {
@@ -149,17 +157,19 @@ impl Shard {
                 policy: &self.policy,
                 disk: self.disk,
                 now,
-                tally: &self.tally,
+                tally: &self.lists.tally,
                 effects,
             },
         );
-        self.settle(device);
+        if self.lists.settle(device, mailbox, &self.policy) {
+            self.mailboxes.remove(&device);
+        }
     }
 
     /// The earliest moment at which something may be due.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Mono> {
-        let mailboxes = self.deadlines.first().map(|&(at, _)| at);
+        let mailboxes = self.lists.deadlines.first().map(|&(at, _)| at);
         mailboxes.into_iter().chain(self.not_before).min()
     }
 
@@ -170,11 +180,11 @@ impl Shard {
         }
         // Taken out before any is visited, so that one that stays due cannot hold the shard in this loop.
         let mut due = Vec::new();
-        while let Some(&(at, device)) = self.deadlines.first() {
+        while let Some(&(at, device)) = self.lists.deadlines.first() {
             if at > now.mono {
                 break;
             }
-            self.deadlines.pop_first();
+            self.lists.deadlines.pop_first();
             due.push(device);
         }
         for device in due {
@@ -187,17 +197,19 @@ impl Shard {
                 policy: &self.policy,
                 disk: self.disk,
                 now,
-                tally: &self.tally,
+                tally: &self.lists.tally,
                 effects,
             });
-            self.settle(device);
+            if self.lists.settle(device, mailbox, &self.policy) {
+                self.mailboxes.remove(&device);
+            }
         }
     }
 
     /// Something waits for a frame, and none is outstanding.
     #[must_use]
     pub fn has_offers(&self) -> bool {
-        !self.offering.is_empty()
+        !self.lists.offering.is_empty()
             && self.sealed.is_none()
             && self.not_before.is_none()
             && self.disk != Disk::Failed
@@ -209,12 +221,12 @@ impl Shard {
     pub fn seal(&mut self) -> Vec<Change> {
         debug_assert!(self.sealed.is_none(), "one frame is outstanding at a time");
         // A frame is bounded by its cost, however many offer.
-        let room = self.offering.len().min(4_096);
+        let room = self.lists.offering.len().min(4_096);
         let mut changes = Vec::with_capacity(room * 2);
         let mut sealed = Vec::with_capacity(room);
         let mut spent = 0;
         while spent < FRAME_COST_MAX
-            && let Some((app, device)) = self.offering.pop()
+            && let Some((app, device)) = self.lists.offering.pop()
         {
             let Some(mailbox) = self.mailboxes.get_mut(&device) else {
                 continue;
@@ -227,7 +239,7 @@ impl Shard {
             let before = changes.len();
             mailbox.seal(device, &self.policy, &mut changes);
             let cost = cost(&changes[before..]);
-            self.offering.charge(app, cost);
+            self.lists.offering.charge(app, cost);
             spent += cost;
             sealed.push(device);
         }
@@ -261,11 +273,13 @@ impl Shard {
                     policy: &self.policy,
                     disk: self.disk,
                     now,
-                    tally: &self.tally,
+                    tally: &self.lists.tally,
                     effects,
                 },
             );
-            self.settle(device);
+            if self.lists.settle(device, mailbox, &self.policy) {
+                self.mailboxes.remove(&device);
+            }
         }
         if result == Err(CommitFailure::Failed) {
             self.store_failed(now, effects);
@@ -288,7 +302,7 @@ impl Shard {
                     policy: &self.policy,
                     disk: self.disk,
                     now,
-                    tally: &self.tally,
+                    tally: &self.lists.tally,
                     effects,
                 });
             }
@@ -298,22 +312,30 @@ impl Shard {
 
     /// After anything happened to a mailbox: its places on the lists, or sleep.
     fn settle(&mut self, device: DeviceId) {
-        let Some(mailbox) = self.mailboxes.get_mut(&device) else {
-            return;
-        };
+        let lists = &mut self.lists;
+        if let Some(mailbox) = self.mailboxes.get_mut(&device)
+            && lists.settle(device, mailbox, &self.policy)
+        {
+            self.mailboxes.remove(&device);
+        }
+    }
+}
+
+impl Lists {
+    /// Takes a mailbox to which something happened to its places; `true`: it sleeps.
+    fn settle(&mut self, device: DeviceId, mailbox: &mut Mailbox, policy: &Policy) -> bool {
         mailbox.count(device, &mut self.tally);
         if mailbox.may_sleep() {
             if let Some(at) = mailbox.deadline {
                 self.deadlines.remove(&(at, device));
             }
-            self.mailboxes.remove(&device);
-            return;
+            return true;
         }
         if !mailbox.listed && mailbox.has_offers() {
             mailbox.listed = true;
             self.offering.push(mailbox.app(), device);
         }
-        if let Some(due) = mailbox.next_deadline(&self.policy)
+        if let Some(due) = mailbox.next_deadline(policy)
             && mailbox.deadline.is_none_or(|known| due < known)
         {
             if let Some(known) = mailbox.deadline.replace(due) {
@@ -321,6 +343,7 @@ impl Shard {
             }
             self.deadlines.insert((due, device));
         }
+        false
     }
 }
 
@@ -371,6 +394,7 @@ mod tests {
                 }),
                 may_repeat: false,
                 too_fast: false,
+                patient: false,
             };
             shard.handle(device, Event::Enqueue(enqueue), NOW, &mut effects);
             let view = MailboxView {

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use super::api::{ExpansionView, PingAnswer, PingError, RuntimeError};
 use super::handle::Inner;
 use super::locked;
-use super::settings::{ESTIMATE_LOOK, EXPANSION_CHUNK, PAGES_IN_FLIGHT};
+use super::settings::{ESTIMATE_LOOK, EXPANSION_CHUNK, PAGES_AHEAD_IN_ALL, PAGES_IN_FLIGHT};
 use crate::delivery::{AppId, CommitFailure, DeviceId, Hold, Notification, PingId, WireSlot};
 use crate::ports::{
     Audience, Batch, Committed, Erased, ExpansionProgress, ExpansionRecord, IdempotencyRecord,
@@ -53,7 +53,7 @@ pub(super) struct Expansion {
     pub(super) repeats: AtomicBool,
     /// It ended because its record could not be made safe: nobody may be promised anything of it.
     failed: AtomicBool,
-    /// Held for one page, and for the stop: nobody stops in the middle of a page.
+    /// Held while pages of it are on their way, and for the stop: nobody stops in the middle of a page.
     pub(super) alone: tokio::sync::Mutex<()>,
     phase: watch::Sender<Phase>,
     progress: Mutex<ExpansionProgress>,
@@ -160,6 +160,8 @@ pub(super) struct Audiences {
     registry: Mutex<Registry>,
     /// Pages on their way to the shards. Whoever waits longest is next, so apps take turns.
     pub(super) pages: Semaphore,
+    /// Pages that the shards have and that are not settled.
+    pub(super) ahead: Arc<Semaphore>,
     /// The server goes down: no further page.
     halted: watch::Sender<bool>,
     workers: AtomicUsize,
@@ -210,6 +212,7 @@ impl Audiences {
         Audiences {
             registry: Mutex::new(registry),
             pages: Semaphore::new(PAGES_IN_FLIGHT),
+            ahead: Arc::new(Semaphore::new(PAGES_AHEAD_IN_ALL)),
             halted: watch::Sender::new(false),
             workers: AtomicUsize::new(0),
             page: page.max(1),
@@ -265,6 +268,11 @@ impl Audiences {
             .apps
             .get(&app)
             .map_or(0, |queue| queue.expansions.len())
+    }
+
+    /// How many wait behind the one of this app that is being brought.
+    pub(super) fn behind(&self, app: AppId) -> usize {
+        Audiences::open_of(&self.lock(), app).saturating_sub(1)
     }
 
     /// Gives the ping its stamp and its place behind the others of its app.

@@ -1,23 +1,33 @@
-//! Brings pings to their audiences: reads a page of members, hands the same notification to the shards, waits for them,
-//! notes how far it has come, goes on.
+//! Brings pings to their audiences: reads a page of members, hands the same notification to the shards, goes on with the next;
+//! beside that waits until all devices of the oldest page have it safe or with its outcome, and notes how far it has come.
+//!
+//! Until it is noted, a crash brings the page anew, so rows of attached devices need no disk: they wait for their acknowledgements
+//! ([`crate::delivery::Enqueue::patient`]). What is not acknowledged in time is released, and stored together. A page with a device
+//! that does not answer holds up neither those behind it, up to [`PAGES_AHEAD`], nor another ping: the more of those wait, the
+//! sooner rows are released. What needs the disk is waited for, page by page.
 //!
 //! It yields to everybody: one page is small, few are on their way at a time, and none begins while shards, the engine or the disk
-//! have enough to do. What it holds in memory is bounded by the page, whatever the size of the audience.
+//! have enough to do. What it holds in memory is bounded by pages, whatever the size of the audience.
 //!
 //! After a crash, and after a page that was broken off, some devices ahead may have got it already. Those that have the
-//! notification or its outcome are passed over, so that each has one outcome.
+//! notification or its outcome are passed over, so that each has one outcome. One that acknowledged, of which nothing was written,
+//! is asked once more, under the same id, which its client knows.
 
-use std::collections::HashSet;
-use std::sync::Arc;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit, mpsc, oneshot};
 
 use super::api::RuntimeError;
 use super::audiences::{Expansion, Phase};
 use super::handle::Inner;
-use super::settings::EXPANSION_CHUNK;
+use super::settings::{EXPANSION_CHUNK, PAGES_AHEAD, UNSETTLED_MAX};
 use super::shard::{Gather, Input, Parts, Waiter};
-use crate::delivery::{AppId, CommitFailure, DeviceId, Outcome, Rejection};
+use crate::delivery::{
+    AUDIENCE_DEFER_MAX, AppId, CommitFailure, DeviceId, Mono, Outcome, Rejection,
+};
 use crate::ports::{
     Audience, Batch, ExpansionProgress, Op, OutcomeRecord, Stamp, Store, StoreHealth,
 };
@@ -25,8 +35,10 @@ use crate::telemetry::metrics as names;
 
 /// Inputs that may wait for a shard when a page begins: what it does in a moment.
 const SHARD_YIELDS: usize = 512;
-/// How long it looks away from somebody who has enough to do.
+/// How long it looks away from somebody who has enough to do, and from devices that have time to acknowledge.
 const PAUSE: Duration = Duration::from_millis(20);
+/// The same for shards: what they have to do is done sooner.
+const SHARD_PAUSE: Duration = Duration::from_millis(5);
 /// Longest that it looks away from shards that have enough to do: then it goes on with a page all the same. Shards take apps
 /// in turns, so that is fair, and without it one app could keep all audiences waiting.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -78,6 +90,19 @@ struct Page {
     stale: Vec<DeviceId>,
 }
 
+/// A page that the shards have.
+struct Handed {
+    page: Page,
+    /// When they got it.
+    at: Mono,
+    /// Their answer; `None`: nobody was left to ask.
+    answer: Option<oneshot::Receiver<Parts>>,
+    /// Devices of the page, also those that were passed over.
+    addressed: usize,
+    /// Its place among those that are not settled.
+    _place: OwnedSemaphorePermit,
+}
+
 impl Inner {
     /// The work of one app, until nothing is left or the server goes down.
     pub(super) async fn bring_all(self: Arc<Inner>, app: AppId) {
@@ -101,35 +126,27 @@ impl Inner {
 
     async fn bring(self: &Arc<Inner>, expansion: &Arc<Expansion>) {
         loop {
-            if !self.waits_for_room(expansion).await {
-                return;
-            }
-            // It is never closed.
-            let _place = self.audiences.pages.acquire().await;
+            // Nobody takes it back before what the shards have of it is settled.
             let alone = expansion.alone.lock().await;
-            if self.is_off(expansion) {
-                return;
-            }
-            let brought = self.bring_page(expansion).await;
+            let (to, handed) = mpsc::channel(PAGES_AHEAD);
+            let (handing, settling) = tokio::join!(
+                self.hand_pages(expansion, to),
+                self.settle_pages(expansion, handed)
+            );
             drop(alone);
-            match brought {
-                Ok((true, stale)) => {
-                    self.audiences.end(expansion);
-                    self.tidy(expansion, stale).await;
-                    tracing::debug!(ping = %expansion.ping(), devices = expansion.progress().devices, "a ping reached its audience");
-                    return;
-                }
-                Ok((false, stale)) => self.tidy(expansion, stale).await,
-                Err(Broken::Off) => {
+            let pause = match (handing, settling) {
+                // What was handed over is noted as well, so nothing is repeated.
+                (Ok(()) | Err(Broken::Off), Ok(())) => return,
+                (Err(Broken::Again), Ok(())) => RETRY,
+                (_, Err(broken)) => {
                     expansion.repeats.store(true, Ordering::Relaxed);
-                    tokio::time::sleep(PAUSE).await;
-                    return;
+                    match broken {
+                        Broken::Off => return tokio::time::sleep(PAUSE).await,
+                        Broken::Again => RETRY,
+                    }
                 }
-                Err(Broken::Again) => {
-                    expansion.repeats.store(true, Ordering::Relaxed);
-                    tokio::time::sleep(RETRY).await;
-                }
-            }
+            };
+            tokio::time::sleep(pause).await;
         }
     }
 
@@ -139,32 +156,51 @@ impl Inner {
             || self.shared.failed.load(Ordering::Relaxed)
     }
 
-    /// Waits until nobody else is hurt by going on; `false`: it is off.
-    async fn waits_for_room(&self, expansion: &Expansion) -> bool {
+    /// Waits until nobody else is hurt by going on; `false`: it is off. `waited`: how long it has done so for this page.
+    async fn waits_for_room(&self, expansion: &Expansion, waited: &mut Duration) -> bool {
         let mut told = None;
-        let mut waited = Duration::ZERO;
         loop {
             if self.is_off(expansion) {
                 return false;
             }
-            let Some(reason) = self.wanting(expansion) else {
+            let Some(reason) = self.wanting(expansion, *waited) else {
                 return true;
             };
-            let behind = self.shared.store.health() == StoreHealth::Behind;
-            if has_waited(reason, waited, behind) {
-                return true;
-            }
-            waited += PAUSE;
+            let pause = match reason {
+                "shards" => SHARD_PAUSE,
+                _ => PAUSE,
+            };
+            *waited += pause;
             if told != Some(reason) {
                 told = Some(reason);
                 metrics::counter!(names::EXPANSION_PAUSES_TOTAL, "reason" => reason).increment(1);
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(pause).await;
         }
     }
 
-    /// Why it should wait.
-    fn wanting(&self, expansion: &Expansion) -> Option<&'static str> {
+    /// Waits for its turn to hand over a page, and for the room; `None`: it is off.
+    async fn turn(&self, expansion: &Expansion) -> Option<SemaphorePermit<'_>> {
+        let mut waited = Duration::ZERO;
+        while self.waits_for_room(expansion, &mut waited).await {
+            // It is never closed.
+            let turn = self.audiences.pages.acquire().await.ok()?;
+            // Those who had their turn before may have taken the room.
+            if !self.is_off(expansion) && self.wanting(expansion, waited).is_none() {
+                return Some(turn);
+            }
+        }
+        None
+    }
+
+    /// Why it should wait, after it has for so long.
+    fn wanting(&self, expansion: &Expansion, waited: Duration) -> Option<&'static str> {
+        let reason = self.in_the_way(expansion)?;
+        let behind = self.shared.store.health() == StoreHealth::Behind;
+        (!has_waited(reason, waited, behind)).then_some(reason)
+    }
+
+    fn in_the_way(&self, expansion: &Expansion) -> Option<&'static str> {
         let store = &self.shared.store;
         let expired = expansion.notification.expires_ms <= self.shared.clock.now().unix_ms;
         if self
@@ -184,21 +220,104 @@ impl Inner {
         store.crowded().then_some("engine")
     }
 
-    /// Brings the next page. `true`: it was the last one. With it: whose places in the topic's list can be tidied up.
-    async fn bring_page(
+    /// Hands over page by page, up to [`PAGES_AHEAD`] that are not settled.
+    async fn hand_pages(
+        &self,
+        expansion: &Expansion,
+        to: mpsc::Sender<Handed>,
+    ) -> Result<(), Broken> {
+        let mut from = expansion.progress();
+        let mut ahead = VecDeque::new();
+        loop {
+            // Closed when a page before was broken off.
+            let Ok(slot) = to.reserve().await else {
+                return Err(Broken::Again);
+            };
+            let places = Arc::clone(&self.audiences.ahead);
+            // It is never closed.
+            let place = places.acquire_owned().await.map_err(|_| Broken::Off)?;
+            while is_enough(&mut ahead) && !self.is_off(expansion) {
+                tokio::time::sleep(SHARD_PAUSE).await;
+            }
+            let Some(turn) = self.turn(expansion).await else {
+                return Err(Broken::Off);
+            };
+            let mut page = self.read_page(expansion, from).await?;
+            let addressed = page.devices.len();
+            let repeats = expansion.repeats.load(Ordering::Relaxed);
+            if repeats {
+                page.devices = self.without_known(expansion, page.devices).await?;
+            }
+            from.done = page.done.or(from.done);
+            from.chunk = page.chunk;
+            let last = page.last;
+            let answer = self.hand_devices(expansion, &page.devices, repeats);
+            drop(turn);
+            let answer = answer.map(|(answer, gather)| {
+                ahead.push_back(gather);
+                answer
+            });
+            slot.send(Handed {
+                page,
+                at: self.shared.clock.now().mono,
+                answer,
+                addressed,
+                _place: place,
+            });
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Settles what was handed over, in its order.
+    async fn settle_pages(
         self: &Arc<Inner>,
         expansion: &Arc<Expansion>,
-    ) -> Result<(bool, Vec<DeviceId>), Broken> {
-        let before = expansion.progress();
-        let page = self.read_page(expansion, before).await?;
-        let addressed = page.devices.len();
-        let repeats = expansion.repeats.load(Ordering::Relaxed);
-        let mut devices = page.devices;
-        if repeats {
-            devices = self.without_known(expansion, devices).await?;
+        mut handed: mpsc::Receiver<Handed>,
+    ) -> Result<(), Broken> {
+        while let Some(next) = handed.recv().await {
+            let settled = self.settle_page(expansion, next).await;
+            if settled.is_err() {
+                // What is behind it does not count. It is let go all the same: the ping behind this one must find it in its
+                // place, and whoever takes this one back must find all that there is.
+                handed.close();
+                while let Some(mut next) = handed.recv().await {
+                    let _ = self
+                        .answered(
+                            expansion,
+                            &next.page.devices,
+                            next.at,
+                            &mut next.answer,
+                            true,
+                        )
+                        .await;
+                }
+                return settled;
+            }
         }
+        Ok(())
+    }
+
+    /// Waits until each device of a page is settled, and notes it.
+    async fn settle_page(
+        self: &Arc<Inner>,
+        expansion: &Arc<Expansion>,
+        handed: Handed,
+    ) -> Result<(), Broken> {
+        let Handed {
+            mut page,
+            at,
+            answer,
+            addressed,
+            _place,
+        } = handed;
+        let before = expansion.progress();
         let mut ops = Batch::new();
-        let unknown = self.hand(expansion, devices, repeats, &mut ops).await?;
+        let devices = std::mem::take(&mut page.devices);
+        let unknown = self
+            .settled(expansion, devices, at, answer, &mut ops)
+            .await?;
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let progress = ExpansionProgress {
             done: page.done.or(before.done),
@@ -221,7 +340,12 @@ impl Inner {
         self.write(expansion, ops).await?;
         expansion.advance(progress);
         metrics::counter!(names::EXPANDED_TOTAL).increment(addressed as u64);
-        Ok((page.last, page.stale))
+        if page.last {
+            self.audiences.end(expansion);
+            tracing::debug!(ping = %expansion.ping(), devices = expansion.progress().devices, "a ping reached its audience");
+        }
+        self.tidy(expansion, page.stale).await;
+        Ok(())
     }
 
     async fn write(&self, expansion: &Expansion, ops: Batch) -> Result<(), Broken> {
@@ -351,20 +475,21 @@ impl Inner {
 
     // ---- Handing over --------------------------------------------------------------------------------------------
 
-    /// Hands the notification to these devices' mailboxes and waits until each has it or is done with it. Answers how many
-    /// are no device of the app.
-    async fn hand(
+    /// Waits until each of these devices has it or is done with it. Answers how many are no device of the app.
+    async fn settled(
         &self,
         expansion: &Expansion,
         mut devices: Vec<DeviceId>,
-        mut may_repeat: bool,
+        mut at: Mono,
+        mut answer: Option<oneshot::Receiver<Parts>>,
         ops: &mut Batch,
     ) -> Result<usize, Broken> {
         let mut unknown = 0;
         let mut full = Vec::new();
-        while !devices.is_empty() {
-            let Parts { rejected, busy } = self.hand_once(expansion, &devices, may_repeat).await?;
-            may_repeat = true;
+        while let Some(Parts { rejected, busy }) = self
+            .answered(expansion, &devices, at, &mut answer, false)
+            .await?
+        {
             if busy {
                 if self.is_off(expansion) {
                     return Err(Broken::Off);
@@ -372,44 +497,52 @@ impl Inner {
                 metrics::counter!(names::EXPANSION_PAUSES_TOTAL, "reason" => "disk").increment(1);
                 tokio::time::sleep(RETRY).await;
                 devices = self.without_known(expansion, devices).await?;
-                continue;
-            }
-            let accepted = devices.len() - rejected.len();
-            self.shared.meters.app(expansion.app(), |app| {
-                app.notifications.increment(accepted as u64)
-            });
-            devices.clear();
-            for (device, why) in rejected {
-                match why {
-                    Rejection::UnknownDevice => unknown += 1,
-                    Rejection::MailboxFull | Rejection::TooFast | Rejection::Quota(_) => {
-                        full.push(device);
+            } else {
+                let accepted = devices.len() - rejected.len();
+                self.shared.meters.app(expansion.app(), |app| {
+                    app.notifications.increment(accepted as u64)
+                });
+                devices.clear();
+                for (device, why) in rejected {
+                    match why {
+                        Rejection::UnknownDevice => unknown += 1,
+                        Rejection::MailboxFull | Rejection::TooFast | Rejection::Quota(_) => {
+                            full.push(device);
+                        }
+                        Rejection::NoRoom => devices.push(device),
+                        Rejection::StoreFailed => return Err(Broken::Off),
                     }
-                    Rejection::NoRoom => devices.push(device),
-                    Rejection::StoreFailed => return Err(Broken::Off),
+                }
+                devices.sort_unstable();
+                // There is no room: only for those that it was refused for it is tried again. The shards hear a little later
+                // than the store that there is room again.
+                if !devices.is_empty() {
+                    tokio::time::sleep(RETRY).await;
+                    let mut waited = Duration::ZERO;
+                    if !self.waits_for_room(expansion, &mut waited).await {
+                        return Err(Broken::Off);
+                    }
                 }
             }
-            devices.sort_unstable();
-            // There is no room: only for those that it was refused for it is tried again. The shards hear a little later than
-            // the store that there is room again.
-            if !devices.is_empty() {
-                tokio::time::sleep(RETRY).await;
-            }
-            if !devices.is_empty() && !self.waits_for_room(expansion).await {
-                return Err(Broken::Off);
-            }
+            at = self.shared.clock.now().mono;
+            let again = self.hand_devices(expansion, &devices, true);
+            answer = again.map(|(answer, _)| answer);
         }
         self.refuse(expansion, full, ops);
         Ok(unknown)
     }
 
-    async fn hand_once(
+    /// Hands the notification to these devices' mailboxes; nobody answers for nobody.
+    fn hand_devices(
         &self,
         expansion: &Expansion,
         devices: &[DeviceId],
         may_repeat: bool,
-    ) -> Result<Parts, Broken> {
-        let (gather, settled) = Gather::new(devices.len());
+    ) -> Option<(oneshot::Receiver<Parts>, Weak<Gather>)> {
+        if devices.is_empty() {
+            return None;
+        }
+        let (gather, answer) = Gather::new(devices.len());
         let mut inputs: Vec<Vec<Input>> = self.shards.iter().map(|_| Vec::new()).collect();
         for &device in devices {
             inputs[self.shard_place(device)].push(Input::Enqueue {
@@ -418,17 +551,78 @@ impl Inner {
                 may_repeat,
                 // What is handed over again was counted the first time.
                 paced: !may_repeat,
+                patient: true,
                 waiter: Waiter::Part(Arc::clone(&gather)),
             });
         }
+        let left = Arc::downgrade(&gather);
         drop(gather);
         for (shard, inputs) in self.shards.iter().zip(inputs) {
             if !inputs.is_empty() {
                 shard.inbox.push_all(inputs);
             }
         }
-        // Without an answer the shards were stopped.
-        settled.await.map_err(|_| Broken::Off)
+        Some((answer, left))
+    }
+
+    /// What the shards answer. Devices have time to acknowledge, unless it is `over`; those that have not by then are let go.
+    async fn answered(
+        &self,
+        expansion: &Expansion,
+        devices: &[DeviceId],
+        at: Mono,
+        answer: &mut Option<oneshot::Receiver<Parts>>,
+        over: bool,
+    ) -> Result<Option<Parts>, Broken> {
+        let Some(answer) = answer else {
+            return Ok(None);
+        };
+        let mut released: Option<Mono> = None;
+        loop {
+            let now = self.shared.clock.now().mono;
+            let due = match released {
+                None => over || now - at >= self.patience(expansion),
+                // Once is enough, unless it came to a shard before what it means.
+                Some(last) => now - last >= AUDIENCE_DEFER_MAX,
+            };
+            if due && answer.is_empty() {
+                released = Some(now);
+                self.let_go(expansion, devices);
+            }
+            tokio::select! {
+                biased;
+                // Without an answer the shards were stopped.
+                parts = &mut *answer => return parts.map(Some).map_err(|_| Broken::Off),
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    /// How long devices have time to acknowledge: half as long for each ping of the app that waits behind this one.
+    fn patience(&self, expansion: &Expansion) -> Duration {
+        if self.is_off(expansion) {
+            return Duration::ZERO;
+        }
+        let behind = self.audiences.behind(expansion.app());
+        let halved = u32::try_from(behind).unwrap_or(u32::MAX).min(16);
+        AUDIENCE_DEFER_MAX / (1 << halved)
+    }
+
+    /// What these devices have not acknowledged goes to the disk.
+    fn let_go(&self, expansion: &Expansion, devices: &[DeviceId]) {
+        let mut theirs: Vec<Vec<DeviceId>> = self.shards.iter().map(|_| Vec::new()).collect();
+        for &device in devices {
+            theirs[self.shard_place(device)].push(device);
+        }
+        for (shard, devices) in self.shards.iter().zip(theirs) {
+            if !devices.is_empty() {
+                shard.inbox.push(Input::Release {
+                    app: expansion.app(),
+                    ping: expansion.ping(),
+                    devices,
+                });
+            }
+        }
     }
 
     /// A full mailbox, a device that is sent too much, and an app that has no more room refuse for one device only, and that is
@@ -481,6 +675,19 @@ impl Inner {
             }
         }
     }
+}
+
+/// Whether the shards and the disk have enough of these pages: some device has not been looked at or waits for the disk, or too
+/// many are waited for. Settled pages leave.
+fn is_enough(pages: &mut VecDeque<Weak<Gather>>) -> bool {
+    let (mut unsettled, mut held) = (0, 0);
+    pages.retain(|page| {
+        let (left, of_these) = page.upgrade().map_or((0, 0), |gather| gather.left());
+        unsettled += left;
+        held += of_these;
+        left > 0
+    });
+    unsettled > held || unsettled >= UNSETTLED_MAX
 }
 
 /// The id right before this one.

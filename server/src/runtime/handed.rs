@@ -200,6 +200,7 @@ impl Inner {
             notification,
             may_repeat,
             paced: true,
+            patient: false,
             waiter: Waiter::One(sender),
         });
         settled

@@ -358,6 +358,7 @@ impl Inner {
                         notification: Arc::clone(&notification),
                         may_repeat,
                         paced: true,
+                        patient: false,
                         waiter: Waiter::Part(Arc::clone(&gather)),
                     });
                 }

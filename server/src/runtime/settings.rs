@@ -18,6 +18,16 @@ pub const DEVICES_PER_LIST: u32 = 100_000;
 pub const EXPANSION_CHUNK: usize = 1_000;
 /// Pages of audiences on their way to the shards at the same time, over all apps: a single ping finds no more before it.
 pub(super) const PAGES_IN_FLIGHT: usize = 2;
+/// Pages of one ping that the shards have and that are not noted yet, because some device has not acknowledged. So many devices
+/// a ping comes to in every [`AUDIENCE_DEFER_MAX`](crate::delivery::AUDIENCE_DEFER_MAX), even if one of each page does not
+/// answer; and so many a crash may ask twice.
+pub(super) const PAGES_AHEAD: usize = 32;
+/// Devices of one ping that have it and are not settled, when a further page begins. Without it a busy server would hand over
+/// more than it can bring in [`AUDIENCE_DEFER_MAX`](crate::delivery::AUDIENCE_DEFER_MAX), would have to store what is late, and
+/// be busier.
+pub(super) const UNSETTLED_MAX: usize = 8 * EXPANSION_CHUNK;
+/// The same as [`PAGES_AHEAD`] over all apps: some 10 MiB of those who wait.
+pub(super) const PAGES_AHEAD_IN_ALL: usize = 128;
 /// Members that are looked at to say how many an audience has; larger ones are estimated to within a few percent.
 pub(super) const ESTIMATE_LOOK: usize = 1_000;
 /// Topics of one device: they are told in one frame.

@@ -34,8 +34,8 @@ use super::traces::Traces;
 use super::{locked, reply};
 use crate::delivery::{
     AppId, Attach, Change, Closing, CommitFailure, DeviceId, Disk, Effect, Enqueue, Event, Mono,
-    Notification, PingId, Policy, Refusal, Rejection, SessionId, Shard, Stock, StoredMailbox,
-    Ticket,
+    Notice, Notification, PingId, Policy, Refusal, Rejection, SessionId, Shard, Stock,
+    StoredMailbox, Ticket, Tickets,
 };
 use crate::ports::{
     Batch, Carrier, Clock, Committed, Grant, Op, OutcomeRecord, Seen, SourceId, Store, StoreHealth,
@@ -71,7 +71,15 @@ pub(super) enum Input {
         may_repeat: bool,
         /// It counts against the rate of the device.
         paced: bool,
+        /// Its row may wait until it is released.
+        patient: bool,
         waiter: Waiter,
+    },
+    /// What is held back of this ping for these devices has waited long enough.
+    Release {
+        app: AppId,
+        ping: PingId,
+        devices: Vec<DeviceId>,
     },
     Attach {
         device: DeviceId,
@@ -142,7 +150,10 @@ impl Input {
     pub(super) fn publisher(&self) -> Option<AppId> {
         match self {
             Input::Enqueue { notification, .. } => Some(notification.app),
-            Input::Revoke { app, .. } | Input::Empty { app, .. } => Some(*app),
+            // Behind what it means.
+            Input::Release { app, .. } | Input::Revoke { app, .. } | Input::Empty { app, .. } => {
+                Some(*app)
+            }
             Input::Event(..)
             | Input::Attach { .. }
             | Input::Detach { .. }
@@ -182,6 +193,8 @@ pub(super) struct Emptied {
 pub(super) enum Waiter {
     One(oneshot::Sender<Settled>),
     Part(Arc<Gather>),
+    /// The same, of a row that is held back: its device is waited for, and not the disk.
+    Held(Arc<Gather>),
     Revoke(oneshot::Sender<bool>),
     Empty(DeviceId, oneshot::Sender<Emptied>),
     /// Was answered without the core; the core's answer is heard by nobody.
@@ -194,6 +207,8 @@ pub(super) struct Gather(Mutex<Gathered>);
 
 struct Gathered {
     left: usize,
+    /// Of these, rows that are held back.
+    held: usize,
     answer: Option<oneshot::Sender<Parts>>,
     parts: Parts,
 }
@@ -211,10 +226,29 @@ impl Gather {
         let (answer, answered) = oneshot::channel();
         let gather = Gather(Mutex::new(Gathered {
             left: count,
+            held: 0,
             answer: Some(answer),
             parts: Parts::default(),
         }));
         (Arc::new(gather), answered)
+    }
+
+    /// Answers that have not come, and how many of these wait for nothing but an acknowledgement.
+    pub(super) fn left(&self) -> (usize, usize) {
+        let gathered = locked(&self.0);
+        (gathered.left, gathered.held)
+    }
+
+    fn hold(&self) {
+        locked(&self.0).held += 1;
+    }
+
+    /// One that was held is held no more, and is settled.
+    fn settle_held(&self, device: DeviceId, settled: Settled) {
+        let mut gathered = locked(&self.0);
+        gathered.held = gathered.held.saturating_sub(1);
+        drop(gathered);
+        self.settle(device, settled);
     }
 
     fn settle(&self, device: DeviceId, settled: Settled) {
@@ -377,7 +411,7 @@ pub(super) struct Shared {
 
 /// How a notification ended.
 struct Ended {
-    tickets: Vec<Ticket>,
+    tickets: Tickets,
     record: OutcomeRecord,
     stored: bool,
 }
@@ -423,7 +457,9 @@ struct Replaced {
 struct Touched {
     session: SessionId,
     outlet: Arc<dyn Outlet>,
-    outs: Vec<Out>,
+    /// Mostly there is one, and it needs no buffer.
+    first: Option<Out>,
+    more: Vec<Out>,
 }
 
 /// Somebody who waits, with what the ledger needs to know of the notification.
@@ -465,6 +501,23 @@ impl Waiters {
             .filter(|slot| slot.generation == generation)
     }
 
+    /// The row is held back.
+    fn held(&mut self, ticket: Ticket) {
+        if let Some(slot) = self.slot(ticket) {
+            slot.waiter = match std::mem::replace(&mut slot.waiter, Waiter::Gone) {
+                Waiter::Part(gather) => {
+                    gather.hold();
+                    Waiter::Held(gather)
+                }
+                other @ (Waiter::One(_)
+                | Waiter::Held(_)
+                | Waiter::Revoke(_)
+                | Waiter::Empty(..)
+                | Waiter::Gone) => other,
+            };
+        }
+    }
+
     fn take(&mut self, ticket: Ticket) -> Option<Slot> {
         let (place, generation) = split(ticket);
         let fits = self
@@ -484,6 +537,9 @@ impl Waiters {
                         Waiter::One(answer) => reply(answer, Settled::Busy),
                         // The device does not matter: the whole ping is told to come again.
                         Waiter::Part(gather) => gather.settle(DeviceId([0; 16]), Settled::Busy),
+                        Waiter::Held(gather) => {
+                            gather.settle_held(DeviceId([0; 16]), Settled::Busy);
+                        }
                         other @ (Waiter::Revoke(_) | Waiter::Empty(..) | Waiter::Gone) => {
                             slot.waiter = other;
                         }
@@ -724,6 +780,7 @@ impl ShardTask {
                 notification,
                 may_repeat,
                 paced,
+                patient,
                 waiter,
             } => {
                 let pace = self.shared.device_pace.get();
@@ -753,8 +810,17 @@ impl ShardTask {
                     notification,
                     may_repeat,
                     too_fast,
+                    patient,
                 };
-                (device, Event::Enqueue(enqueue))
+                let before = self.effects.len();
+                let event = Event::Enqueue(enqueue);
+                self.core.handle(device, event, now, &mut self.effects);
+                // The last thing that is said of a row that is held back.
+                let said = self.effects.get(before..).and_then(<[Effect]>::last);
+                if patient && matches!(said, Some(Effect::Noticed(Notice::Deferred))) {
+                    self.waiters.held(ticket);
+                }
+                return;
             }
             Input::Attach {
                 device,
@@ -833,6 +899,13 @@ impl ShardTask {
             }
             Input::CutSecret { device, session } => {
                 return self.cut_secret(device, session, now);
+            }
+            Input::Release { ping, devices, .. } => {
+                for device in devices {
+                    let release = Event::Release { ping };
+                    self.core.handle(device, release, now, &mut self.effects);
+                }
+                return;
             }
             Input::Seed { mailboxes, passed } => return self.core.seed(&mailboxes, passed),
             Input::Made(device) => return self.core.made(device),
@@ -1209,25 +1282,33 @@ impl ShardTask {
             .get_mut(entry.touched as usize)
             .filter(|touched| touched.session == session)
         {
-            touched.outs.push(out);
+            if touched.more.is_empty() {
+                touched.more = self.spare.pop().unwrap_or_default();
+                touched.more.extend(touched.first.take());
+            }
+            touched.more.push(out);
             return;
         }
-        let mut outs = self.spare.pop().unwrap_or_default();
-        outs.push(out);
         entry.touched = u32::try_from(self.touched.len()).unwrap_or(u32::MAX);
         self.touched.push(Touched {
             session,
             outlet: Arc::clone(&entry.outlet),
-            outs,
+            first: Some(out),
+            more: Vec::new(),
         });
     }
 
     fn wake_links(&mut self) {
         for mut touched in self.touched.drain(..) {
-            touched.outlet.push_all(&mut touched.outs);
-            if self.spare.len() < SPARE_BUFFERS {
-                touched.outs.clear();
-                self.spare.push(touched.outs);
+            match touched.first {
+                Some(out) => touched.outlet.push(out),
+                None => {
+                    touched.outlet.push_all(&mut touched.more);
+                    if self.spare.len() < SPARE_BUFFERS {
+                        touched.more.clear();
+                        self.spare.push(touched.more);
+                    }
+                }
             }
         }
     }
@@ -1429,6 +1510,7 @@ fn answer(waiter: Waiter, device: DeviceId, settled: Settled) {
     match waiter {
         Waiter::One(answer) => reply(answer, settled),
         Waiter::Part(gather) => gather.settle(device, settled),
+        Waiter::Held(gather) => gather.settle_held(device, settled),
         Waiter::Revoke(_) | Waiter::Empty(..) | Waiter::Gone => {}
     }
 }

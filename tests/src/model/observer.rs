@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bellwire_server::delivery::{
-    Acknowledged, Attach, Closing, CommitFailure, Disk, Effect, Notification, Outcome, PingId,
-    Refusal, Rejection, SessionId, Ticket, Verdict,
+    Acknowledged, Attach, Change, Closing, CommitFailure, Disk, Effect, Notification, Outcome,
+    PingId, Refusal, Rejection, SessionId, Ticket, Verdict,
 };
 
 use super::store::ModelStore;
@@ -51,6 +51,10 @@ struct Made {
     sent: bool,
     /// It was sent in this run.
     sent_in_run: bool,
+    /// It may wait for its acknowledgement until it is released.
+    patient: bool,
+    /// An earlier run may have sent it, as far as whoever asked knows.
+    repeated: bool,
     /// It took its place: what it replaced must not come after it.
     took_place: bool,
 }
@@ -105,7 +109,13 @@ impl Observer {
     // ---- What goes in --------------------------------------------------------------------------------------------
 
     /// A ping goes in.
-    pub fn asked(&mut self, ticket: Ticket, notification: Arc<Notification>, run: u32) {
+    pub fn asked(
+        &mut self,
+        ticket: Ticket,
+        notification: Arc<Notification>,
+        run: u32,
+        (patient, repeat): (bool, bool),
+    ) {
         self.now_ms = self.now_ms.max(START_MS);
         self.run = run;
         let ping = notification.ping;
@@ -118,6 +128,8 @@ impl Observer {
             run,
             sent: false,
             sent_in_run: false,
+            patient,
+            repeated: patient && repeat,
             took_place: false,
         });
     }
@@ -220,6 +232,59 @@ impl Observer {
         if self.disk != Disk::Failed {
             self.disk = disk;
             self.was_full |= disk == Disk::Full;
+        }
+    }
+
+    /// A frame is about to be written. Rows go to the disk in their order, or a crash could bring an earlier one again behind a
+    /// later one.
+    pub fn sealed(&mut self, changes: &[Change], store: &ModelStore) {
+        let rows = changes.iter().filter_map(|change| match change {
+            Change::Insert { notification, .. } => Some(notification),
+            Change::Remove { .. }
+            | Change::Withdraw { .. }
+            | Change::Summary { .. }
+            | Change::Forget { .. }
+            | Change::Cleared { .. } => None,
+        });
+        let rows: Vec<&Arc<Notification>> = rows.collect();
+        let Some(last) = rows.iter().map(|row| serial(row)).max() else {
+            return;
+        };
+        let mut left = Vec::new();
+        for made in self.made.iter().take(last) {
+            let ping = made.notification.ping;
+            let in_flight = self.open.as_ref().is_some_and(|open| {
+                let waits = open.unanswered.iter().any(|&(_, one)| one == ping);
+                let number = serial(&made.notification);
+                // One that was turned away and asked for again is another.
+                let newest = self.accounts[&ping].serials.last() == Some(&number);
+                let sent = open.sent.contains(&number);
+                waits && sent && newest && !self.left.contains(&open.id)
+            });
+            if !made.patient || made.notification.collapse.is_some() || !in_flight {
+                continue;
+            }
+            let account = &self.accounts[&ping];
+            let waits = self
+                .waiting
+                .values()
+                .any(|what| *what == Waiting::Ping(ping));
+            let ended = account.acknowledged || account.declined || account.revoked || self.wiped;
+            let is_there = store.has(ping) || rows.iter().any(|row| row.ping == ping);
+            if waits
+                && !ended
+                && !is_there
+                && !made.notification.transient
+                && made.notification.expires_ms > self.now_ms
+            {
+                left.push(ping);
+            }
+        }
+        for ping in left {
+            self.complain(format!(
+                "{} is held back, and a later one goes to the disk",
+                name(ping)
+            ));
         }
     }
 
@@ -595,7 +660,7 @@ impl Observer {
                 "{of} may have been sent before, and does not say so"
             ));
         }
-        if redelivered && made.run == run && !made.sent && !later_sent {
+        if redelivered && made.run == run && !made.sent && !later_sent && !made.repeated {
             complaints.push(format!("{of} says that it may have been sent before"));
         }
         made.sent = true;
@@ -667,6 +732,16 @@ impl Observer {
         if !self.attaching.is_empty() {
             self.complain("nobody answers a hello");
         }
+    }
+
+    /// Pings that somebody waits for.
+    #[must_use]
+    pub fn waited_for(&self) -> Vec<PingId> {
+        let pings = self.waiting.values().filter_map(|what| match what {
+            Waiting::Ping(ping) => Some(*ping),
+            Waiting::Revoke(_) | Waiting::Wipe => None,
+        });
+        pings.collect()
     }
 
     // ---- What generators ask -------------------------------------------------------------------------------------

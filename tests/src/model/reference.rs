@@ -143,6 +143,7 @@ impl Reference {
                 size,
                 transient,
                 repeat,
+                patient,
             } => {
                 self.tickets += 1;
                 let ttl_ms = match transient {
@@ -157,7 +158,8 @@ impl Reference {
                     size: *size,
                     expires_ms: self.now_ms + ttl_ms,
                     transient: *transient,
-                    run: self.run,
+                    // It counts as one of an earlier run, which may have sent it.
+                    run: self.run - u32::from(*patient && *repeat && !*transient),
                     sent: false,
                     in_flight: false,
                     superseded: false,
@@ -238,7 +240,8 @@ impl Reference {
                     row.in_flight = false;
                 }
             }
-            Step::Seal
+            Step::Release(_)
+            | Step::Seal
             | Step::Commit
             | Step::NoRoom
             | Step::Fail(_)

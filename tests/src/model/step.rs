@@ -40,6 +40,8 @@ pub enum Step {
         transient: bool,
         /// Its id may wait already.
         repeat: bool,
+        /// It is safe without its row: that may wait until it is released.
+        patient: bool,
     },
     /// The device says hello.
     Attach {
@@ -66,6 +68,8 @@ pub enum Step {
     Decline(u64, Name),
     /// The publisher takes it back.
     Revoke(Name),
+    /// What is held back of it has waited long enough.
+    Release(Name),
     /// The device is to take this one off the screen, and is told so for a minute.
     Withdraw(Name),
     /// The device is revoked.
@@ -136,6 +140,7 @@ impl fmt::Display for Step {
                 size,
                 transient,
                 repeat,
+                patient,
             } => {
                 write!(f, "enqueue {name}")?;
                 if *transient {
@@ -149,6 +154,9 @@ impl fmt::Display for Step {
                 }
                 if *repeat {
                     f.write_str(" repeat")?;
+                }
+                if *patient {
+                    f.write_str(" patient")?;
                 }
                 Ok(())
             }
@@ -182,6 +190,7 @@ impl fmt::Display for Step {
             Step::AckIds(session, pings) => write!(f, "ack s{session} {}", names(pings)),
             Step::Decline(session, name) => write!(f, "decline s{session} {name}"),
             Step::Revoke(name) => write!(f, "revoke {name}"),
+            Step::Release(name) => write!(f, "release {name}"),
             Step::Withdraw(name) => write!(f, "withdraw {name}"),
             Step::Wipe => f.write_str("wipe"),
             Step::Sweep => f.write_str("sweep"),

@@ -32,6 +32,7 @@ pub(super) struct Temper {
     urgencies: bool,
     transient: f64,
     repeat: f64,
+    patient: f64,
     short_lives: f64,
     window: u16,
     pub(super) len: usize,
@@ -66,6 +67,7 @@ impl Temper {
             urgencies: random.random_bool(0.5),
             transient: if random.random_bool(0.3) { 0.2 } else { 0.0 },
             repeat: if random.random_bool(0.4) { 0.3 } else { 0.0 },
+            patient: if random.random_bool(0.5) { 0.5 } else { 0.0 },
             short_lives: if random.random_bool(0.4) { 0.4 } else { 0.0 },
             window: if random.random_bool(0.5) { 3 } else { 8 },
             len: random.random_range(10..=60),
@@ -218,7 +220,7 @@ impl Maker {
                     _ => Step::AckIds(last, self.names(world, random)),
                 }
             }
-            4 => match random.random_range(0..3) {
+            4 => match random.random_range(0..4) {
                 0 => Step::Withdraw(self.known(random)),
                 _ => Step::Revoke(self.known(random)),
             },
@@ -234,6 +236,9 @@ impl Maker {
                     _ => world.now_ms + spans[random.random_range(0..spans.len())],
                 };
                 Step::At(at)
+            }
+            7 if temper.patient > 0.0 && random.random_bool(0.5) => {
+                Step::Release(self.names(world, random)[0])
             }
             7 => Step::Sweep,
             8 => match random.random_range(0..3) {
@@ -293,6 +298,7 @@ impl Maker {
             transient: random.random_bool(temper.transient),
             // Whoever repeats an id says so.
             repeat: repeat || exhausted || temper.repeat > 0.0,
+            patient: random.random_bool(temper.patient),
         }
     }
 }

@@ -205,6 +205,7 @@ impl World {
                 size,
                 transient,
                 repeat,
+                patient,
             } => {
                 let ticket = self.ticket();
                 let ttl_ms = if *transient {
@@ -228,13 +229,18 @@ impl World {
                     hold: Hold::default(),
                 });
                 self.serials += 1;
-                self.observer
-                    .asked(ticket, Arc::clone(&notification), self.policy.run);
+                self.observer.asked(
+                    ticket,
+                    Arc::clone(&notification),
+                    self.policy.run,
+                    (*patient, *repeat),
+                );
                 self.event(Event::Enqueue(Enqueue {
                     ticket,
                     notification,
                     may_repeat: *repeat,
                     too_fast: false,
+                    patient: *patient,
                 }));
             }
             Step::Attach {
@@ -298,6 +304,7 @@ impl World {
                 self.observer.revokes(ticket, ping);
                 self.event(Event::Revoke { ticket, ping });
             }
+            Step::Release(name) => self.event(Event::Release { ping: ping(*name) }),
             Step::Withdraw(name) => {
                 // The runtime asks for none from a device that is gone.
                 if self.store.summary.is_some() {
@@ -467,7 +474,9 @@ impl World {
 
     fn seal(&mut self) {
         if self.sealed.is_none() && self.shard.has_offers() {
-            self.sealed = Some(self.shard.seal());
+            let changes = self.shard.seal();
+            self.observer.sealed(&changes, &self.store);
+            self.sealed = Some(changes);
         }
     }
 
@@ -542,6 +551,10 @@ impl World {
         self.step(&Step::AnswerReads)?;
         self.step(&Step::Disk(Disk::Open))?;
         for _ in 0..4 {
+            // What is patient is not so for ever.
+            for ping in self.observer.waited_for() {
+                self.step(&Step::Release(name(ping)))?;
+            }
             // Longer than every retry and holding back, shorter than a life.
             self.step(&Step::At(self.now_ms + 6_000))?;
             self.step(&Step::AnswerReads)?;

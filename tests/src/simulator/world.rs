@@ -83,6 +83,7 @@ impl Clock for SimClock {
 enum Ev {
     Publish(usize),
     Retry(usize, usize),
+    Release(usize, usize),
     Revoke(usize),
     Wipe(usize),
     Arrive(u64, Way),
@@ -348,6 +349,7 @@ impl World {
                 self.publish(number, &targets);
             }
             Ev::Retry(number, device) => self.publish(number, &[device]),
+            Ev::Release(number, device) => self.release(number, device),
             Ev::Revoke(number) => self.revoke(number),
             Ev::Wipe(device) => self.wipe(device),
             Ev::Arrive(conn, way) => self.arrive(conn, way),

@@ -6,10 +6,10 @@ use super::{
     Context, Departure, FULL_DISK_PATIENCE, Found, Insert, Known, Load, Mailbox, Row, Stage,
 };
 use crate::delivery::event::{Disk, Effect, Enqueue, Notice, Outcome, Rejection, RowKey, RowMeta};
-use crate::delivery::ids::{PingId, Ticket};
+use crate::delivery::ids::{PingId, Ticket, Tickets};
 use crate::delivery::notification::{CollapseKey, Notification};
 use crate::delivery::policy::{OverflowRule, Policy};
-use crate::delivery::session::InFlight;
+use crate::delivery::session::{InFlight, UNTIL_RELEASED};
 use crate::delivery::stock::Quota;
 
 impl Mailbox {
@@ -19,6 +19,7 @@ impl Mailbox {
             notification,
             may_repeat,
             too_fast,
+            patient,
         } = enqueue;
         let ping = notification.ping;
         if cx.disk == Disk::Failed {
@@ -95,6 +96,8 @@ impl Mailbox {
 
         let order = self.summary.next_order;
         self.summary.next_order += 1;
+        // What is brought again may have been sent by the run that brought it first.
+        let sent = patient && may_repeat;
         let meta = RowMeta {
             key: RowKey {
                 urgency: notification.urgency,
@@ -104,22 +107,31 @@ impl Mailbox {
             size: notification.size,
             expires_ms: notification.expires_ms,
             collapse: notification.collapse.clone(),
-            run: cx.policy.run,
+            run: cx.policy.run.wrapping_sub(u32::from(sent)),
             shared: notification.shared,
         };
+        // One that comes back after a crash with its replacement key would push out what replaced it: that is not to be any
+        // likelier than it is.
+        let waits = patient && meta.collapse.is_none();
         self.unsealed.add(meta.size);
+        if self.rows.capacity() == 0 {
+            // Mostly it stays the only one.
+            self.rows.reserve_exact(1);
+        }
         self.rows.push_back(Row {
             meta,
             stage: Stage::Offered,
             body: Some(notification),
-            tickets: vec![ticket],
-            sent: false,
+            tickets: Tickets::from_iter([ticket]),
+            sent,
             in_flight: false,
             superseded: false,
             rides,
         });
         self.pump(cx);
-        self.hold_back(order, cx);
+        if !self.hold_back(order, waits, cx) {
+            self.release_before(order, cx);
+        }
     }
 
     /// TTL 0: sent now or never.
@@ -146,7 +158,7 @@ impl Mailbox {
             run: cx.policy.run,
             shared: notification.shared,
         };
-        let mut tickets = vec![ticket];
+        let mut tickets = Tickets::from_iter([ticket]);
         cx.accept(&mut tickets, notification.ping);
         self.rows.push_back(Row {
             meta,
@@ -167,7 +179,9 @@ impl Mailbox {
             let row = &mut self.rows[index];
             match row.stage {
                 Stage::Held | Stage::Offered | Stage::Sealed => row.tickets.push(ticket),
-                Stage::Transient | Stage::Stored => cx.accept(&mut vec![ticket], ping),
+                Stage::Transient | Stage::Stored => {
+                    cx.accept(&mut Tickets::from_iter([ticket]), ping)
+                }
             }
             return true;
         }
@@ -198,7 +212,7 @@ impl Mailbox {
     ) {
         let (app, ping, device) = (notification.app, notification.ping, cx.device);
         cx.emit(Effect::Ended {
-            tickets: vec![ticket],
+            tickets: Tickets::from_iter([ticket]),
             app,
             device,
             ping,
@@ -348,38 +362,46 @@ impl Mailbox {
         })
     }
 
-    /// Gives the acknowledgement of a row just sent a chance to beat the disk.
-    pub(super) fn hold_back(&mut self, order: u64, cx: &mut Context<'_>) {
+    /// Gives the acknowledgement of a row just sent a chance to beat the disk. `waits`: the row may wait until it is released.
+    /// Answers whether it is held.
+    pub(super) fn hold_back(&mut self, order: u64, waits: bool, cx: &mut Context<'_>) -> bool {
         let Some(session) = self.session.as_mut() else {
-            return;
+            return false;
         };
-        let patience = match (cx.disk, session.defers_for(cx.policy)) {
-            (Disk::Full, _) => FULL_DISK_PATIENCE,
-            (_, Some(patience)) => patience,
-            (_, None) => return,
+        let now = cx.now.mono;
+        let (until, long) = match (cx.disk, session.defers_for(cx.policy)) {
+            (Disk::Full, _) => (now + FULL_DISK_PATIENCE, true),
+            _ if waits && session.is_prompt(now, cx.policy) => (UNTIL_RELEASED, true),
+            (_, Some(patience)) => (now + patience, false),
+            (_, None) => return false,
         };
         let Some(flight) = session
             .in_flight
             .back_mut()
             .filter(|flight| flight.order == order)
         else {
-            return;
+            return false;
         };
         let Some(row) = self
             .rows
             .back_mut()
             .filter(|row| row.meta.key.order == order)
         else {
-            return;
+            return false;
         };
-        flight.held_until = Some(cx.now.mono + patience);
+        flight.held_until = Some(until);
+        flight.held_long = long;
         row.stage = Stage::Held;
         self.held += 1;
         cx.emit(Effect::Noticed(Notice::Deferred));
+        true
     }
 
-    /// Ends the holding back of every row for which `due` says so.
+    /// Ends the holding back of every row for which `due` says so, and of those before them that are held for long.
     pub(super) fn release(&mut self, due: impl Fn(&InFlight) -> bool, cx: &mut Context<'_>) {
+        if self.held == 0 {
+            return;
+        }
         let Some(session) = self.session.as_mut() else {
             return;
         };
@@ -390,9 +412,47 @@ impl Mailbox {
                 orders.push(flight.order);
             }
         }
+        let last = orders.iter().max().copied();
         for order in orders {
             self.offer_held(order, cx);
         }
+        if let Some(last) = last {
+            self.release_before(last, cx);
+        }
+    }
+
+    /// The row of this order goes to the disk: what is held for long before it goes along. (What is held for moments was
+    /// promised to nobody yet.)
+    fn release_before(&mut self, order: u64, cx: &mut Context<'_>) {
+        let is_due = |flight: &InFlight| {
+            flight.held_until.is_some() && flight.held_long && flight.order < order
+        };
+        let waits = self.held > 0
+            && self
+                .session
+                .as_ref()
+                .is_some_and(|session| session.in_flight.iter().any(is_due));
+        if waits {
+            self.release(is_due, cx);
+        }
+    }
+
+    /// What is held back of a ping has waited long enough.
+    pub(super) fn release_ping(&mut self, ping: PingId, cx: &mut Context<'_>) {
+        let Some(row) = self.rows.iter().rev().find(|row| row.meta.ping == ping) else {
+            return;
+        };
+        let order = row.meta.key.order;
+        let is_due = |flight: &InFlight| flight.order == order && flight.is_patient();
+        if cx.disk == Disk::Full {
+            // As with one that comes now: it is in flight, and would be turned away.
+            let flights = self.session.iter_mut().flat_map(|s| &mut s.in_flight);
+            for flight in flights.filter(|flight| is_due(flight)) {
+                flight.held_until = Some(cx.now.mono + FULL_DISK_PATIENCE);
+            }
+            return;
+        }
+        self.release(is_due, cx);
     }
 
     pub(super) fn offer_held(&mut self, order: u64, cx: &mut Context<'_>) {

@@ -9,7 +9,7 @@ use super::{
 use crate::delivery::event::{
     Change, CommitFailure, Disk, Effect, Event, MailboxView, Notice, Outcome, Refusal, Rejection,
 };
-use crate::delivery::ids::DeviceId;
+use crate::delivery::ids::{DeviceId, Tickets};
 use crate::delivery::policy::Policy;
 
 impl Mailbox {
@@ -52,7 +52,7 @@ impl Mailbox {
                 meta,
                 stage: Stage::Stored,
                 body: None,
-                tickets: Vec::new(),
+                tickets: Tickets::new(),
                 sent,
                 in_flight: false,
                 superseded: false,
@@ -118,6 +118,7 @@ impl Mailbox {
                 | Event::Acknowledge { .. }
                 | Event::Decline { .. }
                 | Event::Presence { .. }
+                | Event::Release { .. }
                 | Event::Read(_)
                 | Event::Bodies(_) => {}
             }
@@ -131,7 +132,7 @@ impl Mailbox {
         policy: &Policy,
         changes: &mut Vec<Change>,
     ) {
-        let (run, app) = (policy.run, self.summary.app);
+        let app = self.summary.app;
         let before = changes.len();
         let mut left = self.unsealed.count;
         for row in self.rows.iter_mut().rev() {
@@ -153,7 +154,7 @@ impl Mailbox {
             changes.push(Change::Insert {
                 device,
                 order,
-                run,
+                run: row.meta.run,
                 notification: Arc::clone(body),
             });
             row.stage = Stage::Sealed;

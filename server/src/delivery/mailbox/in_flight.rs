@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use smallvec::SmallVec;
+
 use super::{Clearing, Context, Departure, Insert, Known, Mailbox, READ_RETRY, Stage, Wipe};
 use crate::delivery::event::{
     Acknowledged, Attach, Body, Closing, Disk, Effect, Notice, Outcome, Refusal, RowKey, RowMeta,
@@ -133,6 +135,10 @@ impl Mailbox {
                 return;
             };
             let row = &mut self.rows[index];
+            if session.in_flight.capacity() == 0 {
+                // Mostly it stays the only one.
+                session.in_flight.reserve_exact(1);
+            }
             session.seq += 1;
             session.cursor = row.meta.key.order;
             session.in_flight.push_back(InFlight {
@@ -141,6 +147,7 @@ impl Mailbox {
                 sent_at: cx.now.mono,
                 expires_at: cx.now.mono_at(row.meta.expires_ms),
                 held_until: None,
+                held_long: false,
                 ended: None,
             });
             let redelivered = row.sent;
@@ -228,7 +235,7 @@ impl Mailbox {
                 let count = session
                     .in_flight
                     .partition_point(|flight| flight.seq <= seq);
-                let orders: Vec<u64> = session
+                let orders: SmallVec<[u64; 4]> = session
                     .in_flight
                     .range(..count)
                     .map(|flight| flight.order)
@@ -281,8 +288,8 @@ impl Mailbox {
         }
         self.end(index, outcome, cx.now.unix_ms, None, cx);
         if late && cx.disk == Disk::Open {
-            // This device is slower than it was: what waits for it goes to the disk.
-            self.release(|_| true, cx);
+            // This device is slower than it was: what waits for moments goes to the disk.
+            self.release(|flight| !flight.is_patient(), cx);
         }
     }
 

@@ -17,6 +17,8 @@ impl World {
             return;
         };
         let now = house.now(self.now_us);
+        // What goes to several is asked for again whenever a crash took it, as a ping to an audience is.
+        let patient = retries && plan.targets.len() > 1;
         let content = Content {
             body: Some("x".repeat(plan.text)),
             ..Content::default()
@@ -45,12 +47,16 @@ impl World {
                 notification: Arc::clone(&notification),
                 may_repeat: retries,
                 too_fast: false,
+                patient,
             };
             house.inbox.push_back((device, Event::Enqueue(enqueue)));
             self.ledger.asks(ping, device, plan.key, plan.transient);
             if self.wipes.contains(&device) || self.devices[device].gone {
                 self.ledger.revoked(ping, device);
             }
+        }
+        for &device in targets.iter().filter(|_| patient) {
+            self.after_ms(1_000, Ev::Release(number, device));
         }
         self.say(|| {
             format!(
@@ -72,6 +78,15 @@ impl World {
         if self.faults.retries {
             let wait_ms = 500 + self.random.random_range(0..2_000);
             self.after_ms(wait_ms, Ev::Retry(Self::number(ping), device));
+        }
+    }
+
+    /// What is held back of it for a device has waited long enough.
+    pub(super) fn release(&mut self, number: usize, device: usize) {
+        let ping = self.plan[number].ping;
+        if let Some(house) = &mut self.house {
+            let release = Event::Release { ping };
+            house.inbox.push_back((device, release));
         }
     }
 

@@ -78,6 +78,7 @@ impl World {
             Ev::Tick | Ev::Heal => false,
             Ev::Publish(_)
             | Ev::Retry(..)
+            | Ev::Release(..)
             | Ev::Revoke(_)
             | Ev::Wipe(_)
             | Ev::Arrive(..)
