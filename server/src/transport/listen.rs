@@ -23,7 +23,7 @@ use super::meters::Meters;
 use super::outbox::Kick;
 use super::pace::Pace;
 use super::proxy::Unfit;
-use super::quic::{self, Connection, Endpoint, Gate, Judgement};
+use super::quic::{self, Connection, Endpoint, Gate, Judgement, Proof};
 use super::tls::{Prepared, Tls, TlsError, TlsSettings};
 use super::websocket;
 use super::websocket::ProxyTrouble;
@@ -625,10 +625,15 @@ struct Arrival {
 impl<D: Door> Gate for Port<D> {
     type Ticket = Arrival;
 
-    fn judge(&mut self, peer: SocketAddr, can_prove: bool) -> Judgement<Arrival> {
+    fn judge(&mut self, peer: SocketAddr, proof: Proof) -> Judgement<Arrival> {
         let meters = &self.shared.quic;
         let limits = self.shared.door.link_settings();
-        if can_prove && self.admission.wants_proof(peer.ip(), &limits) {
+        let is_due = match proof {
+            Proof::Given => false,
+            Proof::Possible => self.admission.wants_proof(peer.ip(), &limits),
+            Proof::Due => true,
+        };
+        if is_due {
             meters.refused("retry");
             return Judgement::Prove;
         }
@@ -653,8 +658,8 @@ impl<D: Door> Gate for Port<D> {
             .spawn(serve_quic(self.clone(), connection, peer, arrival));
     }
 
-    fn failed(&mut self, peer: SocketAddr, _: Arrival) {
-        no_device_link(self, peer, "closed");
+    fn failed(&mut self, peer: SocketAddr, _: Arrival, reason: &'static str) {
+        no_device_link(self, peer, reason);
     }
 }
 

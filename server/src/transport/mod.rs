@@ -44,11 +44,22 @@ mod testing {
 
     /// The same, and the certificate in PEM of the authority that vouches for it.
     pub(crate) fn tls_and_root() -> (TlsSettings, String) {
+        tls_for(&["localhost".parse().unwrap()])
+    }
+
+    /// The same with a certificate of more than 10 KB.
+    pub(crate) fn long_tls_and_root() -> (TlsSettings, String) {
+        let mut names: Vec<SanName> = vec!["localhost".parse().unwrap()];
+        let labels = ["long"; 3].map(|label| label.repeat(15)).join(".");
+        names.extend((0..60).map(|number| format!("n{number}.{labels}").parse().unwrap()));
+        tls_for(&names)
+    }
+
+    fn tls_for(names: &[SanName]) -> (TlsSettings, String) {
         let now = time::OffsetDateTime::now_utc();
         let authority = DevAuthority::generate("test", Validity::authority(now).unwrap()).unwrap();
-        let names: Vec<SanName> = vec!["localhost".parse().unwrap()];
         let issued = authority
-            .server(&names, Validity::leaf(now).unwrap())
+            .server(names, Validity::leaf(now).unwrap())
             .unwrap();
         let settings = TlsSettings {
             chain: PemSource::Text(issued.chain_pem.as_bytes().to_vec()),

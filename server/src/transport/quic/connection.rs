@@ -189,30 +189,38 @@ impl Connection {
         self.finish(cx);
     }
 
-    /// Gives the place of the handshake back when it is due. A peer that does not answer is sent to again before long, so this
-    /// is looked at in time.
+    /// Gives the place of the handshake back when it needs none any more.
     fn mind_place(&mut self) {
-        if let Some(place) = &self.place
-            && (self.is_connected
-                || self.lost.is_some()
-                || now().saturating_duration_since(place.1) >= PLACE_TIME)
-        {
+        if self.is_connected || self.lost.is_some() {
             self.place = None;
         }
     }
 
+    /// Until when the handshake may keep its place; `None`: it has none. Whoever takes the connection through its handshake
+    /// wakes for it: the protocol's own timer stands still when it may say nothing more to a peer that does not answer.
+    pub(super) fn keeps_place_until(&self) -> Option<Instant> {
+        self.place.as_ref().map(|place| place.1 + PLACE_TIME)
+    }
+
+    /// Gives the place back before the handshake is through; it goes on without.
+    pub(super) fn give_place_back(&mut self) {
+        self.place = None;
+    }
+
     /// Sends what the turn made, and sets the timer.
     pub(super) fn finish(&mut self, cx: &mut Context<'_>) {
+        let mut rang = false;
         for _ in 0..ROUNDS_PER_TURN {
             self.transmit(cx);
             self.tell_endpoint();
             // A timer that has rung already may have something to say.
-            if !self.mind_timer(cx) {
+            rang = self.mind_timer(cx);
+            if !rang {
                 break;
             }
         }
-        // What that leads to is for the next turn.
-        if self.take_events() {
+        // What that leads to is for the next turn; a timer that rang last is not set again, and would wake nobody.
+        if self.take_events() || rang {
             cx.waker().wake_by_ref();
         }
     }

@@ -1,8 +1,9 @@
 //! The endpoint: takes datagrams from the socket, finds whose they are, and lets connections in.
 //!
 //! One task holds it, and nobody waits for it: connections put what they have for it into the [`Hub`], and get what comes for
-//! them through a [`Wire`] each. Who was let in begins when one of the places for handshakes is free (`pace.rs`), in order; until
-//! then there is nothing of it but its first datagrams.
+//! them through a [`Wire`] each. Who was let in begins when one of the places for handshakes is free (`pace.rs`), the newest
+//! first; until then there is nothing of it but its first datagrams. Of those who wait the newest is the likeliest to be still
+//! there: a device that has waited for some hundred milliseconds tries WebSocket too, and takes what stands first.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
@@ -33,14 +34,30 @@ const RECEIVES_PER_TURN: usize = 8;
 /// Pause after the socket failed to receive.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Connections that wait for a place; further ones are dropped and come again by themselves, as after a lost packet.
+/// Connections that wait for a place. When one more comes the oldest is dropped, and comes again by itself if it is still
+/// there, as after a lost packet.
 pub(super) const WAITING_MAX: usize = 4_096;
 
-/// Bytes kept of what a connection says while it waits: its first flight, sent again once.
+/// Bytes kept of what a connection says while it waits, beside its first datagram: the rest of its first flight, sent again
+/// twice.
 pub(super) const WAITING_BYTES: u64 = 8 * 1024;
 
-/// Connections that begin before the socket is looked at again; some begin with their handshake's work.
+/// The same of all that wait.
+pub(super) const WAITING_BYTES_TOTAL: u64 = WAITING_BYTES * WAITING_MAX as u64 / 4;
+
+/// How long somebody may wait for a place before it counts as gone. A device that is still there says its first words again
+/// after one second and after three (RFC 9002 section 6.2), and with the third time it is a newcomer.
+const PATIENCE: Duration = Duration::from_millis(2_500);
+
+/// As long as fewer than one in so many places are free, newcomers prove their address first.
+const PROOF_FROM_SHARE: usize = 4;
+
+/// Connections that begin before others have their turn. The protocol answers a first flight as soon as it is told of it, so
+/// each may be the key exchange and signature of a handshake, in the endpoint's task and without a turn.
 const BEGINS_PER_TURN: usize = 4;
+
+/// Shortest datagram with which a device may begin (RFC 9000 section 14.1).
+const FIRST_BYTES_MIN: usize = 1_200;
 
 /// What is done with a connection that knocks.
 pub(crate) enum Judgement<T> {
@@ -57,14 +74,44 @@ pub(crate) trait Gate: Send + 'static {
     /// What belongs to a connection on its way in.
     type Ticket: Send;
 
-    /// Decides about a newcomer. `can_prove`: it has not shown its address yet, and may be asked to.
-    fn judge(&mut self, peer: SocketAddr, can_prove: bool) -> Judgement<Self::Ticket>;
+    /// Decides about a newcomer.
+    fn judge(&mut self, peer: SocketAddr, proof: Proof) -> Judgement<Self::Ticket>;
 
     /// Takes a connection whose handshake has begun.
     fn admit(&mut self, connection: Connection, peer: SocketAddr, ticket: Self::Ticket);
 
-    /// Its first datagram was not what it seemed.
-    fn failed(&mut self, peer: SocketAddr, ticket: Self::Ticket);
+    /// Nothing came of it. The reason is a word for metrics.
+    fn failed(&mut self, peer: SocketAddr, ticket: Self::Ticket, reason: &'static str);
+}
+
+/// Whether a newcomer is where it says it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// It has shown it, or cannot be asked.
+    Given,
+    /// It may be asked to show it.
+    Possible,
+    /// The same, and it should be: others wait for places, or few are left.
+    Due,
+}
+
+/// What bounds those who have not come in yet.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Handshakes that go on at a time.
+    pub(super) places: usize,
+    /// Connections that wait for one.
+    pub(super) waiting: usize,
+    /// How long they count as still there.
+    pub(super) patience: Duration,
+}
+
+/// Somebody who may come in and waits for a place.
+struct Waiting<T> {
+    incoming: Incoming,
+    peer: SocketAddr,
+    ticket: T,
+    since: Instant,
 }
 
 /// What the connections have for the endpoint, and the operator.
@@ -134,14 +181,19 @@ impl Endpoint {
         config: ServerConfig,
         gate: G,
     ) -> io::Result<Endpoint> {
-        Endpoint::with_places(socket, config, gate, Pace::places_of_this_machine())
+        let bounds = Bounds {
+            places: Pace::places_of_this_machine(),
+            waiting: WAITING_MAX,
+            patience: PATIENCE,
+        };
+        Endpoint::with_bounds(socket, config, gate, bounds)
     }
 
-    pub(super) fn with_places<G: Gate>(
+    pub(super) fn with_bounds<G: Gate>(
         socket: UdpSocket,
         config: ServerConfig,
         gate: G,
-        places: usize,
+        bounds: Bounds,
     ) -> io::Result<Endpoint> {
         let hub = Arc::new(Hub {
             socket: Socket::new(socket)?,
@@ -149,16 +201,22 @@ impl Endpoint {
             news: Notify::new(),
             open: AtomicUsize::new(0),
             idle: Notify::new(),
-            places: AtomicUsize::new(places),
+            places: AtomicUsize::new(bounds.places),
         });
+        let rules = EndpointConfig::default();
+        let datagram_max = usize::try_from(rules.get_max_udp_payload_size()).unwrap_or(usize::MAX);
+        let config = Some(Arc::new(config));
         let proto = quinn_proto::Endpoint::new(
-            Arc::new(EndpointConfig::default()),
-            Some(Arc::new(config)),
+            Arc::new(rules),
+            config.clone(),
             !hub.socket.may_fragment(),
             None,
         );
         let serving = Serving {
             proto,
+            config,
+            bounds,
+            datagram_max,
             hub: Arc::clone(&hub),
             wires: Vec::new(),
             gate,
@@ -203,12 +261,17 @@ impl Endpoint {
 /// The endpoint in its task.
 struct Serving<G: Gate> {
     proto: quinn_proto::Endpoint,
+    /// What those who begin now get; `None`: nobody comes in any more.
+    config: Option<Arc<ServerConfig>>,
+    bounds: Bounds,
+    /// The largest datagram that we say we take, in bytes.
+    datagram_max: usize,
     hub: Arc<Hub>,
     /// By the number of the connection's handle.
     wires: Vec<Option<Arc<Wire>>>,
     gate: G,
-    /// Those who may come in and wait for a place.
-    waiting: VecDeque<(Incoming, SocketAddr, G::Ticket)>,
+    /// Those who may come in and wait for a place, the oldest in front.
+    waiting: VecDeque<Waiting<G::Ticket>>,
     closed: Option<(VarInt, Bytes)>,
     /// Where answers to strangers are made.
     response: Vec<u8>,
@@ -230,6 +293,8 @@ impl<G: Gate> Serving<G> {
                 }
             };
             self.heed();
+            // Before anything is read: whoever was given up and speaks again is a newcomer.
+            self.forget_some();
             if self.closed.is_some() && hub.open.load(Ordering::Acquire) == 0 {
                 return;
             }
@@ -254,17 +319,10 @@ impl<G: Gate> Serving<G> {
     fn heed(&mut self) {
         let told = std::mem::take(&mut *self.hub.told());
         if let Some(config) = told.config {
-            self.proto.set_server_config(config);
+            self.configure(config);
         }
         if let Some((code, reason)) = told.close {
-            self.proto.set_server_config(None);
-            for (incoming, _, _) in self.waiting.drain(..) {
-                self.response.clear();
-                let refused = self.proto.refuse(incoming, &mut self.response);
-                if let Some(bytes) = self.response.get(..refused.size) {
-                    self.hub.socket.send(&refused, bytes);
-                }
-            }
+            self.configure(None);
             for wire in self.wires.iter().flatten() {
                 wire.close(code, reason.clone());
             }
@@ -285,6 +343,19 @@ impl<G: Gate> Serving<G> {
         }
     }
 
+    /// Takes another configuration, or lets nobody in any more: not even those who wait.
+    fn configure(&mut self, config: Option<Arc<ServerConfig>>) {
+        self.proto.set_server_config(config.clone());
+        self.config = config;
+        if self.config.is_some() {
+            return;
+        }
+        for waiting in std::mem::take(&mut self.waiting) {
+            self.refuse(waiting.incoming);
+            self.gate.failed(waiting.peer, waiting.ticket, "shutdown");
+        }
+    }
+
     /// Takes what has come; `true`: there may be more.
     fn receive(&mut self, memory: &mut [u8]) -> io::Result<bool> {
         let mut buffers: Vec<IoSliceMut<'_>> = memory
@@ -302,10 +373,12 @@ impl<G: Gate> Serving<G> {
             };
             let now = now();
             for (meta, buffer) in metas.iter().zip(&buffers).take(count) {
-                let mut rest = BytesMut::from(buffer.get(..meta.len).unwrap_or_default());
-                while !rest.is_empty() {
-                    let datagram = rest.split_to(meta.stride.clamp(1, rest.len()));
-                    self.datagram(now, meta, datagram);
+                let came = buffer.get(..meta.len).unwrap_or_default();
+                // Memory for each: what is kept of one must not keep the others that came with it.
+                for datagram in came.chunks(meta.stride.max(1)) {
+                    if is_fit(datagram, self.datagram_max) {
+                        self.datagram(now, meta, BytesMut::from(datagram));
+                    }
                 }
             }
         }
@@ -337,33 +410,67 @@ impl<G: Gate> Serving<G> {
 
     fn knock(&mut self, incoming: Incoming) {
         let peer = incoming.remote_address();
-        let can_prove = !incoming.remote_address_validated() && incoming.may_retry();
+        let proof = match !incoming.remote_address_validated() && incoming.may_retry() {
+            false => Proof::Given,
+            true if self.is_pressed() => Proof::Due,
+            true => Proof::Possible,
+        };
         let judgement = match self.closed {
             Some(_) => Judgement::Refuse,
-            None => self.gate.judge(peer, can_prove),
+            None => self.gate.judge(peer, proof),
         };
-        self.response.clear();
         match judgement {
-            Judgement::Admit(ticket) if self.waiting.len() < WAITING_MAX => {
-                self.waiting.push_back((incoming, peer, ticket));
-            }
             Judgement::Admit(ticket) => {
-                self.proto.ignore(incoming);
-                self.gate.failed(peer, ticket);
-            }
-            Judgement::Prove => match self.proto.retry(incoming, &mut self.response) {
-                Ok(transmit) => self.respond(&transmit),
-                // It has proved it already.
-                Err(error) => {
-                    self.response.clear();
-                    let refused = self.proto.refuse(error.into_incoming(), &mut self.response);
-                    self.respond(&refused);
+                while self.waiting.len() >= self.bounds.waiting.max(1) {
+                    self.forget("queue_full");
                 }
-            },
-            Judgement::Refuse => {
-                let refused = self.proto.refuse(incoming, &mut self.response);
-                self.respond(&refused);
+                self.waiting.push_back(Waiting {
+                    incoming,
+                    peer,
+                    ticket,
+                    since: now(),
+                });
             }
+            Judgement::Prove => {
+                self.response.clear();
+                match self.proto.retry(incoming, &mut self.response) {
+                    Ok(transmit) => self.respond(&transmit),
+                    // It has proved it already.
+                    Err(error) => self.refuse(error.into_incoming()),
+                }
+            }
+            Judgement::Refuse => self.refuse(incoming),
+        }
+    }
+
+    /// Whether newcomers should show that they are where they say, because others wait or are soon to.
+    fn is_pressed(&self) -> bool {
+        let free = self.hub.places.load(Ordering::Acquire);
+        !self.waiting.is_empty() || free.saturating_mul(PROOF_FROM_SHARE) < self.bounds.places
+    }
+
+    /// Tells somebody who has not begun that it does not come in.
+    fn refuse(&mut self, incoming: Incoming) {
+        self.response.clear();
+        let refused = self.proto.refuse(incoming, &mut self.response);
+        self.respond(&refused);
+    }
+
+    /// Forgets the oldest of those who wait, without a word: if it is there it comes again.
+    fn forget(&mut self, reason: &'static str) {
+        if let Some(waiting) = self.waiting.pop_front() {
+            self.proto.ignore(waiting.incoming);
+            self.gate.failed(waiting.peer, waiting.ticket, reason);
+        }
+    }
+
+    /// Forgets those who have waited so long that they will have left: they must not cost a handshake.
+    fn forget_some(&mut self) {
+        let now = now();
+        while let Some(oldest) = self.waiting.front()
+            && now.saturating_duration_since(oldest.since) >= self.bounds.patience
+        {
+            self.forget("waited_too_long");
         }
     }
 
@@ -376,8 +483,8 @@ impl<G: Gate> Serving<G> {
             let Some(place) = self.hub.place() else {
                 return false;
             };
-            if let Some((incoming, peer, ticket)) = self.waiting.pop_front() {
-                self.admit(incoming, place, peer, ticket);
+            if let Some(newest) = self.waiting.pop_back() {
+                self.admit(newest, place);
             }
         }
         if self.waiting.is_empty() {
@@ -387,10 +494,20 @@ impl<G: Gate> Serving<G> {
         !self.waiting.is_empty()
     }
 
-    fn admit(&mut self, incoming: Incoming, place: Place, peer: SocketAddr, ticket: G::Ticket) {
+    fn admit(&mut self, newcomer: Waiting<G::Ticket>, place: Place) {
+        let Waiting {
+            incoming,
+            peer,
+            ticket,
+            ..
+        } = newcomer;
         self.response.clear();
-        let now = now();
-        match self.proto.accept(incoming, now, &mut self.response, None) {
+        // The configuration of now: the certificate may be another than when it came.
+        let config = self.config.clone();
+        let begun = self
+            .proto
+            .accept(incoming, now(), &mut self.response, config);
+        match begun {
             Ok((handle, connection)) => {
                 let wire = Arc::new(Wire::default());
                 if self.wires.len() <= handle.0 {
@@ -411,7 +528,7 @@ impl<G: Gate> Serving<G> {
                 if let Some(transmit) = &error.response {
                     self.respond(transmit);
                 }
-                self.gate.failed(peer, ticket);
+                self.gate.failed(peer, ticket, "closed");
             }
         }
     }
@@ -422,4 +539,18 @@ impl<G: Gate> Serving<G> {
             self.hub.socket.send(transmit, bytes);
         }
     }
+}
+
+/// Whether the protocol is to see a datagram. Larger ones than we say we take are not for us, and would cost their size in
+/// memory; a beginning that is too short is to be thrown away (RFC 9000 section 14.1), and quinn-proto looks at that only for
+/// the first one of a connection, so that many tiny ones could pile up behind it.
+pub(super) fn is_fit(datagram: &[u8], max: usize) -> bool {
+    /// A long header, and in it the types Initial and 0-RTT.
+    const LONG: u8 = 0x80;
+    const TYPE: u8 = 0x30;
+    const ZERO_RTT: u8 = 0x10;
+    let is_beginning = datagram
+        .first()
+        .is_some_and(|first| first & LONG != 0 && first & TYPE <= ZERO_RTT);
+    datagram.len() <= max && (datagram.len() >= FIRST_BYTES_MIN || !is_beginning)
 }

@@ -12,8 +12,8 @@ mod socket;
 mod tests;
 mod time;
 
-use std::future::poll_fn;
-use std::pin::Pin;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -22,11 +22,11 @@ use bellwire_protocol::{Carrier, Code, Codec, FrameReader, LengthPrefix};
 use bytes::Bytes;
 use quinn_proto::crypto::rustls::QuicServerConfig;
 use quinn_proto::{ConnectionError, IdleTimeout, ServerConfig, TransportConfig, VarInt};
-use tokio::time::Sleep;
+use tokio::time::{Sleep, sleep_until};
 
 pub(crate) use self::connection::Connection;
 use self::connection::{Read, Write};
-pub(crate) use self::endpoint::{Endpoint, Gate, Judgement};
+pub(crate) use self::endpoint::{Endpoint, Gate, Judgement, Proof};
 use super::link::{Broken, Pipe, Traffic};
 use super::outgoing::Outgoing;
 
@@ -65,10 +65,11 @@ pub(crate) fn server_config(tls: Arc<QuicServerConfig>, silence: Duration) -> Se
     let mut config = ServerConfig::with_crypto(tls);
     config
         .transport_config(Arc::new(transport))
-        // Those who wait for a place (endpoint.rs) hold their first flight and no more.
-        .max_incoming(endpoint::WAITING_MAX)
+        // Those who wait for a place (endpoint.rs) hold their first flight and no more. One more than may wait, so that it is
+        // we who drop, and count it.
+        .max_incoming(endpoint::WAITING_MAX + 1)
         .incoming_buffer_size(endpoint::WAITING_BYTES)
-        .incoming_buffer_size_total(endpoint::WAITING_BYTES * endpoint::WAITING_MAX as u64 / 4)
+        .incoming_buffer_size_total(endpoint::WAITING_BYTES_TOTAL)
         // Devices change networks; the connection follows.
         .migration(true);
     config
@@ -83,8 +84,13 @@ pub(crate) async fn accept(
     deadline: Pin<&mut Sleep>,
     frame_max: usize,
 ) -> Result<QuicPipe, &'static str> {
+    let until = connection.keeps_place_until().unwrap_or_else(time::now);
+    let mut place_time = pin!(sleep_until(until.into()));
     let stands = poll_fn(|cx| {
         connection.turn(cx);
+        if connection.keeps_place_until().is_some() && place_time.as_mut().poll(cx).is_ready() {
+            connection.give_place_back();
+        }
         if let Some(error) = connection.lost() {
             return Poll::Ready(Err(match connection.is_connected() {
                 true => loss(error),

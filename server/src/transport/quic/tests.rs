@@ -1,6 +1,7 @@
 //! The endpoint and its connections, with quinn's client as the device.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -10,91 +11,135 @@ use rustls_pki_types::pem::PemObject;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::endpoint::{Bounds, WAITING_MAX};
 use super::*;
 use crate::transport::testing;
-use crate::transport::tls::Tls;
+use crate::transport::tls::{Tls, TlsSettings};
 
 const LONG: Duration = Duration::from_secs(20);
 
+mod hostile;
+
+/// Whom the gate asks for a proof of its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    Nobody,
+    /// Everybody who can be asked.
+    Everybody,
+    /// Those whom the endpoint wants asked.
+    WhenDue,
+}
+
+/// What the gate saw.
+#[derive(Debug, Default)]
+struct Seen {
+    asked: u32,
+    let_in: u32,
+    begun: Vec<SocketAddr>,
+    failed: Vec<&'static str>,
+}
+
 /// Lets everybody in, or asks for a proof first.
 struct Open {
-    ask: bool,
-    asked: u32,
+    ask: Ask,
+    seen: Arc<Mutex<Seen>>,
     arrived: mpsc::UnboundedSender<Connection>,
 }
 
 impl Gate for Open {
     type Ticket = ();
 
-    fn judge(&mut self, _: SocketAddr, can_prove: bool) -> Judgement<()> {
-        match self.ask && can_prove {
-            true => {
-                self.asked += 1;
-                Judgement::Prove
-            }
-            false => {
-                // Whoever is asked comes back.
-                assert_eq!(self.asked > 0, self.ask);
-                Judgement::Admit(())
-            }
+    fn judge(&mut self, _: SocketAddr, proof: Proof) -> Judgement<()> {
+        let mut seen = self.seen.lock().unwrap();
+        let asks = match self.ask {
+            Ask::Nobody => false,
+            Ask::Everybody => proof != Proof::Given,
+            Ask::WhenDue => proof == Proof::Due,
+        };
+        if asks {
+            seen.asked += 1;
+            return Judgement::Prove;
         }
+        // Whoever is asked comes back.
+        assert!(self.ask != Ask::Everybody || seen.asked > 0);
+        seen.let_in += 1;
+        Judgement::Admit(())
     }
 
-    fn admit(&mut self, connection: Connection, _: SocketAddr, (): ()) {
-        self.arrived.send(connection).unwrap();
+    fn admit(&mut self, connection: Connection, peer: SocketAddr, (): ()) {
+        self.seen.lock().unwrap().begun.push(peer);
+        // A test may have seen enough.
+        let _ = self.arrived.send(connection);
     }
 
-    fn failed(&mut self, _: SocketAddr, (): ()) {
-        panic!("a whole handshake was begun");
+    fn failed(&mut self, _: SocketAddr, (): (), reason: &'static str) {
+        self.seen.lock().unwrap().failed.push(reason);
     }
 }
 
 struct House {
     endpoint: Endpoint,
     address: SocketAddr,
+    seen: Arc<Mutex<Seen>>,
     arrivals: mpsc::UnboundedReceiver<Connection>,
     client: quinn::Endpoint,
 }
 
+/// A device's side that trusts this authority.
+fn client_of(root: &str) -> quinn::Endpoint {
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_slice(root.as_bytes()).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    let config = quinn::crypto::rustls::QuicClientConfig::try_from(config).unwrap();
+    let mut client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    client.set_default_client_config(quinn::ClientConfig::new(Arc::new(config)));
+    client
+}
+
 impl House {
-    fn new(ask: bool) -> House {
+    fn new(ask: Ask) -> House {
         House::with_places(ask, 64)
     }
 
-    fn with_places(ask: bool, places: usize) -> House {
-        let (settings, root) = testing::tls_and_root();
+    fn with_places(ask: Ask, places: usize) -> House {
+        let bounds = Bounds {
+            places,
+            waiting: WAITING_MAX,
+            patience: LONG,
+        };
+        House::with_bounds(ask, bounds, testing::tls_and_root())
+    }
+
+    fn with_bounds(ask: Ask, bounds: Bounds, tls: (TlsSettings, String)) -> House {
+        let (settings, root) = tls;
         let tls = Tls::new(&settings).unwrap();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         socket.set_nonblocking(true).unwrap();
         let address = socket.local_addr().unwrap();
         let (arrived, arrivals) = mpsc::unbounded_channel();
+        let seen = Arc::default();
         let gate = Open {
             ask,
-            asked: 0,
+            seen: Arc::clone(&seen),
             arrived,
         };
         let config = server_config(tls.quic(), Duration::from_secs(60));
-        let endpoint = Endpoint::with_places(socket, config, gate, places).unwrap();
+        let endpoint = Endpoint::with_bounds(socket, config, gate, bounds).unwrap();
 
-        let mut roots = rustls::RootCertStore::empty();
-        roots
-            .add(CertificateDer::from_pem_slice(root.as_bytes()).unwrap())
-            .unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        config.alpn_protocols = vec![ALPN.to_vec()];
-        let config = quinn::crypto::rustls::QuicClientConfig::try_from(config).unwrap();
-        let mut client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        client.set_default_client_config(quinn::ClientConfig::new(Arc::new(config)));
         House {
             endpoint,
             address,
+            seen,
             arrivals,
-            client,
+            client: client_of(&root),
         }
     }
 
@@ -158,7 +203,7 @@ async fn end_of(pipe: &mut QuicPipe) -> Broken {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_leaves_is_forgotten_whichever_side_ended_it() {
-    let mut house = House::new(false);
+    let mut house = House::new(Ask::Nobody);
     for round in 0..12 {
         let (connection, send, receive, mut pipe) = house.connect().await;
         match round % 3 {
@@ -191,7 +236,7 @@ async fn who_leaves_is_forgotten_whichever_side_ended_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn much_is_said_in_order_and_in_turns_to_a_device_that_reads_slowly() {
-    let mut house = House::new(false);
+    let mut house = House::new(Ask::Nobody);
     let (connection, _send, mut receive, mut pipe) = house.connect().await;
     let frames = 2_000_u32;
     let says = async {
@@ -228,7 +273,7 @@ async fn much_is_said_in_order_and_in_turns_to_a_device_that_reads_slowly() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stranger_proves_its_address_and_comes_in() {
-    let mut house = House::new(true);
+    let mut house = House::new(Ask::Everybody);
     let (connection, _send, _receive, pipe) = house.connect().await;
     drop(pipe);
     timeout(LONG, connection.closed()).await.unwrap();
@@ -237,7 +282,7 @@ async fn a_stranger_proves_its_address_and_comes_in() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn closing_ends_every_connection_and_lets_nobody_in() {
-    let mut house = House::new(false);
+    let mut house = House::new(Ask::Nobody);
     let mut there = Vec::new();
     for _ in 0..5 {
         there.push(house.connect().await);
@@ -259,7 +304,7 @@ async fn closing_ends_every_connection_and_lets_nobody_in() {
 
 #[tokio::test]
 async fn what_a_connection_without_turns_is_sent_is_bounded() {
-    let mut house = House::new(false);
+    let mut house = House::new(Ask::Nobody);
     let (connection, mut send, _receive, pipe) = house.connect().await;
     // The window of the stream is small; whatever a peer does, no more datagrams than this wait.
     let writes = async {
@@ -284,7 +329,7 @@ async fn what_a_connection_without_turns_is_sent_is_bounded() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handshakes_begin_as_places_become_free_and_nobody_is_forgotten() {
-    let mut house = House::with_places(false, 2);
+    let mut house = House::with_places(Ask::Nobody, 2);
     let devices: Vec<_> = (0..6)
         .map(|_| {
             let connecting = house.client.connect(house.address, "localhost").unwrap();
@@ -316,39 +361,5 @@ async fn handshakes_begin_as_places_become_free_and_nobody_is_forgotten() {
     for device in devices {
         timeout(LONG, device).await.unwrap().unwrap();
     }
-    house.nobody_is_left().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_peer_that_does_not_go_on_keeps_its_place_for_a_while_only() {
-    let mut house = House::with_places(false, 1);
-    // A first flight, and then nothing: what is answered goes to a socket that nobody reads.
-    let capture = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let silent = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let connecting = house
-        .client
-        .connect(capture.local_addr().unwrap(), "localhost")
-        .unwrap();
-    let mut datagram = [0; 2_000];
-    for _ in 0..2 {
-        let first = timeout(Duration::from_millis(200), capture.recv(&mut datagram)).await;
-        if let Ok(Ok(length)) = first {
-            silent
-                .send_to(&datagram[..length], house.address)
-                .await
-                .unwrap();
-        }
-    }
-    drop(connecting);
-    let stuck = house.arrivals.recv().await.unwrap();
-    let deadline = Box::pin(tokio::time::sleep(LONG));
-    let stuck = tokio::spawn(async move {
-        let mut deadline = deadline;
-        accept(stuck, deadline.as_mut(), 16 * 1024).await.map(drop)
-    });
-    let (connection, _send, _receive, pipe) = house.connect().await;
-    assert!(!stuck.is_finished(), "the other still waits for its peer");
-    stuck.abort();
-    drop((connection, pipe));
     house.nobody_is_left().await;
 }
