@@ -159,10 +159,17 @@ impl Queue {
         bytes >= self.limit.bytes || time >= self.limit.time
     }
 
-    /// Whether it is behind by half of that, or more.
+    /// Whether it is behind by half of what it may be beyond the rest, or more. What rests within its own bounds is no lag: a server
+    /// that has nothing to catch up with is never crowded.
     pub(super) fn crowded(&self, now: Mono) -> bool {
         let (bytes, time) = self.lag(now);
-        bytes >= self.limit.bytes / 2 || time >= self.limit.time / 2
+        let resting = if self.rest.is_zero() {
+            0
+        } else {
+            self.rest_bytes as u64
+        };
+        bytes.saturating_sub(resting) >= self.limit.bytes.saturating_sub(resting) / 2
+            || time.saturating_sub(self.rest) >= self.limit.time.saturating_sub(self.rest) / 2
     }
 
     /// Frames that nobody has taken yet.
@@ -221,6 +228,8 @@ pub(super) struct Applier {
     clock: Arc<dyn Clock>,
     /// Whether an insertion and its deletion in one run may both be left out: not in a replay, and not after an error.
     elide: bool,
+    /// Whether it may be done at all with this engine.
+    proven: bool,
     unflushed: usize,
     flushed_at: Mono,
 }
@@ -238,8 +247,18 @@ impl Applier {
             overlay,
             clock,
             elide: true,
+            proven: true,
             unflushed: 0,
             flushed_at,
+        }
+    }
+
+    /// The engine may hold rows of frames that the log has lost, under numbers that are given again: nothing is left out with it.
+    pub(super) fn doubtful(self) -> Applier {
+        Applier {
+            elide: false,
+            proven: false,
+            ..self
         }
     }
 
@@ -341,7 +360,7 @@ impl Applier {
         let writes = run.iter().flat_map(|frame| &frame.writes);
         let elide = std::mem::replace(&mut self.elide, false);
         apply_run(&*self.engine, writes, last.number + 1, elide)?;
-        self.elide = true;
+        self.elide = self.proven;
         for frame in run {
             self.overlay.remove(last.number, &frame.writes);
             self.unflushed += frame.bytes;

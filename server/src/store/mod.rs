@@ -279,6 +279,7 @@ fn assemble(
         next_frame,
         live,
         anew: _,
+        doubtful,
     } = recovered;
     report.torn = tail.ending == Ending::Torn;
     report.gaps = tail.gaps;
@@ -386,6 +387,9 @@ fn assemble(
         Arc::clone(&overlay),
         Arc::clone(&clock),
     );
+    if doubtful {
+        applier = applier.doubtful();
+    }
     let mut writer = Writer::new(
         log,
         overlay,

@@ -8,8 +8,10 @@
 //! 3. nothing, and every frame from the first on, if the log still begins there.
 //!
 //! An engine is not used if it cannot be opened, cannot say where it stands, stands before the log begins or after
-//! it ends, or was left open when the machine (not only the process) went down: sled never syncs, so after a
-//! loss of power its files prove nothing. A new one is built in a place of its own, which takes the old one's place only when
+//! it ends, stands before a place from which on the log is rotten, or was left open when the machine (not only the process) went down: sled never syncs, so after a
+//! loss of power its files prove nothing. Before rot it may have taken half of a run whose frames are gone
+//! now, and their numbers are given again; if nothing else is left to begin with, it is used all the same, and
+//! every removal is brought into it. A new one is built in a place of its own, which takes the old one's place only when
 //! it is complete; only then the old one is moved aside under a dated name ([`go_on_without`]). So a start that fails changes
 //! nothing.
 //!
@@ -46,6 +48,8 @@ pub(super) struct Recovered {
     pub(super) live: u64,
     /// The engine was built anew: what counted before, if anything did, goes.
     pub(super) anew: bool,
+    /// The engine may hold rows of frames that the log has lost.
+    pub(super) doubtful: bool,
 }
 
 struct Replayed {
@@ -78,6 +82,7 @@ pub(super) fn recover(
             OpenError::io("could not note the use of", home.name())(error)
         }
     })?;
+    let mut doubtful = None;
     let why = match found {
         Ok(None) => None,
         Ok(Some(engine)) => match try_engine(&engine, shelf)? {
@@ -86,6 +91,14 @@ pub(super) fn recover(
                     "it ends with the log before frame {}, and snapshot {frame} proves that there was more",
                     replayed.tail.next_frame
                 )),
+                None if matches!(replayed.tail.ending, Ending::Rotten { .. }) => {
+                    let why = format!(
+                        "the log is rotten from frame {} on, and it may have taken some of what came then",
+                        replayed.tail.next_frame
+                    );
+                    doubtful = Some((engine, replayed));
+                    Some(why)
+                }
                 None => {
                     report.replayed_frames = replayed.frames;
                     return Ok(Recovered {
@@ -94,6 +107,7 @@ pub(super) fn recover(
                         tail: replayed.tail,
                         live: 0,
                         anew: false,
+                        doubtful: false,
                     });
                 }
             },
@@ -128,6 +142,7 @@ pub(super) fn recover(
                     next_frame,
                     live,
                     anew: true,
+                    doubtful: false,
                 });
             }
             Err(why) => {
@@ -135,6 +150,22 @@ pub(super) fn recover(
                 tried = format!("{tried}; snapshot {frame}: {why}");
             }
         }
+    }
+    let gone = shelf.first_frame().is_none_or(|first| first > 1);
+    if let Some((engine, replayed)) = doubtful.take_if(|_| gone) {
+        tracing::error!(
+            tried,
+            "the engine is used although it may know of frames that the log has lost: nothing else leads up to the log"
+        );
+        report.replayed_frames = replayed.frames;
+        return Ok(Recovered {
+            engine,
+            next_frame: replayed.tail.next_frame,
+            tail: replayed.tail,
+            live: 0,
+            anew: false,
+            doubtful: true,
+        });
     }
     if let Some(first) = shelf.first_frame()
         && first > 1
@@ -163,6 +194,7 @@ pub(super) fn recover(
         tail: replayed.tail,
         live: 0,
         anew: true,
+        doubtful: false,
     })
 }
 

@@ -338,3 +338,166 @@ fn a_replay_removes_rows_that_an_earlier_life_had_brought_into_the_engine() {
         assert_eq!(house.engine.get(&key).unwrap(), None);
     }
 }
+
+#[test]
+fn what_rests_within_its_bounds_is_no_lag_and_what_goes_beyond_is() {
+    let clock = ManualClock::new(1_700_000_000_000);
+    let at = clock.now().mono;
+    let limit = LagLimit {
+        bytes: 1_000,
+        time: Duration::from_secs(12),
+    };
+    let queue = |rest| Queue::new(limit, Duration::from_secs(rest), 0);
+    let push = |queue: &Queue, bytes| {
+        queue.push(SafeFrame {
+            number: 1,
+            writes: Vec::new(),
+            bytes,
+            at,
+        });
+    };
+    let after = |millis| at + Duration::from_millis(millis);
+    let resting = queue(10);
+    push(&resting, 250);
+    for (millis, crowded, behind) in [
+        (0, false, false),
+        (9_999, false, false),
+        (10_999, false, false),
+        (11_000, true, false),
+        (11_999, true, false),
+        (12_000, true, true),
+    ] {
+        assert_eq!(resting.crowded(after(millis)), crowded, "{millis} ms");
+        assert_eq!(resting.behind(after(millis)), behind, "{millis} ms");
+    }
+    // A run that the engine has in its hands, and as much that rests meanwhile.
+    push(&resting, 250);
+    assert!(!resting.crowded(at));
+    push(&resting, 125);
+    assert!(resting.crowded(at));
+    assert!(!resting.behind(at));
+    // Where nothing rests, everything is lag.
+    let restless = queue(0);
+    push(&restless, 499);
+    assert!(!restless.crowded(after(5_999)));
+    assert!(restless.crowded(after(6_000)));
+    push(&restless, 1);
+    assert!(restless.crowded(at));
+}
+
+#[test]
+fn nothing_is_left_out_with_an_engine_that_may_know_of_lost_frames() {
+    let engine = Arc::new(Recorder::default());
+    let overlay = Arc::new(Overlay::new());
+    let clock = Arc::new(ManualClock::new(1_700_000_000_000));
+    let limit = LagLimit {
+        bytes: u64::MAX,
+        time: LONG,
+    };
+    let queue = Queue::new(limit, LONG, 0);
+    let mut applier = Applier::new(
+        Arc::clone(&engine) as Arc<dyn Engine>,
+        Arc::clone(&overlay),
+        Arc::clone(&clock) as Arc<dyn Clock>,
+    )
+    .doubtful();
+    let device = device_id(1);
+    for order in 1..=3 {
+        let note = notification(ping_id(order), |_| {});
+        let mut frame = FrameBuilder::new();
+        frame.add(&insert(device, order, &note)).unwrap();
+        let ends = remove(device, order, &note, Outcome::Acknowledged, order);
+        frame.add(&ends).unwrap();
+        let (bytes, writes) = frame.seal(order, 0);
+        overlay.publish(order, &writes);
+        queue.push(SafeFrame {
+            number: order,
+            writes,
+            bytes: bytes.len(),
+            at: clock.now().mono,
+        });
+        assert_eq!(applier.step(&queue).unwrap(), 1);
+        assert_eq!(engine.told(b'r'), (order as usize, 0), "its removal");
+    }
+}
+
+/// Breaks the one place of the log where these bytes are.
+fn rot(dir: &Path, bytes: &[u8]) {
+    let mut broken = 0;
+    for entry in fs::read_dir(dir.join("log")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut segment = fs::read(&path).unwrap();
+        let found = segment
+            .windows(bytes.len())
+            .position(|window| window == bytes);
+        if let Some(place) = found {
+            segment[place] ^= 1;
+            fs::write(&path, segment).unwrap();
+            broken += 1;
+        }
+    }
+    assert_eq!(broken, 1);
+}
+
+#[test]
+fn half_a_run_of_frames_that_rot_took_leaves_nothing_under_numbers_that_are_given_again() {
+    for engine in [FileEngine::Sled, FileEngine::Fjall] {
+        let kind = match engine {
+            FileEngine::Sled => EngineKind::Sled,
+            FileEngine::Fjall => EngineKind::Fjall,
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let (live, killed) = (dir.path().join("data"), dir.path().join("killed"));
+        let device = device_id(1);
+        let marked = b"these bytes are only in one frame";
+        let lost = notification(ping_id(1), |note| note.content = marked.to_vec().into());
+        let (house, _) = open_resting(&live, kind);
+        commit(&house, vec![register(device, "ada")]).unwrap();
+        house.close();
+        drop(house);
+        let (house, _) = open_resting(&live, kind);
+        commit(
+            &house,
+            vec![insert(device, 1, &lost), summary(device, 1, 5, 2)],
+        )
+        .unwrap();
+        commit(&house, vec![register(device_id(2), "bob")]).unwrap();
+        copy(&live, &killed);
+        house.close();
+        drop(house);
+        // The run was broken off behind the batch with the row, and then its frame rotted.
+        let files = RealFiles::new(&killed, 8 << 20);
+        let raw = home::Files::open(&files, engine, engine.name()).unwrap();
+        let row = RowKey {
+            urgency: lost.urgency,
+            order: 1,
+        };
+        let key = Bytes::copy_from_slice(&keys::row(device, row));
+        let mut value = Vec::new();
+        record::put_row(&key, &mut value, 2, &lost);
+        let put = EngineWrite {
+            key: key.clone(),
+            value: Some(value.into()),
+        };
+        raw.apply(&[put], None).unwrap();
+        raw.close().unwrap();
+        drop(raw);
+        rot(&killed, marked);
+        let (house, report) = open_resting(&killed, kind);
+        assert!(!report.set_aside.is_empty(), "{report:?}");
+        let rows = |house: &House| house.read_mailbox(&everything(device)).unwrap().rows;
+        assert_eq!(rows(&house), [], "{kind:?}: its frame is gone");
+        // The number is given again, to one that comes and goes while it rests.
+        let fresh = notification(ping_id(3), |_| {});
+        commit(
+            &house,
+            vec![insert(device, 1, &fresh), summary(device, 1, 5, 2)],
+        )
+        .unwrap();
+        let ends = remove(device, 1, &fresh, Outcome::Acknowledged, 9);
+        commit(&house, vec![ends, summary(device, 0, 0, 2)]).unwrap();
+        house.close();
+        assert_eq!(rows(&house), [], "{kind:?}: nothing stays");
+        assert_eq!(house.engine.get(&key).unwrap(), None, "{kind:?}");
+    }
+}
