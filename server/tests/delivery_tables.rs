@@ -61,6 +61,7 @@ impl ModelStore {
                         "removal of what is not there"
                     );
                 }
+                Change::Outcome { .. } => {}
                 Change::Withdraw { withdrawal, .. } => self.withdraw(withdrawal),
                 Change::Summary { summary, .. } => self.summary = Some(summary),
                 Change::Forget { .. } => self.summary = None,
@@ -371,6 +372,9 @@ impl World {
                 Change::Insert { notification, .. } => format!("+{}", name(notification.ping)),
                 Change::Remove { row, outcome, .. } => {
                     format!("-{} {}", name(row.ping), outcome.as_str())
+                }
+                Change::Outcome { ping, outcome, .. } => {
+                    format!("{} {}", name(*ping), outcome.as_str())
                 }
                 Change::Withdraw { withdrawal, .. } => {
                     format!("withdraw {}", name(withdrawal.ping))

@@ -267,7 +267,7 @@ pub enum Effect {
         outcome: Outcome,
         /// When, Unix milliseconds.
         at_ms: u64,
-        /// The outcome is in the store as well, because the row was.
+        /// The outcome is in the store as well, because the row was, or because it left with a frame.
         stored: bool,
     },
     /// It is not accepted, and nothing of it is kept.
@@ -505,6 +505,22 @@ pub enum Change {
         outcome: Outcome,
         /// When, Unix milliseconds.
         at_ms: u64,
+    },
+    /// Record the outcome of a notification that leaves with this frame and never had a row. What else the frame says rests on it: a
+    /// crash may bring the notification anew (a page of its ping was not noted yet), and it is to be found as ended then.
+    Outcome {
+        /// Whose app.
+        app: AppId,
+        /// Whose device.
+        device: DeviceId,
+        /// Which ping.
+        ping: PingId,
+        /// How it ended. What was revoked is kept as erased as well, as it is with a row.
+        outcome: Outcome,
+        /// When, Unix milliseconds.
+        at_ms: u64,
+        /// When it would have expired, Unix milliseconds.
+        expires_ms: u64,
     },
     /// A device may show what was revoked, and is to be told so. In the frame of the removal, so that neither is without the
     /// other.

@@ -34,6 +34,7 @@ fn cost(changes: &[Change]) -> u64 {
         .map(|change| match change {
             Change::Insert { notification, .. } => CHANGE_COST + u64::from(notification.size),
             Change::Remove { .. }
+            | Change::Outcome { .. }
             | Change::Withdraw { .. }
             | Change::Summary { .. }
             | Change::Forget { .. }
@@ -415,6 +416,7 @@ mod tests {
             .filter_map(|change| match change {
                 Change::Insert { notification, .. } => Some(notification.app),
                 Change::Remove { .. }
+                | Change::Outcome { .. }
                 | Change::Withdraw { .. }
                 | Change::Summary { .. }
                 | Change::Forget { .. }

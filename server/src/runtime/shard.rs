@@ -959,6 +959,12 @@ impl ShardTask {
         let mut seen = locked(&self.door.seen);
         let mut batch: Batch = Vec::with_capacity(changes.len());
         for change in changes {
+            // A verdict that is known already stays.
+            if let Change::Outcome { ping, device, .. } = &change
+                && self.shared.ledger.has_ended(*ping, *device)
+            {
+                continue;
+            }
             let owed = match &change {
                 Change::Forget { device } => {
                     seen.forget(*device);
@@ -967,6 +973,7 @@ impl ShardTask {
                 Change::Cleared { device } => self.owed.get(device).cloned(),
                 Change::Insert { .. }
                 | Change::Remove { .. }
+                | Change::Outcome { .. }
                 | Change::Withdraw { .. }
                 | Change::Summary { .. } => None,
             };

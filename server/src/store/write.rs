@@ -266,6 +266,17 @@ impl FrameBuilder {
                 outcome,
                 at_ms,
             }) => self.remove(*app, *device, row, *outcome, *at_ms)?,
+            Op::Mailbox(Change::Outcome {
+                app,
+                device,
+                ping,
+                outcome,
+                at_ms,
+                expires_ms,
+            }) => {
+                self.end(*app, *ping, *device, *outcome, *at_ms)?;
+                self.erase_revoked(*app, *ping, *device, *outcome, *at_ms, *expires_ms)?;
+            }
             Op::Mailbox(Change::Summary { device, summary }) => {
                 self.put(&keys::summary(*device), |key, out| {
                     record::put_summary(key, out, summary);
@@ -366,19 +377,13 @@ impl FrameBuilder {
             Op::DropWithdrawal { device, withdrawal } => {
                 self.drop_withdrawal(*device, *withdrawal, true);
             }
-            Op::PutOutcome(outcome) => {
-                let pair = Pair {
-                    app: outcome.app,
-                    state: PairStored::Ended {
-                        outcome: outcome.outcome,
-                        at_ms: outcome.at_ms,
-                    },
-                };
-                self.put(&keys::pair(outcome.ping, outcome.device), |key, out| {
-                    record::put_pair(key, out, pair);
-                })?;
-                self.put_empty(&keys::ended(outcome.at_ms, outcome.ping, outcome.device))?;
-            }
+            Op::PutOutcome(record) => self.end(
+                record.app,
+                record.ping,
+                record.device,
+                record.outcome,
+                record.at_ms,
+            )?,
             Op::PutIdempotency(record) => {
                 self.put(
                     &keys::idempotency(record.app, record.key_hash),
@@ -448,27 +453,52 @@ impl FrameBuilder {
         if let Some(collapse) = &row.collapse {
             self.delete(&keys::collapse(device, collapse, row.key.order));
         }
+        self.end(app, row.ping, device, outcome, at_ms)?;
+        if row.shared {
+            self.collect(row.ping);
+        }
+        self.erase_revoked(app, row.ping, device, outcome, at_ms, row.expires_ms)
+    }
+
+    /// How a notification ended.
+    fn end(
+        &mut self,
+        app: AppId,
+        ping: PingId,
+        device: DeviceId,
+        outcome: Outcome,
+        at_ms: u64,
+    ) -> Result<(), Unwritable> {
         let pair = Pair {
             app,
             state: PairStored::Ended { outcome, at_ms },
         };
-        self.put(&keys::pair(row.ping, device), |key, out| {
+        self.put(&keys::pair(ping, device), |key, out| {
             record::put_pair(key, out, pair);
         })?;
-        self.put_empty(&keys::ended(at_ms, row.ping, device))?;
-        if row.shared {
-            self.collect(row.ping);
+        self.put_empty(&keys::ended(at_ms, ping, device))
+    }
+
+    /// What was revoked must not come back with a backup either.
+    fn erase_revoked(
+        &mut self,
+        app: AppId,
+        ping: PingId,
+        device: DeviceId,
+        outcome: Outcome,
+        at_ms: u64,
+        expires_ms: u64,
+    ) -> Result<(), Unwritable> {
+        if outcome != Outcome::Revoked {
+            return Ok(());
         }
-        if outcome == Outcome::Revoked {
-            // A backup that still has the row is of use to nobody once the row would have expired anyway.
-            self.erase(&Erasure {
-                app,
-                what: Erased::Notification(row.ping, device),
-                at_ms,
-                until_ms: row.expires_ms,
-            })?;
-        }
-        Ok(())
+        // A backup that still has it is of use to nobody once it would have expired anyway.
+        self.erase(&Erasure {
+            app,
+            what: Erased::Notification(ping, device),
+            at_ms,
+            until_ms: expires_ms,
+        })
     }
 
     fn put_withdrawal(

@@ -206,6 +206,16 @@ impl Disk {
             Change::Summary { device, summary } => drop(self.summaries.insert(device, summary)),
             Change::Forget { device } => drop(self.summaries.remove(&device)),
             Change::Cleared { .. } => {}
+            Change::Outcome {
+                app,
+                device,
+                ping,
+                outcome,
+                at_ms,
+                ..
+            } => {
+                self.outcomes.insert((ping, device), (app, outcome, at_ms));
+            }
             Change::Withdraw {
                 device, withdrawal, ..
             } => {

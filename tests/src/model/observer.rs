@@ -241,6 +241,7 @@ impl Observer {
         let rows = changes.iter().filter_map(|change| match change {
             Change::Insert { notification, .. } => Some(notification),
             Change::Remove { .. }
+            | Change::Outcome { .. }
             | Change::Withdraw { .. }
             | Change::Summary { .. }
             | Change::Forget { .. }

@@ -628,6 +628,10 @@ impl Reference {
                 }),
             }
         }
+        if past != Redelivered::No {
+            // It goes with the frame of its withdrawal, which has the outcome whatever the TTL was.
+            self.rows[index].transient = false;
+        }
         self.end(index, "revoked", self.now_ms);
         self.line(format!("revoke t{ticket} true"));
         self.pump();

@@ -70,6 +70,12 @@ impl ModelStore {
                     }
                     self.outcomes.insert(row.ping, outcome);
                 }
+                Change::Outcome { ping, outcome, .. } => {
+                    if self.has(ping) {
+                        return Err(format!("{ping} ended without its row"));
+                    }
+                    self.outcomes.insert(ping, outcome);
+                }
                 Change::Withdraw { withdrawal, .. } => self.withdraw(withdrawal),
                 Change::Summary { summary, .. } => self.summary = Some(summary),
                 Change::Forget { .. } => {

@@ -187,6 +187,16 @@ impl Mailbox {
                     outcome: departure.outcome,
                     at_ms: departure.at_ms,
                 });
+            } else {
+                // Whoever hears of this frame believes it: nothing may bring the notification back behind it.
+                changes.push(Change::Outcome {
+                    app,
+                    device,
+                    ping: departure.meta.ping,
+                    outcome: departure.outcome,
+                    at_ms: departure.at_ms,
+                    expires_ms: departure.meta.expires_ms,
+                });
             }
             if departure.may_be_shown()
                 && self.wipe.is_none()
@@ -266,7 +276,7 @@ impl Mailbox {
             if self.reading {
                 self.gone.push(departure.meta.key.order);
             }
-            self.announce(departure, cx);
+            self.announce(departure, true, cx);
         }
         if self
             .clearing
@@ -385,7 +395,7 @@ impl Mailbox {
             } else if alone {
                 self.departures.push(departure);
             } else {
-                self.announce(departure, cx);
+                self.announce(departure, false, cx);
             }
         }
     }

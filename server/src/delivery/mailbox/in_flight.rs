@@ -336,7 +336,7 @@ impl Mailbox {
         match row.stage {
             // The device may show it, and must hear that it was taken back: that is safe before anybody else hears of it.
             Stage::Transient if departure.may_be_shown() => self.departures.push(departure),
-            Stage::Transient => self.announce(departure, cx),
+            Stage::Transient => self.announce(departure, false, cx),
             Stage::Held | Stage::Offered => {
                 self.unsealed.remove(departure.meta.size);
                 if row.stage == Stage::Held {
@@ -347,14 +347,16 @@ impl Mailbox {
                 if rides.iter().any(|ride| ride.insert != Insert::Never)
                     || self.predecessor_leaves(&departure.meta)
                     || departure.may_be_shown()
+                    || (outcome == Outcome::Revoked && self.clearing.is_some())
                 {
-                    // The removals that it caused must be safe before anybody hears of it.
+                    // The removals that it caused must be safe before anybody hears of it, and whoever takes the device over must
+                    // not find what was taken from it.
                     self.departures.extend(rides);
                     self.departures.push(departure);
                 } else {
-                    self.announce(departure, cx);
+                    self.announce(departure, false, cx);
                     for ride in rides {
-                        self.announce(ride, cx);
+                        self.announce(ride, false, cx);
                     }
                 }
             }
@@ -400,7 +402,8 @@ impl Mailbox {
         }
     }
 
-    pub(super) fn announce(&self, departure: Departure, cx: &mut Context<'_>) {
+    /// `stored`: a frame with its outcome is safe.
+    pub(super) fn announce(&self, departure: Departure, stored: bool, cx: &mut Context<'_>) {
         let device = cx.device;
         cx.emit(Effect::Ended {
             tickets: departure.tickets,
@@ -409,7 +412,7 @@ impl Mailbox {
             ping: departure.meta.ping,
             outcome: departure.outcome,
             at_ms: departure.at_ms,
-            stored: departure.insert == Insert::Done,
+            stored,
         });
         for ticket in departure.revokers {
             cx.emit(Effect::RevokeAnswered {
@@ -490,7 +493,6 @@ impl Mailbox {
         let sent = self.rows.iter().filter(|row| row.sent);
         let pings: Vec<PingId> = sent.map(|row| row.meta.ping).collect();
         self.withdraw_now(pings, cx);
-        let revoked = self.revoke_all(cx);
         let clearing = self.clearing.get_or_insert_with(|| {
             Box::new(Clearing {
                 tickets: Vec::new(),
@@ -499,9 +501,12 @@ impl Mailbox {
             })
         });
         clearing.tickets.push(ticket);
-        clearing.revoked += revoked;
-        // One that is being written already says nothing of what was revoked now: all are answered with the next frame.
+        // One that is being written already says nothing of what is revoked now: all are answered with the next frame.
         clearing.sealed = false;
+        let revoked = self.revoke_all(cx);
+        if let Some(clearing) = self.clearing.as_mut() {
+            clearing.revoked += revoked;
+        }
     }
 
     fn revoke_all(&mut self, cx: &mut Context<'_>) -> u32 {

@@ -90,6 +90,21 @@ impl Model {
                 self.summaries.remove(device);
             }
             Op::Mailbox(Change::Cleared { .. }) => {}
+            Op::Mailbox(Change::Outcome {
+                device,
+                ping,
+                outcome,
+                at_ms,
+                ..
+            }) => {
+                self.pairs.insert(
+                    (*ping, *device),
+                    PairState::Ended {
+                        outcome: *outcome,
+                        at_ms: *at_ms,
+                    },
+                );
+            }
             Op::Mailbox(Change::Withdraw {
                 device, withdrawal, ..
             }) => {

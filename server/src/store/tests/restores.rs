@@ -354,6 +354,16 @@ fn a_ping_on_its_way_goes_on_from_where_the_backup_saw_it_and_one_that_was_revok
             vec![ended(10), erase(Erased::Expansion(ping_id(70)))],
         )
         .unwrap();
+        // Of the second, what waited for a device without a row was revoked with a change of hands.
+        let revoked = Op::Mailbox(crate::delivery::Change::Outcome {
+            app,
+            device: device_id(3),
+            ping: ping_id(71),
+            outcome: Outcome::Revoked,
+            at_ms: NOW + 5,
+            expires_ms: NOW + 7 * DAY,
+        });
+        commit(store, vec![revoked]).unwrap();
         commit(store, vec![ended(11)]).unwrap();
         drop(opened);
 
@@ -369,6 +379,12 @@ fn a_ping_on_its_way_goes_on_from_where_the_backup_saw_it_and_one_that_was_revok
         for number in 0..3 {
             assert!(chunk(10, number).is_empty(), "{number}");
         }
+        let known = again.pairs(ping_id(71), None, 10).unwrap().items;
+        let ended = PairState::Ended {
+            outcome: Outcome::Revoked,
+            at_ms: NOW + 5,
+        };
+        assert_eq!(known, [(app, device_id(3), ended)], "{engine:?}");
     }
 }
 

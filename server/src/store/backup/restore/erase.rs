@@ -6,7 +6,8 @@ use std::sync::mpsc;
 use super::{Applied, COMMITS_MAX, EXPANSIONS_PAGE, PAGE, RestoreError, UserHash};
 use crate::delivery::{AppId, Change, DeviceId, MailboxRead, Outcome, PingId, RowMeta, Summary};
 use crate::ports::{
-    Batch, Committed, DeviceFilter, Erased, Erasure, Op, OpenExpansion, ReadError, TopicChange,
+    Batch, Committed, DeviceFilter, Erased, Erasure, Op, OpenExpansion, OutcomeRecord, ReadError,
+    TopicChange,
 };
 use crate::store::House;
 use crate::store::committer::Work;
@@ -82,6 +83,10 @@ impl Applier<'_> {
         if !expansions.is_empty() {
             batches.extend(self.stopped(&expansions)?);
         }
+        let going = match notifications.is_empty() {
+            true => BTreeMap::new(),
+            false => self.going(&expansions)?,
+        };
         let (sender, receiver) = mpsc::channel();
         let (mut under_way, mut done) = (0, 0);
         let mut commit = |batch: Batch| -> Result<(), RestoreError> {
@@ -115,9 +120,13 @@ impl Applier<'_> {
             if devices.contains(&device) {
                 continue;
             }
-            let (count, batch) = take_back(self.house, device, &pings, self.now_ms)?;
-            if count > 0 {
-                self.applied.notifications += count;
+            let (count, mut batch) = take_back(self.house, device, &pings, self.now_ms)?;
+            if count == 0 {
+                batch.clear();
+            }
+            self.applied.notifications += count;
+            batch.extend(passed_over(self.house, device, &pings, &going)?);
+            if !batch.is_empty() {
                 commit(batch)?;
             }
         }
@@ -149,6 +158,27 @@ impl Applier<'_> {
         }
     }
 
+    /// The pings that go on with their expansion, and when each was accepted.
+    fn going(
+        &self,
+        taken_back: &BTreeSet<PingId>,
+    ) -> Result<BTreeMap<PingId, (AppId, u64)>, ReadError> {
+        let mut going = BTreeMap::new();
+        let mut after = None;
+        loop {
+            let page = self.house.reader.expansions(after, EXPANSIONS_PAGE)?;
+            let open = page.items.iter().map(|open| &open.record.notification);
+            going.extend(
+                open.filter(|one| !taken_back.contains(&one.ping))
+                    .map(|one| (one.ping, (one.app, one.accepted_ms))),
+            );
+            after = page.next;
+            if after.is_none() {
+                return Ok(going);
+            }
+        }
+    }
+
     /// The devices of erased users. Those registered after the erasure belong to somebody who came back.
     fn devices_of(
         &self,
@@ -176,6 +206,39 @@ impl Applier<'_> {
         }
         Ok(())
     }
+}
+
+/// Outcomes for what was revoked after the backup and is not in it yet: the expansion of its ping, which goes on, finds them and
+/// passes the device over.
+fn passed_over(
+    house: &House,
+    device: DeviceId,
+    pings: &BTreeMap<PingId, u64>,
+    going: &BTreeMap<PingId, (AppId, u64)>,
+) -> Result<Batch, ReadError> {
+    let mut batch = Vec::new();
+    for (&ping, &at_ms) in pings {
+        let Some(&(app, accepted_ms)) = going.get(&ping) else {
+            continue;
+        };
+        if accepted_ms > at_ms {
+            continue;
+        }
+        let before = u128::from_be_bytes(device.0).checked_sub(1);
+        let before = before.map(|number| DeviceId(number.to_be_bytes()));
+        let known = house.reader.pairs(ping, before, 1)?;
+        if !known.items.iter().any(|(_, known, _)| *known == device) {
+            batch.push(Op::PutOutcome(OutcomeRecord {
+                app,
+                ping,
+                device,
+                outcome: Outcome::Revoked,
+                at_ms,
+                accepted_ms: Some(accepted_ms),
+            }));
+        }
+    }
+    Ok(batch)
 }
 
 fn mailbox(house: &House, device: DeviceId) -> Result<(Option<Summary>, Vec<RowMeta>), ReadError> {
