@@ -8,7 +8,7 @@
 //! Expansions of an app are brought one after the other, so that in every mailbox pings to audiences stand in the order of
 //! their acceptance; apps take turns page by page.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,6 +19,7 @@ use super::api::{ExpansionView, PingAnswer, PingError, RuntimeError};
 use super::handle::Inner;
 use super::locked;
 use super::settings::{ESTIMATE_LOOK, EXPANSION_CHUNK, PAGES_AHEAD_IN_ALL, PAGES_IN_FLIGHT};
+use super::shard::Had;
 use crate::delivery::{AppId, CommitFailure, DeviceId, Hold, Notification, PingId, WireSlot};
 use crate::ports::{
     Audience, Batch, Committed, Erased, ExpansionProgress, ExpansionRecord, IdempotencyRecord,
@@ -57,6 +58,9 @@ pub(super) struct Expansion {
     pub(super) alone: tokio::sync::Mutex<()>,
     phase: watch::Sender<Phase>,
     progress: Mutex<ExpansionProgress>,
+    /// Devices of pages that are not noted which have it, or its outcome: they are not to be given it again. Files do not
+    /// tell, because a row that was acknowledged in time never was in one, and its outcome may still wait to be written.
+    pub(super) had: Had,
 }
 
 impl Expansion {
@@ -85,6 +89,7 @@ impl Expansion {
             alone: tokio::sync::Mutex::default(),
             phase: watch::Sender::new(Phase::Open),
             progress: Mutex::new(progress),
+            had: Had::default(),
         })
     }
 
@@ -106,6 +111,23 @@ impl Expansion {
 
     pub(super) fn advance(&self, progress: ExpansionProgress) {
         *locked(&self.progress) = progress;
+    }
+
+    /// Leaves out the devices that have it, or its outcome.
+    pub(super) fn without_had(&self, devices: &mut Vec<DeviceId>) {
+        let had = locked(&self.had);
+        devices.retain(|device| !had.contains(device));
+    }
+
+    /// These were noted: nobody asks for them again.
+    pub(super) fn forget_had(&self, devices: &[DeviceId]) {
+        let mut had = locked(&self.had);
+        for device in devices {
+            had.remove(device);
+        }
+        if had.is_empty() {
+            *had = HashSet::new();
+        }
     }
 
     /// Whether it is kept on disk; TTL 0 never is.
@@ -158,7 +180,7 @@ impl Expansion {
 /// All expansions that are not done, and the stamps.
 pub(super) struct Audiences {
     registry: Mutex<Registry>,
-    /// Pages on their way to the shards. Whoever waits longest is next, so apps take turns.
+    /// Pages on their way to the shards, until nothing but acknowledgements is waited for. Whoever waits longest is next, so apps take turns.
     pub(super) pages: Semaphore,
     /// Pages that the shards have and that are not settled.
     pub(super) ahead: Arc<Semaphore>,
@@ -490,6 +512,7 @@ impl Inner {
             alone: tokio::sync::Mutex::default(),
             phase: watch::Sender::new(Phase::Opening),
             progress: Mutex::default(),
+            had: Had::default(),
         })?;
         // Known from now on, also before the first device has it, and if there is none.
         self.shared.ledger.open(app, ping, accepted_ms);

@@ -23,7 +23,8 @@ use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit, mpsc, oneshot};
 use super::api::RuntimeError;
 use super::audiences::{Expansion, Phase};
 use super::handle::Inner;
-use super::settings::{EXPANSION_CHUNK, PAGES_AHEAD, UNSETTLED_MAX};
+use super::locked;
+use super::settings::{EXPANSION_CHUNK, PAGES_AHEAD, RELEASED_AT_ONCE, UNSETTLED_MAX};
 use super::shard::{Gather, Input, Parts, Waiter};
 use crate::delivery::{
     AUDIENCE_DEFER_MAX, AppId, CommitFailure, DeviceId, Mono, Outcome, Rejection,
@@ -35,6 +36,8 @@ use crate::telemetry::metrics as names;
 
 /// Inputs that may wait for a shard when a page begins: what it does in a moment.
 const SHARD_YIELDS: usize = 512;
+/// Reads that may wait for the store when a page begins: mailboxes that sleep are read before they take anything.
+const READS_YIELD: usize = 512;
 /// How long it looks away from somebody who has enough to do, and from devices that have time to acknowledge.
 const PAUSE: Duration = Duration::from_millis(20);
 /// The same for shards: what they have to do is done sooner.
@@ -55,7 +58,7 @@ const KNOWN_PAGE: usize = 1_000;
 /// Whether an expansion that wants something goes on with a page all the same. `behind`: single pings wait for the engine as well.
 fn has_waited(reason: &str, waited: Duration, behind: bool) -> bool {
     match reason {
-        "shards" => waited >= PATIENCE,
+        "shards" | "reads" => waited >= PATIENCE,
         "engine" => waited >= ENGINE_PATIENCE && !behind,
         _ => false,
     }
@@ -93,14 +96,20 @@ struct Page {
 /// A page that the shards have.
 struct Handed {
     page: Page,
-    /// When they got it.
-    at: Mono,
-    /// Their answer; `None`: nobody was left to ask.
-    answer: Option<oneshot::Receiver<Parts>>,
+    /// `None`: nobody was left to ask.
+    asked: Option<Asked>,
     /// Devices of the page, also those that were passed over.
     addressed: usize,
-    /// Its place among those that are not settled.
-    _place: OwnedSemaphorePermit,
+    /// Its place among those that are not settled; `None`: it asks nothing of the disk.
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+/// What the shards were asked.
+struct Asked {
+    /// When.
+    at: Mono,
+    answer: oneshot::Receiver<Parts>,
+    gather: Weak<Gather>,
 }
 
 impl Inner {
@@ -183,14 +192,58 @@ impl Inner {
     async fn turn(&self, expansion: &Expansion) -> Option<SemaphorePermit<'_>> {
         let mut waited = Duration::ZERO;
         while self.waits_for_room(expansion, &mut waited).await {
-            // It is never closed.
-            let turn = self.audiences.pages.acquire().await.ok()?;
+            let turn = tokio::select! {
+                // It is never closed.
+                turn = self.audiences.pages.acquire() => turn.ok()?,
+                () = self.is_to_stop(expansion) => return None,
+            };
             // Those who had their turn before may have taken the room.
             if !self.is_off(expansion) && self.wanting(expansion, waited).is_none() {
                 return Some(turn);
             }
         }
         None
+    }
+
+    /// The same, and with a place for its page among those that are not settled. Nobody waits for a turn or a place with
+    /// the other one in hand, or holds a place while there is no room; who asks nothing of the disk needs none.
+    async fn turn_with_place(
+        &self,
+        expansion: &Expansion,
+    ) -> Option<(SemaphorePermit<'_>, Option<OwnedSemaphorePermit>)> {
+        loop {
+            let turn = self.turn(expansion).await?;
+            if self.spares_disk(expansion) {
+                return Some((turn, None));
+            }
+            if let Ok(place) = Arc::clone(&self.audiences.ahead).try_acquire_owned() {
+                return Some((turn, Some(place)));
+            }
+            drop(turn);
+            let free = self.audiences.ahead.acquire();
+            tokio::pin!(free);
+            while !self.spares_disk(expansion) {
+                tokio::select! {
+                    _free = &mut free => break,
+                    () = self.is_to_stop(expansion) => return None,
+                    () = tokio::time::sleep(RETRY) => {}
+                }
+            }
+        }
+    }
+
+    /// Waits until it is being taken back, or the server goes down.
+    async fn is_to_stop(&self, expansion: &Expansion) {
+        tokio::select! {
+            () = expansion.leaves(Phase::Open) => {}
+            () = self.audiences.is_to_halt() => {}
+        }
+    }
+
+    /// Whether it asks nothing of the disk: it is past its time, or never stored.
+    fn spares_disk(&self, expansion: &Expansion) -> bool {
+        let expired = expansion.notification.expires_ms <= self.shared.clock.now().unix_ms;
+        expired || !expansion.is_stored()
     }
 
     /// Why it should wait, after it has for so long.
@@ -202,7 +255,6 @@ impl Inner {
 
     fn in_the_way(&self, expansion: &Expansion) -> Option<&'static str> {
         let store = &self.shared.store;
-        let expired = expansion.notification.expires_ms <= self.shared.clock.now().unix_ms;
         if self
             .shards
             .iter()
@@ -210,8 +262,10 @@ impl Inner {
         {
             return Some("shards");
         }
-        // What is past its time, or never stored, asks nothing of the disk.
-        if expired || !expansion.is_stored() {
+        if self.shared.reading.waiting() > READS_YIELD {
+            return Some("reads");
+        }
+        if self.spares_disk(expansion) {
             return None;
         }
         if matches!(store.health(), StoreHealth::Full { .. }) {
@@ -233,13 +287,10 @@ impl Inner {
             let Ok(slot) = to.reserve().await else {
                 return Err(Broken::Again);
             };
-            let places = Arc::clone(&self.audiences.ahead);
-            // It is never closed.
-            let place = places.acquire_owned().await.map_err(|_| Broken::Off)?;
             while is_enough(&mut ahead) && !self.is_off(expansion) {
                 tokio::time::sleep(SHARD_PAUSE).await;
             }
-            let Some(turn) = self.turn(expansion).await else {
+            let Some((turn, place)) = self.turn_with_place(expansion).await else {
                 return Err(Broken::Off);
             };
             let mut page = self.read_page(expansion, from).await?;
@@ -251,19 +302,19 @@ impl Inner {
             from.done = page.done.or(from.done);
             from.chunk = page.chunk;
             let last = page.last;
-            let answer = self.hand_devices(expansion, &page.devices, repeats);
-            drop(turn);
-            let answer = answer.map(|(answer, gather)| {
-                ahead.push_back(gather);
-                answer
-            });
+            let asked = self.hand_devices(expansion, &page.devices, repeats);
+            let gather = asked.as_ref().map(|asked| Weak::clone(&asked.gather));
             slot.send(Handed {
                 page,
-                at: self.shared.clock.now().mono,
-                answer,
+                asked,
                 addressed,
                 _place: place,
             });
+            if let Some(gather) = gather {
+                looked_at(&gather).await;
+                ahead.push_back(gather);
+            }
+            drop(turn);
             if last {
                 return Ok(());
             }
@@ -282,15 +333,11 @@ impl Inner {
                 // What is behind it does not count. It is let go all the same: the ping behind this one must find it in its
                 // place, and whoever takes this one back must find all that there is.
                 handed.close();
+                let until = self.shared.clock.now().mono + self.shared.accept_wait();
                 while let Some(mut next) = handed.recv().await {
+                    let devices = &next.page.devices;
                     let _ = self
-                        .answered(
-                            expansion,
-                            &next.page.devices,
-                            next.at,
-                            &mut next.answer,
-                            true,
-                        )
+                        .answered(expansion, devices, &mut next.asked, Some(until))
                         .await;
                 }
                 return settled;
@@ -307,17 +354,14 @@ impl Inner {
     ) -> Result<(), Broken> {
         let Handed {
             mut page,
-            at,
-            answer,
+            asked,
             addressed,
             _place,
         } = handed;
         let before = expansion.progress();
         let mut ops = Batch::new();
         let devices = std::mem::take(&mut page.devices);
-        let unknown = self
-            .settled(expansion, devices, at, answer, &mut ops)
-            .await?;
+        let unknown = self.settled(expansion, &devices, asked, &mut ops).await?;
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let progress = ExpansionProgress {
             done: page.done.or(before.done),
@@ -339,6 +383,7 @@ impl Inner {
         }
         self.write(expansion, ops).await?;
         expansion.advance(progress);
+        expansion.forget_had(&devices);
         metrics::counter!(names::EXPANDED_TOTAL).increment(addressed as u64);
         if page.last {
             self.audiences.end(expansion);
@@ -467,6 +512,7 @@ impl Inner {
                 Ok(known)
             })
             .await?;
+        expansion.without_had(&mut devices);
         devices.retain(|device| {
             !known.contains(device) && !self.shared.ledger.has_ended(ping, *device)
         });
@@ -479,54 +525,46 @@ impl Inner {
     async fn settled(
         &self,
         expansion: &Expansion,
-        mut devices: Vec<DeviceId>,
-        mut at: Mono,
-        mut answer: Option<oneshot::Receiver<Parts>>,
+        devices: &[DeviceId],
+        mut asked: Option<Asked>,
         ops: &mut Batch,
     ) -> Result<usize, Broken> {
         let mut unknown = 0;
         let mut full = Vec::new();
-        while let Some(Parts { rejected, busy }) = self
-            .answered(expansion, &devices, at, &mut answer, false)
-            .await?
-        {
-            if busy {
-                if self.is_off(expansion) {
-                    return Err(Broken::Off);
-                }
-                metrics::counter!(names::EXPANSION_PAUSES_TOTAL, "reason" => "disk").increment(1);
-                tokio::time::sleep(RETRY).await;
-                devices = self.without_known(expansion, devices).await?;
-            } else {
-                let accepted = devices.len() - rejected.len();
-                self.shared.meters.app(expansion.app(), |app| {
-                    app.notifications.increment(accepted as u64)
-                });
-                devices.clear();
-                for (device, why) in rejected {
-                    match why {
-                        Rejection::UnknownDevice => unknown += 1,
-                        Rejection::MailboxFull | Rejection::TooFast | Rejection::Quota(_) => {
-                            full.push(device);
-                        }
-                        Rejection::NoRoom => devices.push(device),
-                        Rejection::StoreFailed => return Err(Broken::Off),
+        let mut again: Vec<DeviceId>;
+        let mut waiting = devices;
+        while let Some(rejected) = self.answered(expansion, waiting, &mut asked, None).await? {
+            let accepted = waiting.len() - rejected.len();
+            self.shared.meters.app(expansion.app(), |app| {
+                app.notifications.increment(accepted as u64)
+            });
+            again = Vec::new();
+            for (device, why) in rejected {
+                match why {
+                    Rejection::UnknownDevice => unknown += 1,
+                    Rejection::MailboxFull | Rejection::TooFast | Rejection::Quota(_) => {
+                        full.push(device);
                     }
-                }
-                devices.sort_unstable();
-                // There is no room: only for those that it was refused for it is tried again. The shards hear a little later
-                // than the store that there is room again.
-                if !devices.is_empty() {
-                    tokio::time::sleep(RETRY).await;
-                    let mut waited = Duration::ZERO;
-                    if !self.waits_for_room(expansion, &mut waited).await {
-                        return Err(Broken::Off);
-                    }
+                    Rejection::NoRoom => again.push(device),
+                    Rejection::StoreFailed => return Err(Broken::Off),
                 }
             }
-            at = self.shared.clock.now().mono;
-            let again = self.hand_devices(expansion, &devices, true);
-            answer = again.map(|(answer, _)| answer);
+            if again.is_empty() {
+                break;
+            }
+            again.sort_unstable();
+            waiting = &again;
+            // There is no room: only for those that it was refused for it is tried again. The shards hear a little later
+            // than the store that there is room again.
+            tokio::time::sleep(RETRY).await;
+            let Some(turn) = self.turn(expansion).await else {
+                return Err(Broken::Off);
+            };
+            asked = self.hand_devices(expansion, waiting, true);
+            if let Some(asked) = &asked {
+                looked_at(&asked.gather).await;
+            }
+            drop(turn);
         }
         self.refuse(expansion, full, ops);
         Ok(unknown)
@@ -538,11 +576,11 @@ impl Inner {
         expansion: &Expansion,
         devices: &[DeviceId],
         may_repeat: bool,
-    ) -> Option<(oneshot::Receiver<Parts>, Weak<Gather>)> {
+    ) -> Option<Asked> {
         if devices.is_empty() {
             return None;
         }
-        let (gather, answer) = Gather::new(devices.len());
+        let (gather, answer) = Gather::of_all(devices.len(), Arc::clone(&expansion.had));
         let mut inputs: Vec<Vec<Input>> = self.shards.iter().map(|_| Vec::new()).collect();
         for &device in devices {
             inputs[self.shard_place(device)].push(Input::Enqueue {
@@ -555,33 +593,41 @@ impl Inner {
                 waiter: Waiter::Part(Arc::clone(&gather)),
             });
         }
-        let left = Arc::downgrade(&gather);
+        let asked = Asked {
+            at: self.shared.clock.now().mono,
+            answer,
+            gather: Arc::downgrade(&gather),
+        };
         drop(gather);
         for (shard, inputs) in self.shards.iter().zip(inputs) {
             if !inputs.is_empty() {
                 shard.inbox.push_all(inputs);
             }
         }
-        Some((answer, left))
+        Some(asked)
     }
 
-    /// What the shards answer. Devices have time to acknowledge, unless it is `over`; those that have not by then are let go.
+    /// Who was refused, once the shards have answered for all. Devices have time to acknowledge; those that have not by then are
+    /// let go. `until`: it is over, and until then only it is waited for. The same is so from the moment at which it is off: a disk
+    /// that is full or stands still keeps nobody from taking it back.
     async fn answered(
         &self,
         expansion: &Expansion,
         devices: &[DeviceId],
-        at: Mono,
-        answer: &mut Option<oneshot::Receiver<Parts>>,
-        over: bool,
-    ) -> Result<Option<Parts>, Broken> {
-        let Some(answer) = answer else {
+        asked: &mut Option<Asked>,
+        mut until: Option<Mono>,
+    ) -> Result<Option<Vec<(DeviceId, Rejection)>>, Broken> {
+        let Some(Asked { at, answer, .. }) = asked else {
             return Ok(None);
         };
         let mut released: Option<Mono> = None;
         loop {
             let now = self.shared.clock.now().mono;
+            if until.is_none() && self.is_off(expansion) {
+                until = Some(now + self.shared.accept_wait());
+            }
             let due = match released {
-                None => over || now - at >= self.patience(expansion),
+                None => until.is_some() || now - *at >= self.patience(expansion),
                 // Once is enough, unless it came to a shard before what it means.
                 Some(last) => now - last >= AUDIENCE_DEFER_MAX,
             };
@@ -592,8 +638,13 @@ impl Inner {
             tokio::select! {
                 biased;
                 // Without an answer the shards were stopped.
-                parts = &mut *answer => return parts.map(Some).map_err(|_| Broken::Off),
+                parts = &mut *answer => {
+                    return parts.map(|parts| Some(parts.rejected)).map_err(|_| Broken::Off);
+                }
                 () = tokio::time::sleep(PAUSE) => {}
+            }
+            if until.is_some_and(|until| now >= until) {
+                return Err(Broken::Off);
             }
         }
     }
@@ -610,17 +661,21 @@ impl Inner {
 
     /// What these devices have not acknowledged goes to the disk.
     fn let_go(&self, expansion: &Expansion, devices: &[DeviceId]) {
+        let mut devices = devices.to_vec();
+        expansion.without_had(&mut devices);
         let mut theirs: Vec<Vec<DeviceId>> = self.shards.iter().map(|_| Vec::new()).collect();
-        for &device in devices {
+        for device in devices {
             theirs[self.shard_place(device)].push(device);
         }
         for (shard, devices) in self.shards.iter().zip(theirs) {
-            if !devices.is_empty() {
-                shard.inbox.push(Input::Release {
-                    app: expansion.app(),
-                    ping: expansion.ping(),
-                    devices,
-                });
+            let pieces = devices.chunks(RELEASED_AT_ONCE).map(|some| Input::Release {
+                app: expansion.app(),
+                ping: expansion.ping(),
+                devices: some.to_vec(),
+            });
+            let pieces: Vec<Input> = pieces.collect();
+            if !pieces.is_empty() {
+                shard.inbox.push_all(pieces);
             }
         }
     }
@@ -633,6 +688,7 @@ impl Inner {
         let accepted_ms = Some(notification.accepted_ms);
         let mut records = Vec::new();
         for device in devices {
+            locked(&expansion.had).insert(device);
             let (app, ping, outcome) = (notification.app, notification.ping, Outcome::Refused);
             let noted =
                 self.shared
@@ -677,6 +733,17 @@ impl Inner {
     }
 }
 
+/// Waits until the devices of a page were looked at and nobody of them waits for the disk.
+async fn looked_at(page: &Weak<Gather>) {
+    let waits = |page: Arc<Gather>| {
+        let (left, held) = page.left();
+        left > held
+    };
+    while page.upgrade().is_some_and(waits) {
+        tokio::time::sleep(SHARD_PAUSE).await;
+    }
+}
+
 /// Whether the shards and the disk have enough of these pages: some device has not been looked at or waits for the disk, or too
 /// many are waited for. Settled pages leave.
 fn is_enough(pages: &mut VecDeque<Weak<Gather>>) -> bool {
@@ -709,6 +776,8 @@ mod tests {
             ("shards", ms(999), false, false),
             ("shards", ms(1_000), false, true),
             ("shards", ms(1_000), true, true),
+            ("reads", ms(999), false, false),
+            ("reads", ms(1_000), true, true),
             ("engine", ms(9_999), false, false),
             ("engine", ms(10_000), false, true),
             ("engine", ms(3_600_000), true, false),

@@ -32,7 +32,10 @@ impl Lanes {
 
     /// Takes in everything that arrived, in its order.
     pub(super) fn take_in(&mut self, arrived: &mut VecDeque<Input>) {
-        if self.is_empty() && arrived.len() <= TURN_INPUTS {
+        if self.is_empty()
+            && arrived.len() <= TURN_INPUTS
+            && arrived.iter().map(Input::cost).sum::<usize>() <= TURN_INPUTS
+        {
             // All of it is done in this turn: nobody waits for anybody.
             std::mem::swap(&mut self.first, arrived);
             return;
@@ -59,7 +62,9 @@ impl Lanes {
 
     /// The next one of a publisher.
     pub(super) fn next_of_apps(&mut self) -> Option<Input> {
-        self.apps.pop().map(|(_, input)| input)
+        let (app, input) = self.apps.pop()?;
+        self.apps.charge(app, (input.cost() - 1) as u64);
+        Some(input)
     }
 
     pub(super) fn len(&self) -> usize {

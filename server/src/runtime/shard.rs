@@ -75,7 +75,8 @@ pub(super) enum Input {
         patient: bool,
         waiter: Waiter,
     },
-    /// What is held back of this ping for these devices has waited long enough.
+    /// What is held back of this ping for these devices has waited long enough. At most
+    /// [`RELEASED_AT_ONCE`](super::settings::RELEASED_AT_ONCE) of them.
     Release {
         app: AppId,
         ping: PingId,
@@ -146,6 +147,15 @@ pub(super) enum Input {
 }
 
 impl Input {
+    /// What it costs, in notifications.
+    pub(super) fn cost(&self) -> usize {
+        if let Input::Release { devices, .. } = self {
+            devices.len().max(1)
+        } else {
+            1
+        }
+    }
+
     /// The app whose publisher asked for this. Such inputs are done in turns of apps, and in their order within one.
     pub(super) fn publisher(&self) -> Option<AppId> {
         match self {
@@ -201,6 +211,9 @@ pub(super) enum Waiter {
     Gone,
 }
 
+/// Devices that have a notification safe, or its outcome.
+pub(super) type Had = Arc<Mutex<HashSet<DeviceId>>>;
+
 /// Collects the answers of several devices. Only the waiters own it: when the last one is dropped unanswered, the
 /// receiver learns that as well.
 pub(super) struct Gather(Mutex<Gathered>);
@@ -211,6 +224,8 @@ struct Gathered {
     held: usize,
     answer: Option<oneshot::Sender<Parts>>,
     parts: Parts,
+    /// Who is done, noted at once. Then all are waited for, also if one is told that the store is busy.
+    had: Option<Had>,
 }
 
 /// What several devices answered.
@@ -223,12 +238,22 @@ pub(super) struct Parts {
 impl Gather {
     /// Waits for so many answers, at least one.
     pub(super) fn new(count: usize) -> (Arc<Gather>, oneshot::Receiver<Parts>) {
+        Gather::noting(count, None)
+    }
+
+    /// The same of all of them, whatever one says, and notes in `had` who is done. Also when nobody waits for the answer any more.
+    pub(super) fn of_all(count: usize, had: Had) -> (Arc<Gather>, oneshot::Receiver<Parts>) {
+        Gather::noting(count, Some(had))
+    }
+
+    fn noting(count: usize, had: Option<Had>) -> (Arc<Gather>, oneshot::Receiver<Parts>) {
         let (answer, answered) = oneshot::channel();
         let gather = Gather(Mutex::new(Gathered {
             left: count,
             held: 0,
             answer: Some(answer),
             parts: Parts::default(),
+            had,
         }));
         (Arc::new(gather), answered)
     }
@@ -254,8 +279,14 @@ impl Gather {
     fn settle(&self, device: DeviceId, settled: Settled) {
         let mut gathered = locked(&self.0);
         match settled {
-            Settled::Accepted => {}
             Settled::Rejected(why) => gathered.parts.rejected.push((device, why)),
+            // An outcome that could not be made safe is one all the same.
+            Settled::Accepted | Settled::Busy if gathered.had.is_some() => {
+                if let Some(had) = &gathered.had {
+                    locked(had).insert(device);
+                }
+            }
+            Settled::Accepted => {}
             Settled::Busy => gathered.parts.busy = true,
         }
         gathered.left = gathered.left.saturating_sub(1);
@@ -409,6 +440,13 @@ pub(super) struct Shared {
     pub(super) durable: bool,
 }
 
+impl Shared {
+    /// Longest wait for a settlement.
+    pub(super) fn accept_wait(&self) -> Duration {
+        Duration::from_millis(self.accept_wait_ms.load(Ordering::Relaxed))
+    }
+}
+
 /// How a notification ended.
 struct Ended {
     tickets: Tickets,
@@ -537,10 +575,10 @@ impl Waiters {
                         Waiter::One(answer) => reply(answer, Settled::Busy),
                         // The device does not matter: the whole ping is told to come again.
                         Waiter::Part(gather) => gather.settle(DeviceId([0; 16]), Settled::Busy),
-                        Waiter::Held(gather) => {
-                            gather.settle_held(DeviceId([0; 16]), Settled::Busy);
-                        }
-                        other @ (Waiter::Revoke(_) | Waiter::Empty(..) | Waiter::Gone) => {
+                        other @ (Waiter::Held(_)
+                        | Waiter::Revoke(_)
+                        | Waiter::Empty(..)
+                        | Waiter::Gone) => {
                             slot.waiter = other;
                         }
                     }
@@ -732,10 +770,11 @@ impl ShardTask {
             };
             self.input(input, now);
         }
-        for _ in 0..TURN_INPUTS {
-            let Some(input) = self.lanes.next_of_apps() else {
-                break;
-            };
+        let mut done = 0;
+        while done < TURN_INPUTS
+            && let Some(input) = self.lanes.next_of_apps()
+        {
+            done += input.cost();
             self.input(input, now);
         }
         self.core.handle_deadlines(now, &mut self.effects);
@@ -800,11 +839,14 @@ impl ShardTask {
                     notification.accepted_ms,
                     notification.expires_ms,
                 );
-                let patience =
-                    Duration::from_millis(self.shared.accept_wait_ms.load(Ordering::Relaxed));
-                self.waiters
-                    .patience
-                    .push_back((now.mono + patience, ticket));
+                // Whoever brings an audience does not come again before it has all answers: what is under way is not to be
+                // handed over twice.
+                if !patient {
+                    let patience = self.shared.accept_wait();
+                    self.waiters
+                        .patience
+                        .push_back((now.mono + patience, ticket));
+                }
                 let enqueue = Enqueue {
                     ticket,
                     notification,

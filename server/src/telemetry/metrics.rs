@@ -118,7 +118,7 @@ metrics! {
     EXPANSIONS_OPEN: Gauge "bellwire_expansions_open" [] "Pings on their way to audiences: topics, everyone, long lists.";
     EXPANSION_OLDEST_SECONDS: Gauge "bellwire_expansion_oldest_seconds" [] "Age of the oldest of these; 0 while there is none.";
     EXPANDED_TOTAL: Counter "bellwire_expanded_total" [] "Devices that pings to audiences have come to.";
-    EXPANSION_PAUSES_TOTAL: Counter "bellwire_expansion_pauses_total" ["reason"] "Times that a ping to an audience waited: `shards` (they have enough to do), `engine` (behind by half of what it may be), `disk` (no room, or no answer in time).";
+    EXPANSION_PAUSES_TOTAL: Counter "bellwire_expansion_pauses_total" ["reason"] "Times that a ping to an audience waited: `shards` (they have enough to do), `reads` (so has whoever reads the store), `engine` (behind by half of what it may be), `disk` (no room).";
     SUBSCRIPTIONS_REFUSED_TOTAL: Counter "bellwire_subscriptions_refused_total" [] "Topics that devices asked to join or leave and may not.";
     RESERVE_BYTES: Gauge "bellwire_reserve_bytes" [] "Bodies in flight, of the memory reserve.";
     LEDGER_ENTRIES: Gauge "bellwire_ledger_entries" [] "Notifications in the ledger of recent outcomes.";
