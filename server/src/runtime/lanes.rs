@@ -143,6 +143,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_let_go_costs_as_many_turns_as_it_has_devices() {
+        let mut lanes = Lanes::new();
+        let release = || Input::Release {
+            app: AppId(1),
+            ping: PingId([0; 16]),
+            devices: vec![DeviceId([0; 16]); 32],
+        };
+        let mut arrived: VecDeque<Input> = (0..250).map(|_| release()).collect();
+        arrived.extend((0..320).map(|_| asked(2, 0)));
+        lanes.take_in(&mut arrived);
+        // A piece of the one, then as many notifications of the other.
+        let mut served = [0; 2];
+        while served[1] < 320
+            && let Some(input) = lanes.next_of_apps()
+        {
+            let place = usize::from(input.publisher() == Some(AppId(2)));
+            served[place] += input.cost();
+        }
+        assert!(served[0] <= 320 + 64, "{served:?}");
+    }
+
+    #[test]
     fn an_app_keeps_its_order() {
         let mut lanes = Lanes::new();
         let mut arrived: VecDeque<Input> = (0..2_000u32)

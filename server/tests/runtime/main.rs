@@ -5,6 +5,7 @@
 
 mod audiences;
 mod changes;
+mod crowds;
 mod devices;
 mod drain;
 mod fair;
