@@ -28,7 +28,7 @@ pub(super) const PAGES_AHEAD: usize = 32;
 pub(super) const UNSETTLED_MAX: usize = 8 * EXPANSION_CHUNK;
 /// Devices that one input of a shard releases: what one app may do before another has its turn.
 pub(super) const RELEASED_AT_ONCE: usize = 32;
-/// The same as [`PAGES_AHEAD`] over all apps: some 10 MiB of those who wait.
+/// The same as [`PAGES_AHEAD`] over all apps: some 10 MiB of those who wait, and 5 of those who do not any more.
 pub(super) const PAGES_AHEAD_IN_ALL: usize = 128;
 /// Members that are looked at to say how many an audience has; larger ones are estimated to within a few percent.
 pub(super) const ESTIMATE_LOOK: usize = 1_000;
