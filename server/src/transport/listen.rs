@@ -1,5 +1,6 @@
 //! The device port: one number, TCP for WebSocket and UDP for QUIC, and the tasks that let connections in.
 
+use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
@@ -10,8 +11,9 @@ use std::time::Duration;
 use bellwire_protocol::{Carrier, Code};
 use metrics::gauge;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{MissedTickBehavior, Sleep, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
@@ -51,6 +53,9 @@ const COMPLAINT_EVERY: Duration = Duration::from_secs(60);
 
 /// What to do about a stranger on the listener for load balancers.
 const NOT_A_PROXY: &str = "only load balancers connect here: if this is one of yours, add its network to listen.proxy_networks";
+
+/// Time that a handshake needs before the hello deadline to be begun.
+const SHAKE_MIN: Duration = Duration::from_secs(2);
 
 /// One tick of the wheel.
 const TICK: Duration = Duration::from_secs(1);
@@ -111,8 +116,10 @@ pub struct Transport {
     /// What the endpoint's configuration is made of at a reload.
     silence: Box<dyn Fn() -> Duration + Send + Sync>,
     admission: Admission,
-    /// Stops accepting.
+    /// Stops accepting, and sends away whoever waits to begin.
     accepting: CancellationToken,
+    /// Ends the ways in over TCP that have begun.
+    closing: CancellationToken,
     /// Stops the wheel.
     turning: CancellationToken,
     /// Everything that belongs to connections.
@@ -173,6 +180,7 @@ impl Transport {
             tls: Arc::clone(&tls),
             tasks: TaskTracker::new(),
             accepting: CancellationToken::new(),
+            closing: CancellationToken::new(),
             complaints: Arc::default(),
         };
         let endpoint = Endpoint::start(udp, config, port.clone()).map_err(failed("UDP"))?;
@@ -185,6 +193,7 @@ impl Transport {
             silence: Box::new(move || silence(&door, Carrier::Quic)),
             admission: port.admission.clone(),
             accepting: port.accepting.clone(),
+            closing: port.closing.clone(),
             turning: CancellationToken::new(),
             tasks: port.tasks.clone(),
         };
@@ -265,6 +274,7 @@ impl Transport {
     /// most. Call it after the runtime has drained.
     pub async fn shutdown(self) {
         self.stop_accepting();
+        self.closing.cancel();
         self.tasks.close();
         self.wheel.kick_all(Kick::Shutdown);
         if timeout(SHUTDOWN_MAX, self.tasks.wait()).await.is_err() {
@@ -369,6 +379,7 @@ struct Port<D> {
     tls: Arc<Tls>,
     tasks: TaskTracker,
     accepting: CancellationToken,
+    closing: CancellationToken,
     complaints: Arc<Complaints>,
 }
 
@@ -393,6 +404,7 @@ impl<D> Clone for Port<D> {
             tls: Arc::clone(&self.tls),
             tasks: self.tasks.clone(),
             accepting: self.accepting.clone(),
+            closing: self.closing.clone(),
             complaints: Arc::clone(&self.complaints),
         }
     }
@@ -534,17 +546,65 @@ async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, kno
     if let Err(error) = websocket::prepare(&tcp, settings.write_deadline) {
         debug!(%peer, %error, "the socket's options cannot be set");
     }
-    let way_in = async {
+    let begin_until = deadline.deadline() - time_to_shake(settings.hello_deadline);
+    let wait = async {
         // A place is for those who have something to say.
         tcp.readable().await.map_err(|_| "closed")?;
-        let handshake = || Box::pin(websocket::accept(tcp, port.tls.tcp(), settings.frame_max));
-        port.pace.in_place(handshake).await
+        let place = port.pace.place().await;
+        worth_a_handshake(&tcp, begin_until).await.map(|()| place)
     };
-    let accepted = tokio::select! {
-        accepted = way_in => accepted,
+    let begin = tokio::select! {
+        place = wait => place,
         () = &mut deadline => Err(Code::HelloTimeout.name()),
+        // Whoever has not begun is not let in any more.
+        () = port.accepting.cancelled() => Err(Code::Drain.name()),
+    };
+    let accepted = match begin {
+        Ok(place) => {
+            let handshake = websocket::accept(tcp, port.tls.tcp(), settings.frame_max);
+            let handshake = port.pace.in_place(place, Box::pin(handshake));
+            within(&port, &mut deadline, handshake).await
+        }
+        Err(reason) => Err(reason),
     };
     link(&port, accepted, knock, deadline, peer);
+}
+
+/// With less time than this to the hello deadline no handshake begins: the round trips of a slow network, or a quarter of a
+/// deadline that is shorter than most.
+fn time_to_shake(hello_deadline: Duration) -> Duration {
+    (hello_deadline / 4).min(SHAKE_MIN)
+}
+
+/// Whether to begin with a device that waited for its place.
+///
+/// # Errors
+/// When it gave up meanwhile, or can hardly make it any more.
+async fn worth_a_handshake(
+    tcp: &TcpStream,
+    begin_until: Instant,
+) -> Result<(), websocket::Refusal> {
+    let ready = tcp.ready(Interest::READABLE).await;
+    if ready.map_or(true, |ready| ready.is_read_closed()) {
+        return Err("closed");
+    }
+    match Instant::now() < begin_until {
+        true => Ok(()),
+        false => Err(Code::HelloTimeout.name()),
+    }
+}
+
+/// The way in, while there is time and the server does not go down.
+async fn within<D, T>(
+    port: &Port<D>,
+    deadline: &mut Pin<Box<Sleep>>,
+    way_in: impl Future<Output = Result<T, websocket::Refusal>>,
+) -> Result<T, websocket::Refusal> {
+    tokio::select! {
+        accepted = way_in => accepted,
+        () = deadline => Err(Code::HelloTimeout.name()),
+        () = port.closing.cancelled() => Err(Code::Drain.name()),
+    }
 }
 
 /// Serves a connection that a load balancer brings.
@@ -563,6 +623,10 @@ async fn serve_plain<D: Door>(
         header = websocket::read_proxy_header(&mut tcp) => header,
         () = &mut deadline => {
             port.shared.websocket.refused(Code::HelloTimeout.name());
+            return;
+        }
+        () = port.accepting.cancelled() => {
+            port.shared.websocket.refused(Code::Drain.name());
             return;
         }
     };
@@ -586,10 +650,8 @@ async fn serve_plain<D: Door>(
         websocket::reset(&tcp);
         return;
     }
-    let accepted = tokio::select! {
-        accepted = websocket::accept_plain(tcp, settings.frame_max) => accepted,
-        () = &mut deadline => Err(Code::HelloTimeout.name()),
-    };
+    let way_in = websocket::accept_plain(tcp, settings.frame_max);
+    let accepted = within(&port, &mut deadline, way_in).await;
     link(&port, accepted, knock, deadline, peer);
 }
 
@@ -692,7 +754,40 @@ async fn serve_quic<D: Door>(
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    #[tokio::test]
+    async fn no_handshake_begins_with_a_device_that_left_or_has_no_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut device = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
+        let (tcp, _) = listener.accept().await.unwrap();
+        device.write_all(&[0x16, 3, 1]).await.unwrap();
+        tcp.readable().await.unwrap();
+        let later = Instant::now() + Duration::from_secs(600);
+        assert_eq!(worth_a_handshake(&tcp, later).await, Ok(()));
+        let over = worth_a_handshake(&tcp, Instant::now()).await;
+        assert_eq!(over, Err(Code::HelloTimeout.name()));
+        drop(device);
+        // What it said is still there to be read.
+        let left = async {
+            while worth_a_handshake(&tcp, later).await.is_ok() {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), left).await.unwrap();
+        assert_eq!(worth_a_handshake(&tcp, later).await, Err("closed"));
+    }
+
+    #[test]
+    fn a_short_hello_deadline_leaves_time_to_begin() {
+        assert_eq!(time_to_shake(Duration::from_secs(10)), SHAKE_MIN);
+        let short = Duration::from_millis(400);
+        assert_eq!(time_to_shake(short), short / 4);
+    }
 
     #[test]
     fn a_mistake_is_told_once_a_minute_and_hides_no_other() {

@@ -13,13 +13,15 @@ pub(crate) const CONTROL_MAX_BYTES: usize = 125;
 /// What a close frame answers when its own code is none that may be sent (RFC 6455 section 7.4.1).
 const PROTOCOL_ERROR: u16 = 1002;
 
-/// A message, or a control frame.
+/// A message, a part of one, or a control frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Message {
     /// Text; it is UTF-8.
     Text(Bytes),
     /// Bytes.
     Binary(Bytes),
+    /// A fragment after which others come. The joined message follows; this says that there was work.
+    Part,
     /// To be answered with these bytes.
     Ping(Bytes),
     /// An answer to nothing, as we send no pings.
@@ -133,67 +135,63 @@ impl MessageReader {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The next message; `None`: more bytes are needed.
+    /// What the next frame makes; `None`: more bytes are needed.
     ///
     /// # Errors
     /// When the peer does what it must not.
     pub(crate) fn pull(&mut self) -> Result<Option<Message>, Wrong> {
-        loop {
-            let Some(header) = Header::read(&self.bytes)? else {
-                return Ok(None);
-            };
-            let joined = self.joined.as_ref().map_or(0, |joined| joined.bytes.len());
-            match (header.opcode, &self.joined) {
-                (0x0, None) => {
-                    return Err(Wrong::Rules("a WebSocket continuation of nothing"));
-                }
-                (0x1 | 0x2, Some(_)) => {
-                    return Err(Wrong::Rules(
-                        "a WebSocket message inside the fragments of another",
-                    ));
-                }
-                _ => {}
+        let Some(header) = Header::read(&self.bytes)? else {
+            return Ok(None);
+        };
+        let joined = self.joined.as_ref().map_or(0, |joined| joined.bytes.len());
+        match (header.opcode, &self.joined) {
+            (0x0, None) => {
+                return Err(Wrong::Rules("a WebSocket continuation of nothing"));
             }
-            let whole = header.length.saturating_add(joined as u64);
-            if header.opcode < 0x8 && whole > self.message_max as u64 {
-                return Err(Wrong::TooLarge(whole, self.message_max));
+            (0x1 | 0x2, Some(_)) => {
+                return Err(Wrong::Rules(
+                    "a WebSocket message inside the fragments of another",
+                ));
             }
-            // It is no more than a message may be, or a control frame.
-            let length = header.length as usize;
-            let Some(size) = header.size.checked_add(length) else {
-                return Ok(None);
-            };
-            if self.bytes.len() < size {
-                return Ok(None);
-            }
-            let mut frame = match self.bytes.len() == size {
-                true => mem::take(&mut self.bytes),
-                false => self.bytes.split_to(size),
-            };
-            frame.advance(header.size);
-            unmask(&mut frame, header.mask);
-            if let Some(message) = self.take(&header, frame.freeze())? {
-                return Ok(Some(message));
-            }
+            _ => {}
         }
+        let whole = header.length.saturating_add(joined as u64);
+        if header.opcode < 0x8 && whole > self.message_max as u64 {
+            return Err(Wrong::TooLarge(whole, self.message_max));
+        }
+        // It is no more than a message may be, or a control frame.
+        let length = header.length as usize;
+        let Some(size) = header.size.checked_add(length) else {
+            return Ok(None);
+        };
+        if self.bytes.len() < size {
+            return Ok(None);
+        }
+        let mut frame = match self.bytes.len() == size {
+            true => mem::take(&mut self.bytes),
+            false => self.bytes.split_to(size),
+        };
+        frame.advance(header.size);
+        unmask(&mut frame, header.mask);
+        self.take(&header, frame.freeze()).map(Some)
     }
 
-    fn take(&mut self, header: &Header, payload: Bytes) -> Result<Option<Message>, Wrong> {
+    fn take(&mut self, header: &Header, payload: Bytes) -> Result<Message, Wrong> {
         let (is_text, payload) = match (header.opcode, self.joined.take()) {
-            (0x8, _) => return close(&payload).map(Some),
+            (0x8, _) => return close(&payload),
             (0x9, joined) => {
                 self.joined = joined;
-                return Ok(Some(Message::Ping(payload)));
+                return Ok(Message::Ping(payload));
             }
             (0xa, joined) => {
                 self.joined = joined;
-                return Ok(Some(Message::Pong));
+                return Ok(Message::Pong);
             }
             (_, Some(mut joined)) => {
                 joined.bytes.extend_from_slice(&payload);
                 if !header.is_last {
                     self.joined = Some(joined);
-                    return Ok(None);
+                    return Ok(Message::Part);
                 }
                 (joined.is_text, joined.bytes.into())
             }
@@ -202,16 +200,16 @@ impl MessageReader {
                 if !header.is_last {
                     let bytes = payload.to_vec();
                     self.joined = Some(Box::new(Joined { is_text, bytes }));
-                    return Ok(None);
+                    return Ok(Message::Part);
                 }
                 (is_text, payload)
             }
         };
         if !is_text {
-            return Ok(Some(Message::Binary(payload)));
+            return Ok(Message::Binary(payload));
         }
         match str::from_utf8(&payload) {
-            Ok(_) => Ok(Some(Message::Text(payload))),
+            Ok(_) => Ok(Message::Text(payload)),
             Err(_) => Err(Wrong::Rules("a text message that is not UTF-8")),
         }
     }
@@ -282,7 +280,9 @@ mod tests {
         for piece in pieces {
             reader.push(piece);
             while let Some(message) = reader.pull()? {
-                messages.push(message);
+                if message != Message::Part {
+                    messages.push(message);
+                }
             }
         }
         if reader.bytes.is_empty() {

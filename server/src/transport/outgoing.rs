@@ -1,6 +1,9 @@
 //! Bytes on their way to the peer: one buffer while there are any, none while there are not.
 
-/// Bytes that wait to be written.
+/// Written bytes that may stand in front of the others: less is not worth moving those.
+const WRITTEN_KEPT_BYTES: usize = 4 * 1024;
+
+/// Bytes that wait to be written. The memory is a few times that of the most that waited, however much went through.
 #[derive(Default)]
 pub(crate) struct Outgoing {
     bytes: Vec<u8>,
@@ -34,6 +37,11 @@ impl Outgoing {
         if self.written >= self.bytes.len() {
             // Gives the memory back: an idle link holds no buffer.
             *self = Outgoing::default();
+        } else if self.written >= WRITTEN_KEPT_BYTES && self.written * 2 >= self.bytes.len() {
+            // A peer that never takes everything must not have it all kept. What is moved is less than what was written
+            // since the last time.
+            self.bytes.drain(..self.written);
+            self.written = 0;
         }
     }
 
@@ -51,6 +59,7 @@ impl Outgoing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn bytes_come_out_in_order_and_an_empty_buffer_holds_no_memory() {
@@ -64,5 +73,46 @@ mod tests {
         outgoing.advance(9);
         assert!(outgoing.is_empty());
         assert_eq!(outgoing.bytes.capacity(), 0);
+    }
+
+    #[test]
+    fn a_reader_that_never_takes_everything_has_only_what_it_has_not_taken_kept() {
+        const MIB: usize = 1024 * 1024;
+        let piece: Vec<u8> = (0..16 * 1024_u32).map(|n| n as u8).collect();
+        let mut outgoing = Outgoing::default();
+        let (mut pushed, mut taken, mut round) = (0, 0, 0);
+        while taken < 100 * MIB {
+            while outgoing.len() < 64 * 1024 {
+                outgoing.push(&piece);
+                pushed += piece.len();
+            }
+            // Between 1 byte and 64 KiB stay.
+            let stay = 1 + round * 7_919 % (64 * 1024);
+            let take = outgoing.len().saturating_sub(stay);
+            assert_eq!(outgoing.rest()[0], taken as u8);
+            outgoing.advance(take);
+            taken += take;
+            round += 1;
+            assert_eq!(outgoing.len(), pushed - taken);
+            assert!(!outgoing.is_empty() && outgoing.bytes.capacity() <= 512 * 1024);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_order_of_bytes_is_kept(steps in proptest::collection::vec((0_usize..9_000, 0_usize..9_000), 1..60)) {
+            let (mut outgoing, mut next, mut heard) = (Outgoing::default(), 0_u32, Vec::new());
+            for (push, take) in steps {
+                let bytes: Vec<u8> = (next..).take(push).map(|n| (n % 251) as u8).collect();
+                next += push as u32;
+                outgoing.push(&bytes);
+                let take = take.min(outgoing.len());
+                heard.extend_from_slice(&outgoing.rest()[..take]);
+                outgoing.advance(take);
+                prop_assert_eq!(outgoing.len() + heard.len(), next as usize);
+            }
+            heard.extend_from_slice(outgoing.rest());
+            prop_assert!(heard.iter().zip(0_u32..).all(|(byte, n)| *byte == (n % 251) as u8));
+        }
     }
 }

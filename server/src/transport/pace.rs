@@ -59,22 +59,33 @@ impl Pace {
         }
     }
 
-    /// Waits for a place, and then has a handshake compute in turns. It is made when it may begin: its memory is many times
-    /// that of waiting.
+    /// Waits for a place.
+    pub(crate) async fn place(&self) -> Place {
+        // It would fail if the semaphore were closed, which nobody does.
+        Place(Arc::clone(&self.places).acquire_owned().await.ok())
+    }
+
+    /// Has a handshake compute in turns, in its place as long as it may have it. Make it when the place is there: its memory
+    /// is many times that of waiting.
     pub(crate) async fn in_place<F: Future>(
         &self,
-        handshake: impl FnOnce() -> Pin<Box<F>>,
+        place: Place,
+        handshake: Pin<Box<F>>,
     ) -> F::Output {
-        let place = Arc::clone(&self.places).acquire_owned().await.ok();
-        let mut handshake = pin!(self.in_turns(handshake()));
+        let mut handshake = pin!(self.in_turns(handshake));
         tokio::select! {
             biased;
             done = &mut handshake => return done,
-            () = sleep(PLACE_TIME) => drop::<Option<OwnedSemaphorePermit>>(place),
+            () = sleep(PLACE_TIME) => drop(place),
         }
         handshake.await
     }
 }
+
+/// What a handshake needs to begin. Given back when dropped.
+pub(crate) struct Place(
+    #[expect(dead_code, reason = "held, not read")] Option<OwnedSemaphorePermit>,
+);
 
 /// A handshake that computes in turns.
 pub(crate) struct InTurns<F> {
@@ -123,7 +134,11 @@ mod tests {
         let (pace, seen, answer) = (Pace::of(1, 3), Arc::default(), Arc::new(Notify::new()));
         for _ in 0..10 {
             let (pace, seen, answer) = (pace.clone(), Arc::clone(&seen), Arc::clone(&answer));
-            tokio::spawn(async move { pace.in_place(|| Box::pin(handshake(seen, answer))).await });
+            tokio::spawn(async move {
+                let place = pace.place().await;
+                pace.in_place(place, Box::pin(handshake(seen, answer)))
+                    .await;
+            });
         }
         let begun = |seen: &Arc<Seen>| seen.begun.load(Ordering::Relaxed);
         settle().await;

@@ -13,9 +13,12 @@ use rustls::unbuffered::{
 };
 use rustls::{Error, InvalidMessage, ProtocolVersion, ServerConfig};
 
-/// Bytes that may wait for the rest of a record or of a handshake message, which is at most so long (RFC 8446 sections 4
-/// and 5.1 allow more; rustls takes no more either).
-const PARTIAL_MAX_BYTES: usize = 80 * 1024;
+/// Bytes that may wait for the rest of a record or of a handshake message: a whole record is 18,437 bytes at most, and of
+/// a client that is asked for no certificate every handshake message fits into one.
+const PARTIAL_MAX_BYTES: usize = 20 * 1024;
+
+/// Bytes of the header of a record (RFC 8446 section 5.1).
+const HEADER_BYTES: u8 = 5;
 
 /// What sealing adds at most to so many bytes: a header, a tag, padding, for each record that they take.
 const OVERHEAD_BYTES: usize = 64;
@@ -28,8 +31,48 @@ pub(crate) struct Secure {
     tls: Box<UnbufferedServerConnection>,
     /// What came of a record, or of a handshake message, that is not whole yet.
     partial: Vec<u8>,
-    /// The peer broke the rules: rustls is not asked again, whose place in the bytes is lost.
-    has_failed: bool,
+    records: Records,
+    /// The peer broke these rules: rustls is not asked again, whose place in the bytes is lost.
+    failure: Option<Box<Error>>,
+}
+
+/// Where records begin and end in what the peer sends, so that rustls, which looks at all that waits from its beginning, is
+/// asked only when there is something new for it to see.
+#[derive(Default)]
+struct Records {
+    /// Bytes of the header that came; all five: what came is of the body.
+    header: u8,
+    /// Bytes of the body that are still to come, as far as the header says.
+    left: u16,
+}
+
+impl Records {
+    /// Counts bytes that came; whether a header or a record became whole with them.
+    fn count(&mut self, mut bytes: &[u8]) -> bool {
+        let mut is_news = false;
+        while let Some(&first) = bytes.first() {
+            if self.header < HEADER_BYTES {
+                match self.header {
+                    3 => self.left = u16::from(first) << 8,
+                    4 => self.left |= u16::from(first),
+                    _ => {}
+                }
+                self.header += 1;
+                bytes = &bytes[1..];
+                is_news |= self.header == HEADER_BYTES;
+            } else {
+                let now = bytes.len().min(self.left.into());
+                // At most `left`.
+                self.left -= now as u16;
+                bytes = &bytes[now..];
+            }
+            if self.header == HEADER_BYTES && self.left == 0 {
+                self.header = 0;
+                is_news = true;
+            }
+        }
+        is_news
+    }
 }
 
 impl Secure {
@@ -41,7 +84,8 @@ impl Secure {
         Ok(Secure {
             tls: Box::new(UnbufferedServerConnection::new(config)?),
             partial: Vec::new(),
-            has_failed: false,
+            records: Records::default(),
+            failure: None,
         })
     }
 
@@ -56,13 +100,18 @@ impl Secure {
         !self.is_handshaking() && self.tls.protocol_version() == Some(ProtocolVersion::TLSv1_3)
     }
 
-    /// What stands before the next bytes from the peer, for [`Secure::digest`].
-    pub(crate) fn partial(&self) -> &[u8] {
-        &self.partial
+    /// How many bytes stand before the next ones from the peer, for [`Secure::digest`].
+    pub(crate) fn waiting(&self) -> usize {
+        self.partial.len()
     }
 
-    /// Takes bytes from the peer, behind those of [`Secure::partial`]: plain ones go to `take`, what there is to say to the
-    /// peer is added to `reply`, alerts too. `true`: the peer says no more.
+    /// Which rules the peer broke.
+    pub(crate) fn failure(&self) -> Option<&Error> {
+        self.failure.as_deref()
+    }
+
+    /// Takes bytes from the peer, which stand behind room for [`Secure::waiting`] others: plain ones go to `take`, what there
+    /// is to say to the peer is added to `reply`, alerts too. `true`: the peer says no more.
     ///
     /// # Errors
     /// When the peer breaks the rules; nothing can be read any more then.
@@ -72,13 +121,33 @@ impl Secure {
         mut take: impl FnMut(&[u8]),
         reply: &mut Vec<u8>,
     ) -> Result<bool, Error> {
-        if self.has_failed {
-            return Err(failed());
+        if let Some(failure) = &self.failure {
+            return Err((**failure).clone());
         }
+        let (before, came) = incoming.split_at_mut(self.partial.len());
+        if !self.records.count(came) && !self.partial.is_empty() {
+            // Nothing became whole; a peer that sends byte by byte does not have all of it looked at each time.
+            self.keep(came)?;
+            return Ok(false);
+        }
+        before.copy_from_slice(&self.partial);
         self.partial = Vec::new();
         let digested = self.digest_records(incoming, &mut take, reply);
-        self.has_failed = digested.is_err();
+        if let Err(error) = &digested {
+            self.failure = Some(Box::new(error.clone()));
+        }
         digested
+    }
+
+    /// Keeps bytes for the next time.
+    fn keep(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        if self.partial.len() + bytes.len() > PARTIAL_MAX_BYTES {
+            let error = Error::from(InvalidMessage::HandshakePayloadTooLarge);
+            self.failure = Some(Box::new(error.clone()));
+            return Err(error);
+        }
+        self.partial.extend_from_slice(bytes);
+        Ok(())
     }
 
     fn digest_records(
@@ -130,11 +199,7 @@ impl Secure {
                 break;
             }
         }
-        let rest = incoming.get(used..).unwrap_or_default();
-        if rest.len() > PARTIAL_MAX_BYTES {
-            return Err(InvalidMessage::HandshakePayloadTooLarge.into());
-        }
-        self.partial = rest.to_vec();
+        self.keep(incoming.get(used..).unwrap_or_default())?;
         Ok(is_over)
     }
 
@@ -186,14 +251,22 @@ impl Secure {
             &mut Vec<u8>,
         ) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        if self.has_failed {
-            return Err(failed());
+        if let Some(failure) = &self.failure {
+            return Err((**failure).clone());
         }
         loop {
+            let waiting = self.partial.len();
             let UnbufferedStatus { discard, state } =
                 self.tls.process_tls_records(&mut self.partial);
+            debug_assert!(
+                discard <= waiting,
+                "rustls is done with bytes that are not there"
+            );
             match state? {
-                ConnectionState::WriteTraffic(traffic) => return say(traffic, sealed),
+                ConnectionState::WriteTraffic(traffic) => {
+                    self.partial.drain(..discard.min(self.partial.len()));
+                    return say(traffic, sealed);
+                }
                 ConnectionState::EncodeTlsData(data) => encode(data, sealed)?,
                 ConnectionState::TransmitTlsData(data) => data.done(),
                 ConnectionState::PeerClosed => {}
@@ -206,10 +279,6 @@ impl Secure {
             self.partial.drain(..discard.min(self.partial.len()));
         }
     }
-}
-
-fn failed() -> Error {
-    Error::General("the peer broke the rules of TLS before".to_owned())
 }
 
 fn encode<D>(mut data: EncodeTlsData<'_, D>, out: &mut Vec<u8>) -> Result<(), Error> {
@@ -306,7 +375,7 @@ mod tests {
             let mut reply = Vec::new();
             let mut outcome = Ok(());
             for piece in said.chunks(piece) {
-                let mut incoming = [self.server.partial(), piece].concat();
+                let mut incoming = [&vec![0; self.server.waiting()][..], piece].concat();
                 let heard = &mut self.heard;
                 let digested = self.server.digest(
                     &mut incoming,
@@ -423,12 +492,61 @@ mod tests {
     }
 
     #[test]
+    fn a_record_is_looked_at_when_its_header_and_when_all_of_it_is_there() {
+        let record = |length: u16| {
+            let mut record = vec![0x17, 3, 3];
+            record.extend(length.to_be_bytes());
+            record.extend(vec![0; length.into()]);
+            record
+        };
+        let stream = [record(700), record(0), record(1), record(18_432)].concat();
+        let mut records = Records::default();
+        let news: Vec<usize> = (1..=stream.len())
+            .filter(|end| records.count(&stream[end - 1..*end]))
+            .collect();
+        let expected = [5, 705, 710, 715, 716, 721, stream.len()];
+        assert_eq!(news, expected);
+        // In larger pieces there is news in those in which one of these ends is.
+        for piece in [2, 3, 7, 100, 704, 1_000] {
+            let mut records = Records::default();
+            for (n, bytes) in stream.chunks(piece).enumerate() {
+                let range = n * piece..n * piece + bytes.len();
+                let is_news = expected.iter().any(|end| range.contains(&(end - 1)));
+                assert_eq!(records.count(bytes), is_news, "{piece} {range:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_record_fits_and_byte_by_byte_no_more_than_it_is_kept() {
+        let mut pair = Pair::new(&Pair::configs());
+        pair.shake(usize::MAX);
+        let mut refused = None;
+        let record = [&[0x17, 3, 3, 0x48, 0][..], &[0; 18_432]].concat();
+        for (n, byte) in record.iter().enumerate() {
+            let mut incoming = vec![0; pair.server.waiting()];
+            assert_eq!(incoming.len(), n);
+            incoming.push(*byte);
+            let digested =
+                pair.server
+                    .digest(&mut incoming, |_| panic!("nothing"), &mut Vec::new());
+            if digested.is_err() {
+                refused = Some(n + 1);
+                break;
+            }
+            assert!(pair.server.partial.capacity() <= 2 * PARTIAL_MAX_BYTES);
+        }
+        // It is waited for to its end, and is none of this session.
+        assert_eq!(refused, Some(record.len()));
+    }
+
+    #[test]
     fn garbage_is_refused_and_little_of_it_is_kept() {
         let config = Pair::configs().1;
         for first in 0..=255_u8 {
             let mut server = Secure::new(Arc::clone(&config)).unwrap();
             for _ in 0..100 {
-                let mut incoming = [server.partial(), &[first; 2_000]].concat();
+                let mut incoming = [vec![0; server.waiting()], vec![first; 2_000]].concat();
                 let kept = incoming.len();
                 if server
                     .digest(&mut incoming, |_| panic!("nothing"), &mut Vec::new())

@@ -66,15 +66,15 @@ impl From<rustls::Error> for Trouble {
 /// What reading comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Came {
-    /// Bytes were handed over.
+    /// Bytes; those of TLS itself are not handed over.
     Bytes,
     /// The peer says no more.
     End,
 }
 
-/// A TCP connection. It counts below TLS: what the system took is progress.
-pub(crate) struct Wire {
-    tcp: TcpStream,
+/// A TCP connection, or what stands for one in tests. It counts below TLS: what the system took is progress.
+pub(crate) struct Wire<S = TcpStream> {
+    tcp: S,
     /// `None`: plain, from a load balancer that ended TLS.
     secure: Option<Secure>,
     /// Sealed bytes that wait.
@@ -86,11 +86,13 @@ pub(crate) struct Wire {
     is_closed: bool,
     /// Read after that.
     discarded: u64,
+    /// Whoever reads knows that the peer broke the rules of TLS.
+    is_failure_told: bool,
 }
 
-impl Wire {
+impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     /// A connection without TLS.
-    pub(crate) fn plain(tcp: TcpStream) -> Wire {
+    pub(crate) fn plain(tcp: S) -> Wire<S> {
         Wire {
             tcp,
             secure: None,
@@ -99,6 +101,7 @@ impl Wire {
             is_over: false,
             is_closed: false,
             discarded: 0,
+            is_failure_told: false,
         }
     }
 
@@ -106,10 +109,7 @@ impl Wire {
     ///
     /// # Errors
     /// When the configuration cannot be used.
-    pub(crate) fn tls(
-        tcp: TcpStream,
-        config: Arc<rustls::ServerConfig>,
-    ) -> Result<Wire, rustls::Error> {
+    pub(crate) fn tls(tcp: S, config: Arc<rustls::ServerConfig>) -> Result<Wire<S>, rustls::Error> {
         Ok(Wire {
             secure: Some(Secure::new(config)?),
             ..Wire::plain(tcp)
@@ -117,7 +117,7 @@ impl Wire {
     }
 
     /// The same connection without the TLS that it never had.
-    pub(crate) fn without_tls(self) -> Wire {
+    pub(crate) fn without_tls(self) -> Wire<S> {
         Wire {
             secure: None,
             ..self
@@ -134,32 +134,52 @@ impl Wire {
         self.unsent.len()
     }
 
-    /// Hands what came to `take`, some 16 KiB at most; the handshake of TLS is part of it.
+    /// Whether the peer broke the rules of TLS after bytes that were handed over, and the next [`Wire::poll_receive`] says so.
+    /// Nothing can be sealed any more.
+    pub(crate) fn has_untold_failure(&self) -> bool {
+        !self.is_failure_told && self.failure().is_some()
+    }
+
+    fn failure(&self) -> Option<&rustls::Error> {
+        self.secure.as_ref().and_then(Secure::failure)
+    }
+
+    /// Reads once and hands what came to `take`, some 16 KiB at most; the handshake of TLS is part of it. Bytes that came in
+    /// front of an error are handed over first.
     pub(crate) fn poll_receive(
         &mut self,
         cx: &mut Context<'_>,
         mut take: impl FnMut(&[u8]),
     ) -> Poll<Result<Came, Trouble>> {
-        loop {
-            if self.is_over {
-                return Poll::Ready(Ok(Came::End));
+        if let Some(failure) = self.failure() {
+            let failure = failure.clone();
+            self.is_failure_told = true;
+            // The alert, if there is room for it.
+            let _ = self.poll_flush(cx);
+            return Poll::Ready(Err(failure.into()));
+        }
+        if self.is_over {
+            return Poll::Ready(Ok(Came::End));
+        }
+        if self.has_answer() {
+            match self.poll_flush(cx) {
+                Poll::Ready(flushed) => flushed?,
+                // Before the end of the handshake there is nothing to read until the peer has it; afterwards reading goes
+                // on while writing is blocked.
+                Poll::Pending if self.is_handshaking() => return Poll::Pending,
+                Poll::Pending => {}
             }
-            if self.has_answer() {
-                match self.poll_flush(cx) {
-                    Poll::Ready(flushed) => flushed?,
-                    // Before the end of the handshake there is nothing to read until the peer has it; afterwards reading goes
-                    // on while writing is blocked.
-                    Poll::Pending if self.is_handshaking() => return Poll::Pending,
-                    Poll::Pending => {}
-                }
+        }
+        let (came, handed) =
+            SCRATCH.with_borrow_mut(|scratch| self.poll_read(cx, scratch, &mut take));
+        match came {
+            // The next call says what was wrong.
+            Poll::Ready(Err(Trouble::Tls(_))) if handed => Poll::Ready(Ok(Came::Bytes)),
+            Poll::Ready(Err(Trouble::Tls(failure))) => {
+                self.is_failure_told = true;
+                Poll::Ready(Err(Trouble::Tls(failure)))
             }
-            let (came, handed) =
-                SCRATCH.with_borrow_mut(|scratch| self.poll_read(cx, scratch, &mut take));
-            match ready!(came)? {
-                Came::End => return Poll::Ready(Ok(Came::End)),
-                Came::Bytes if handed => return Poll::Ready(Ok(Came::Bytes)),
-                Came::Bytes => {}
-            }
+            Poll::Ready(Ok(_) | Err(Trouble::Io(_) | Trouble::NotTls(_))) | Poll::Pending => came,
         }
     }
 
@@ -183,13 +203,12 @@ impl Wire {
         scratch: &mut Scratch,
         take: &mut impl FnMut(&[u8]),
     ) -> (Poll<Result<Came, Trouble>>, bool) {
-        let partial = self.secure.as_ref().map_or(&[][..], Secure::partial);
-        let start = partial.len();
+        // Room for what came before, in front.
+        let start = self.secure.as_ref().map_or(0, Secure::waiting);
         let incoming = &mut scratch.incoming;
         if incoming.len() < start + READ_BYTES {
             incoming.resize(start + READ_BYTES, 0);
         }
-        incoming[..start].copy_from_slice(partial);
         let mut buffer = ReadBuf::new(&mut incoming[start..start + READ_BYTES]);
         match Pin::new(&mut self.tcp).poll_read(cx, &mut buffer) {
             Poll::Ready(Ok(())) => {}
@@ -229,7 +248,7 @@ impl Wire {
             Err(error) => {
                 // The alert, if there is room for it.
                 let _ = self.poll_flush(cx);
-                (Poll::Ready(Err(error.into())), false)
+                (Poll::Ready(Err(error.into())), handed)
             }
         }
     }
@@ -358,5 +377,452 @@ impl Wire {
         poll_fn(|cx| self.poll_close(cx)).await?;
         poll_fn(|cx| self.poll_discard(cx, max)).await;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::transport::testing;
+    use crate::transport::tls::Tls;
+    use rustls::{ClientConfig, ClientConnection, RootCertStore, SupportedProtocolVersion};
+    use rustls_pki_types::CertificateDer;
+    use rustls_pki_types::pem::PemObject;
+    use std::io::{Read as _, Write as _};
+    use std::task::Waker;
+
+    /// What a socket does at the end of its script.
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+    pub(crate) enum Then {
+        /// Nothing more comes yet.
+        #[default]
+        Wait,
+        End,
+        Fail,
+    }
+
+    /// A socket that does what it is told.
+    pub(crate) struct Scripted {
+        pub(crate) incoming: Vec<u8>,
+        pub(crate) then: Then,
+        pub(crate) sent: Vec<u8>,
+        /// Bytes that are taken yet.
+        pub(crate) room: usize,
+        pub(crate) fails_to_write: bool,
+        /// Bytes of a read and of a write at most.
+        pub(crate) piece: usize,
+        /// Whether each second call has to wait.
+        pub(crate) is_hesitant: bool,
+        pub(crate) calls: usize,
+    }
+
+    impl Default for Scripted {
+        fn default() -> Scripted {
+            Scripted {
+                incoming: Vec::new(),
+                then: Then::Wait,
+                sent: Vec::new(),
+                room: usize::MAX,
+                fails_to_write: false,
+                piece: usize::MAX,
+                is_hesitant: false,
+                calls: 0,
+            }
+        }
+    }
+
+    impl Scripted {
+        fn hesitates(&mut self, cx: &Context<'_>) -> bool {
+            self.calls += 1;
+            let hesitates = self.is_hesitant && self.calls % 2 == 1;
+            if hesitates {
+                cx.waker().wake_by_ref();
+            }
+            hesitates
+        }
+    }
+
+    impl AsyncRead for Scripted {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            if self.hesitates(cx) {
+                return Poll::Pending;
+            }
+            if self.incoming.is_empty() {
+                return match self.then {
+                    Then::Wait => Poll::Pending,
+                    Then::End => Poll::Ready(Ok(())),
+                    Then::Fail => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+                };
+            }
+            let count = self.incoming.len().min(buffer.remaining()).min(self.piece);
+            buffer.put_slice(&self.incoming[..count]);
+            self.incoming.drain(..count);
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Scripted {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            if self.fails_to_write {
+                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            }
+            if self.room == 0 || self.hesitates(cx) {
+                return Poll::Pending;
+            }
+            let count = bytes.len().min(self.piece).min(self.room);
+            self.sent.extend_from_slice(&bytes[..count]);
+            self.room -= count;
+            Poll::Ready(Ok(count))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl Wire<Scripted> {
+        pub(crate) fn socket(&mut self) -> &mut Scripted {
+            &mut self.tcp
+        }
+    }
+
+    /// Both configurations, for clients of each version of TLS.
+    struct Configs {
+        clients: [Arc<ClientConfig>; 2],
+        server: Arc<rustls::ServerConfig>,
+    }
+
+    impl Configs {
+        fn new() -> Configs {
+            let (settings, root) = testing::tls_and_root();
+            let client = |version: &'static SupportedProtocolVersion| {
+                let mut roots = RootCertStore::empty();
+                let root = CertificateDer::from_pem_slice(root.as_bytes()).unwrap();
+                roots.add(root).unwrap();
+                let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+                let config = ClientConfig::builder_with_provider(provider)
+                    .with_protocol_versions(&[version])
+                    .unwrap()
+                    .with_root_certificates(roots)
+                    .with_no_client_auth();
+                Arc::new(config)
+            };
+            Configs {
+                clients: [&rustls::version::TLS13, &rustls::version::TLS12].map(client),
+                server: Tls::new(&settings).unwrap().tcp(),
+            }
+        }
+    }
+
+    /// A client, and a server's wire over a scripted socket.
+    struct Pair {
+        client: ClientConnection,
+        wire: Wire<Scripted>,
+        /// What the client said and the socket did not bring yet.
+        held: Vec<u8>,
+        /// Bytes that the socket may still bring before [`Pair::then`].
+        budget: usize,
+        then: Then,
+        heard: Vec<u8>,
+        answered: Vec<u8>,
+        outgoing: Outgoing,
+    }
+
+    impl Pair {
+        fn new(configs: &Configs, version: usize, socket: Scripted) -> Pair {
+            let name = "localhost".try_into().unwrap();
+            Pair {
+                client: ClientConnection::new(Arc::clone(&configs.clients[version]), name).unwrap(),
+                wire: Wire::tls(socket, Arc::clone(&configs.server)).unwrap(),
+                held: Vec::new(),
+                budget: usize::MAX,
+                then: Then::Wait,
+                heard: Vec::new(),
+                answered: Vec::new(),
+                outgoing: Outgoing::default(),
+            }
+        }
+
+        /// What the client has to say goes to the socket, as far as it may.
+        fn say(&mut self) {
+            while self.client.wants_write() {
+                self.client.write_tls(&mut self.held).unwrap();
+            }
+            let count = self.held.len().min(self.budget);
+            self.wire.tcp.incoming.extend(self.held.drain(..count));
+            self.budget -= count;
+            if self.budget == 0 {
+                self.wire.tcp.then = self.then;
+            }
+        }
+
+        /// The client takes what the server wrote.
+        fn hear(&mut self) {
+            let sent = std::mem::take(&mut self.wire.tcp.sent);
+            let mut rest = &sent[..];
+            while !rest.is_empty() {
+                self.client.read_tls(&mut rest).unwrap();
+                let _ = self.client.process_new_packets();
+                let _ = self.client.reader().read_to_end(&mut self.answered);
+            }
+        }
+
+        /// One read and one write of the server; `None`: neither goes on.
+        fn turn(&mut self) -> Option<Result<Came, Trouble>> {
+            let cx = &mut Context::from_waker(Waker::noop());
+            let heard = &mut self.heard;
+            let came = self
+                .wire
+                .poll_receive(cx, |plain| heard.extend_from_slice(plain));
+            let is_standing = !self.wire.is_handshaking() && !self.wire.has_untold_failure();
+            if is_standing
+                && let Poll::Ready(Err(trouble)) = self.wire.poll_send(cx, &mut self.outgoing)
+                && came.is_pending()
+            {
+                return Some(Err(trouble));
+            }
+            match came {
+                Poll::Ready(came) => Some(came),
+                Poll::Pending => None,
+            }
+        }
+
+        /// Both sides go on until nothing moves, or there is an end.
+        fn run(&mut self) -> Result<Came, Trouble> {
+            // A socket that hesitates needs a second call.
+            let mut idle = 0;
+            while idle < 3 {
+                self.say();
+                let sent = self.wire.traffic.sent;
+                match self.turn() {
+                    Some(Ok(Came::Bytes)) => idle = 0,
+                    Some(end) => {
+                        self.hear();
+                        return end;
+                    }
+                    None if self.wire.traffic.sent > sent => idle = 0,
+                    None => idle += 1,
+                }
+                self.hear();
+            }
+            Ok(Came::Bytes)
+        }
+
+        /// A handshake through and through.
+        fn standing(configs: &Configs, version: usize, socket: Scripted) -> Pair {
+            let mut pair = Pair::new(configs, version, socket);
+            assert_eq!(pair.run().unwrap(), Came::Bytes);
+            assert!(!pair.client.is_handshaking() && !pair.wire.is_handshaking());
+            pair
+        }
+    }
+
+    fn words(length: u32) -> Vec<u8> {
+        (0..length).map(|n| (n % 253) as u8).collect()
+    }
+
+    #[test]
+    fn a_session_is_the_same_over_a_socket_that_takes_and_gives_single_bytes_and_hesitates() {
+        let configs = Configs::new();
+        for version in [0, 1] {
+            for (piece, is_hesitant) in [(1, true), (1, false), (700, true), (usize::MAX, true)] {
+                let socket = Scripted {
+                    piece,
+                    is_hesitant,
+                    ..Scripted::default()
+                };
+                let mut pair = Pair::standing(&configs, version, socket);
+                let said = words(20_000);
+                pair.client.writer().write_all(&said).unwrap();
+                pair.outgoing.push(&said);
+                assert_eq!(pair.run().unwrap(), Came::Bytes);
+                assert_eq!(pair.heard, said);
+                assert_eq!(pair.answered, said);
+                assert_eq!(pair.wire.secure.as_ref().unwrap().waiting(), 0);
+                pair.client.send_close_notify();
+                assert_eq!(pair.run().unwrap(), Came::End);
+            }
+        }
+    }
+
+    #[test]
+    fn wherever_a_session_is_cut_it_goes_on_or_ends_and_nothing_is_heard_that_was_not_said() {
+        let configs = Configs::new();
+        let said = words(300);
+        for version in [0, 1] {
+            for then in [Then::Wait, Then::End, Then::Fail] {
+                for cut in 1.. {
+                    let mut pair = Pair::new(&configs, version, Scripted::default());
+                    pair.client.writer().write_all(&said).unwrap();
+                    (pair.budget, pair.then) = (cut, then);
+                    let end = pair.run();
+                    if pair.budget > 0 {
+                        assert!(cut > 300, "a whole session is more than its words");
+                        assert_eq!(pair.heard, said);
+                        break;
+                    }
+                    assert!(said.starts_with(&pair.heard));
+                    match then {
+                        Then::Wait => {
+                            pair.budget = usize::MAX;
+                            assert_eq!(pair.run().unwrap(), Came::Bytes);
+                            assert_eq!(pair.heard, said, "{cut}");
+                        }
+                        Then::End => assert_eq!(end.unwrap(), Came::End, "{cut}"),
+                        Then::Fail => assert!(matches!(end, Err(Trouble::Io(_))), "{cut}"),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_socket_that_cannot_be_written_to_ends_it() {
+        let configs = Configs::new();
+        for version in [0, 1] {
+            let mut pair = Pair::new(&configs, version, Scripted::default());
+            pair.wire.tcp.fails_to_write = true;
+            assert!(
+                matches!(pair.run(), Err(Trouble::Io(_))),
+                "in the handshake"
+            );
+            let mut pair = Pair::standing(&configs, version, Scripted::default());
+            pair.wire.tcp.fails_to_write = true;
+            pair.outgoing.push(b"x");
+            assert!(matches!(pair.run(), Err(Trouble::Io(_))), "afterwards");
+        }
+    }
+
+    #[test]
+    fn a_handshake_that_cannot_be_written_waits_and_goes_on() {
+        let configs = Configs::new();
+        for version in [0, 1] {
+            for room in [0, 1, 5, 100, 900] {
+                let socket = Scripted {
+                    room,
+                    ..Scripted::default()
+                };
+                let mut pair = Pair::new(&configs, version, socket);
+                assert_eq!(pair.run().unwrap(), Came::Bytes);
+                assert!(pair.wire.is_handshaking() && pair.wire.unsent() > 0);
+                // Nothing is read meanwhile.
+                pair.wire.tcp.incoming.push(0);
+                assert!(pair.turn().is_none());
+                assert_eq!(pair.wire.tcp.incoming.len(), 1);
+                pair.wire.tcp.incoming.clear();
+                pair.wire.tcp.room = usize::MAX;
+                pair.client.writer().write_all(b"hello").unwrap();
+                pair.outgoing.push(b"there");
+                assert_eq!(pair.run().unwrap(), Came::Bytes);
+                assert_eq!(
+                    (&pair.heard[..], &pair.answered[..]),
+                    (&b"hello"[..], &b"there"[..])
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_keys_may_be_renewed_while_writing_is_blocked() {
+        let configs = Configs::new();
+        let mut pair = Pair::standing(&configs, 0, Scripted::default());
+        let said = words(200_000);
+        pair.outgoing.push(&said);
+        pair.wire.tcp.room = 1_000;
+        for round in 1..=20 {
+            pair.client.refresh_traffic_keys().unwrap();
+            pair.client.writer().write_all(b"x").unwrap();
+            assert_eq!(pair.run().unwrap(), Came::Bytes);
+            assert_eq!(pair.heard.len(), round, "it is heard all the same");
+        }
+        assert!(
+            pair.wire.unsent() <= 2 * SEAL_BYTES,
+            "answers do not pile up"
+        );
+        pair.wire.tcp.room = usize::MAX;
+        pair.outgoing.push(b"and more");
+        assert_eq!(pair.run().unwrap(), Came::Bytes);
+        assert_eq!(pair.answered, [&said[..], b"and more"].concat());
+    }
+
+    #[test]
+    fn what_follows_the_end_of_tls_is_not_heard() {
+        let configs = Configs::new();
+        for version in [0, 1] {
+            for (piece, junk) in [(usize::MAX, 40), (7, 40), (usize::MAX, 60_000)] {
+                let socket = Scripted {
+                    piece,
+                    ..Scripted::default()
+                };
+                let mut pair = Pair::standing(&configs, version, socket);
+                pair.client.writer().write_all(b"bye").unwrap();
+                pair.client.send_close_notify();
+                pair.say();
+                pair.wire.tcp.incoming.extend(vec![0x17; junk]);
+                assert_eq!(pair.run().unwrap(), Came::End, "{piece} {junk}");
+                assert_eq!(pair.heard, b"bye");
+                assert_eq!(pair.run().unwrap(), Came::End);
+            }
+        }
+    }
+
+    #[test]
+    fn what_came_before_a_damaged_record_in_the_same_read_is_handed_over_first() {
+        let configs = Configs::new();
+        for version in [0, 1] {
+            let mut pair = Pair::standing(&configs, version, Scripted::default());
+            pair.client.writer().write_all(b"ack, bye").unwrap();
+            pair.say();
+            pair.client.writer().write_all(b"damaged").unwrap();
+            pair.say();
+            *pair.wire.tcp.incoming.last_mut().unwrap() ^= 1;
+            assert!(matches!(pair.turn(), Some(Ok(Came::Bytes))));
+            assert_eq!(pair.heard, b"ack, bye");
+            assert!(pair.wire.has_untold_failure());
+            for _ in 0..2 {
+                assert!(matches!(pair.turn(), Some(Err(Trouble::Tls(_)))));
+            }
+            assert!(!pair.wire.has_untold_failure());
+            assert_eq!(pair.heard, b"ack, bye");
+            assert!(!pair.wire.tcp.sent.is_empty(), "the alert");
+        }
+    }
+
+    #[test]
+    fn without_tls_bytes_go_through_as_they_are() {
+        let mut wire = Wire::plain(Scripted {
+            incoming: words(50_000),
+            then: Then::End,
+            piece: 3_000,
+            is_hesitant: true,
+            ..Scripted::default()
+        });
+        let cx = &mut Context::from_waker(Waker::noop());
+        let mut heard = Vec::new();
+        loop {
+            match wire.poll_receive(cx, |plain| heard.extend_from_slice(plain)) {
+                Poll::Ready(Ok(Came::End)) => break,
+                Poll::Ready(came) => assert_eq!(came.unwrap(), Came::Bytes),
+                Poll::Pending => {}
+            }
+        }
+        assert_eq!(heard, words(50_000));
+        let mut outgoing = Outgoing::default();
+        outgoing.push(&heard);
+        while wire.poll_send(cx, &mut outgoing).is_pending() {}
+        assert_eq!(wire.tcp.sent, heard);
     }
 }

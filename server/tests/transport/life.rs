@@ -8,7 +8,9 @@ use bellwire_server::delivery::{Acknowledged, Closing, PingId, Refusal};
 use bellwire_server::runtime::{LinkSettings, Out};
 use futures_util::{SinkExt, StreamExt};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::desk::{Answer, Told, certificate, notification, notification_of, send, start};
@@ -291,6 +293,31 @@ async fn shutdown_sends_everybody_away_and_leaves_nothing_behind() {
     goodbye.await.unwrap();
     assert_eq!(desk.balance(), (3, 3));
     assert!(tokio::net::TcpStream::connect(server).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_only_knocks_is_gone_when_the_server_stops() {
+    let (desk, transport) = start(LinkSettings {
+        hello_deadline: Duration::from_secs(600),
+        ..LinkSettings::default()
+    });
+    let server = transport.local_addr();
+    let mut silent = TcpStream::connect(server).await.unwrap();
+    let mut half = TcpStream::connect(server).await.unwrap();
+    half.write_all(&[0x16, 3, 1]).await.unwrap();
+    let mut head = connect_tls(server, Arc::new(tls(&[]))).await.unwrap();
+    head.write_all(b"GET /v1/link HTTP/1.1\r\n").await.unwrap();
+    desk.wait_until("all are there", || transport.connections() == 3)
+        .await;
+    transport.stop_accepting();
+    // Who has said nothing is sent away; who has begun may go on until the end.
+    assert_eq!(silent.read(&mut [0; 1]).await.unwrap(), 0);
+    desk.wait_until("one is gone", || transport.connections() <= 2)
+        .await;
+    transport.shutdown().await;
+    let _ = half.read(&mut [0; 1]).await;
+    let _ = head.read(&mut [0; 1]).await;
+    assert_eq!(desk.balance(), (0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
