@@ -522,7 +522,7 @@ mod tests {
         let mut pair = Pair::new(&Pair::configs());
         pair.shake(usize::MAX);
         let mut refused = None;
-        let record = [&[0x17, 3, 3, 0x48, 0][..], &[0; 18_432]].concat();
+        let record = [&[0x17, 3, 3, 0x47, 0xff][..], &[0; 18_431]].concat();
         for (n, byte) in record.iter().enumerate() {
             let mut incoming = vec![0; pair.server.waiting()];
             assert_eq!(incoming.len(), n);

@@ -414,7 +414,8 @@ pub(crate) mod tests {
         pub(crate) piece: usize,
         /// Whether each second call has to wait.
         pub(crate) is_hesitant: bool,
-        pub(crate) calls: usize,
+        pub(crate) reads: usize,
+        pub(crate) writes: usize,
     }
 
     impl Default for Scripted {
@@ -427,19 +428,9 @@ pub(crate) mod tests {
                 fails_to_write: false,
                 piece: usize::MAX,
                 is_hesitant: false,
-                calls: 0,
+                reads: 0,
+                writes: 0,
             }
-        }
-    }
-
-    impl Scripted {
-        fn hesitates(&mut self, cx: &Context<'_>) -> bool {
-            self.calls += 1;
-            let hesitates = self.is_hesitant && self.calls % 2 == 1;
-            if hesitates {
-                cx.waker().wake_by_ref();
-            }
-            hesitates
         }
     }
 
@@ -449,7 +440,9 @@ pub(crate) mod tests {
             cx: &mut Context<'_>,
             buffer: &mut ReadBuf<'_>,
         ) -> Poll<io::Result<()>> {
-            if self.hesitates(cx) {
+            self.reads += 1;
+            if self.is_hesitant && self.reads % 2 == 1 {
+                cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
             if self.incoming.is_empty() {
@@ -475,7 +468,9 @@ pub(crate) mod tests {
             if self.fails_to_write {
                 return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
             }
-            if self.room == 0 || self.hesitates(cx) {
+            self.writes += 1;
+            if self.room == 0 || self.is_hesitant && self.writes % 2 == 1 {
+                cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
             let count = bytes.len().min(self.piece).min(self.room);
@@ -710,7 +705,7 @@ pub(crate) mod tests {
     fn a_handshake_that_cannot_be_written_waits_and_goes_on() {
         let configs = Configs::new();
         for version in [0, 1] {
-            for room in [0, 1, 5, 100, 900] {
+            for room in [0, 1, 5, 100] {
                 let socket = Scripted {
                     room,
                     ..Scripted::default()

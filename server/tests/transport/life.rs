@@ -292,7 +292,7 @@ async fn shutdown_sends_everybody_away_and_leaves_nothing_behind() {
     transport.shutdown().await;
     goodbye.await.unwrap();
     assert_eq!(desk.balance(), (3, 3));
-    assert!(tokio::net::TcpStream::connect(server).await.is_err());
+    assert!(TcpStream::connect(server).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -459,7 +459,7 @@ async fn a_quic_session_follows_its_device_to_another_address() {
 async fn a_reload_changes_the_certificate_for_newcomers_only_and_tickets_stay_good() {
     let (_desk, transport) = start(LinkSettings::default());
     let server = transport.local_addr();
-    let shown = |stream: &tokio_rustls::client::TlsStream<tokio::net::TcpStream>| {
+    let shown = |stream: &tokio_rustls::client::TlsStream<TcpStream>| {
         stream.get_ref().1.peer_certificates().unwrap()[0].to_vec()
     };
     let (mut ws, _) = Device::attach(server, Way::WebSocketCbor, 1).await;
