@@ -548,8 +548,11 @@ async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, kno
     }
     let begin_until = deadline.deadline() - time_to_shake(settings.hello_deadline);
     let wait = async {
-        // A place is for those who have something to say.
-        tcp.readable().await.map_err(|_| "closed")?;
+        // A place is for those who have something to say. That a socket is said to be readable does not mean that there is
+        // something to read.
+        if !matches!(tcp.peek(&mut [0]).await, Ok(1..)) {
+            return Err("closed");
+        }
         let place = port.pace.place().await;
         worth_a_handshake(&tcp, begin_until).await.map(|()| place)
     };
