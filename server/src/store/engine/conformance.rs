@@ -201,3 +201,85 @@ fn a_range_that_is_empty_or_reversed_has_no_entries() {
         assert_eq!(engine.position().unwrap(), None);
     }
 }
+
+/// Keys that nobody touches, while another thread inserts and removes around them, so that pages split and merge: every walk sees
+/// each of them once, in order.
+fn walks_among_changes(engine: &Arc<dyn Engine>) {
+    const KEPT: u32 = 1_000;
+    const BETWEEN: u32 = 16;
+    let key = |number: u32| {
+        let mut key = b"k".to_vec();
+        key.extend_from_slice(&number.to_be_bytes());
+        Bytes::from(key)
+    };
+    let write = |number: u32, value: Option<usize>| EngineWrite {
+        key: key(number),
+        value: value.map(|length| Bytes::from(vec![7; length])),
+    };
+    for first in 0..KEPT {
+        engine
+            .apply(&[write(first * BETWEEN, Some(40))], None)
+            .unwrap();
+    }
+    let kept: Vec<Bytes> = (0..KEPT).map(|number| key(number * BETWEEN)).collect();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let rounds = std::sync::atomic::AtomicU64::new(0);
+    let order = std::sync::atomic::Ordering::Relaxed;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut dice = Dice(5);
+            while !done.load(order) {
+                // A stretch is filled up until its pages split, and emptied until they merge.
+                let first = dice.roll(u64::from(KEPT - 40)) as u32;
+                for grow in [true, false] {
+                    for gap in first..first + 40 {
+                        let batch: Vec<EngineWrite> = (1..BETWEEN)
+                            .map(|at| write(gap * BETWEEN + at, grow.then_some(200)))
+                            .collect();
+                        engine.apply(&batch, None).unwrap();
+                    }
+                }
+                rounds.fetch_add(1, order);
+            }
+        });
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let mut walks = 0;
+        let mut wrong = Vec::new();
+        while (walks < 24 || rounds.load(order) < 20) && wrong.is_empty() {
+            if std::time::Instant::now() > deadline {
+                wrong.push(format!(
+                    "{walks} walks among {rounds:?} changes took too long"
+                ));
+            }
+            for direction in [Direction::Up, Direction::Down] {
+                let seen = walk(&**engine, b"k", b"l", direction, usize::MAX);
+                let mut seen: Vec<Vec<u8>> = seen
+                    .into_iter()
+                    .map(|(key, _)| key)
+                    .filter(|seen| {
+                        let number = seen[1..].first_chunk().map(|at| u32::from_be_bytes(*at));
+                        number.is_some_and(|number| number.is_multiple_of(BETWEEN))
+                    })
+                    .collect();
+                if direction == Direction::Down {
+                    seen.reverse();
+                }
+                if !seen.iter().eq(&kept) {
+                    wrong.push(format!("{direction:?}: {} of {KEPT}", seen.len()));
+                }
+                walks += 1;
+            }
+        }
+        done.store(true, order);
+        assert_eq!(wrong, [""; 0]);
+    });
+}
+
+#[test]
+fn a_walk_sees_what_nobody_touches_once_while_everything_around_it_changes() {
+    let dir = tempfile::tempdir().unwrap();
+    walks_among_changes(&(Arc::new(MemoryEngine::new()) as Arc<dyn Engine>));
+    for kind in [FileEngine::Sled, FileEngine::Fjall] {
+        walks_among_changes(&in_files(kind)(&dir.path().join(kind.name())));
+    }
+}
