@@ -241,6 +241,29 @@ impl Phone {
             .collect()
     }
 
+    /// How many notifications have reached the device, over all its lives: those the app was given, and those the client
+    /// answered by itself, because the app had answered them before or because their time was over.
+    #[must_use]
+    pub fn reached(&self) -> usize {
+        let by_itself =
+            |event: &&String| event.starts_with("Repeated") || event.starts_with("Expired");
+        self.ledger.bodies().len() + self.ledger.events().iter().filter(by_itself).count()
+    }
+
+    /// Waits until so many have [reached](Self::reached) the device.
+    ///
+    /// # Panics
+    ///
+    /// When they do not come in time.
+    pub async fn reached_by(&self, count: usize) {
+        let (given, reached) = (self.ledger.bodies().len(), self.reached());
+        eventually(
+            &format!("{count} reached the device; at first {reached} had, {given} of them the app"),
+            async || (self.reached() >= count).then_some(()),
+        )
+        .await;
+    }
+
     /// Waits until the app was given so many.
     pub async fn given(&self, count: usize) {
         eventually(&format!("the app was given {count}"), async || {
