@@ -1,5 +1,7 @@
 //! Peers that do not mean well, or are not there any more, and what becomes of the others meanwhile.
 
+use std::collections::HashSet;
+
 use tokio::net::UdpSocket;
 
 use super::*;
@@ -144,6 +146,29 @@ async fn while_places_are_short_newcomers_are_asked_for_proof_and_those_who_give
         .await;
     drop(holder);
     house.next_comes_in(device).await;
+}
+
+/// An id in a Retry that a living connection has too would lead the words of whoever is asked to that connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_asked_back_under_an_id_that_was_given_before() {
+    // With 24 bits of chance, some 27 of them repeat.
+    const TIMES: usize = 30_000;
+    let house = House::new(Ask::Everybody);
+    let flight = first_flight(&house).await;
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let mut given = HashSet::new();
+    let mut answer = [0; 2_000];
+    for _ in 0..TIMES {
+        socket.send_to(&flight[0], house.address).await.unwrap();
+        let answered = timeout(LONG, socket.recv(&mut answer)).await;
+        let answer = &answer[..answered.unwrap().unwrap()];
+        assert_eq!(answer[0] & 0xf0, 0xf0, "a Retry packet");
+        // Behind the version stand the peer's id and ours, each behind its length (RFC 9000 section 17.2.5).
+        let ours = 6 + usize::from(answer[5]);
+        let length = usize::from(answer[ours]);
+        given.insert(answer[ours + 1..][..length].to_vec());
+    }
+    assert_eq!(given.len(), TIMES);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
