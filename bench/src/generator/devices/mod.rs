@@ -2,6 +2,7 @@
 
 mod play;
 
+use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
@@ -194,7 +195,7 @@ impl Fleet {
                 authority: authority.clone(),
                 carriers,
                 bellwire: place.bellwire,
-                source: Ipv4Addr::new(127, 0, 1, (process % 250) as u8 + 1).into(),
+                source: some_loopback_address().into(),
                 resume,
                 total,
                 first: offset + first,
@@ -296,6 +297,14 @@ impl Fleet {
             child.stop().await;
         }
     }
+}
+
+/// An address of this machine by chance. Each process of devices has its own: ports of one address are used up by those who connect
+/// from it now, and by those who did within the last minute.
+fn some_loopback_address() -> Ipv4Addr {
+    let [second, third, fourth, ..] = RandomState::new().hash_one(()).to_ne_bytes();
+    // Neither the addresses that others use, nor those that end like a network's own.
+    Ipv4Addr::new(127, second | 1, third, fourth.clamp(1, 254))
 }
 
 async fn ask(child: &mut Child, what: &impl Serialize, at_most: Duration) -> Outcome<Told> {
