@@ -23,13 +23,14 @@ use super::door::Door;
 use super::link::{Link, Shared, silence};
 use super::meters::Meters;
 use super::outbox::Kick;
-use super::pace::Pace;
+use super::pace::{Pace, Place};
 use super::proxy::Unfit;
 use super::quic::{self, Connection, Endpoint, Gate, Judgement, Proof};
 use super::tls::{Prepared, Tls, TlsError, TlsSettings};
 use super::websocket;
 use super::websocket::ProxyTrouble;
 use super::wheel::Wheel;
+use super::wire;
 use crate::telemetry::metrics as names;
 
 /// Connections that the system holds ready for the accepting task.
@@ -118,7 +119,7 @@ pub struct Transport {
     admission: Admission,
     /// Stops accepting, and sends away whoever waits to begin.
     accepting: CancellationToken,
-    /// Ends the ways in over TCP that have begun.
+    /// Ends the ways in that have begun.
     closing: CancellationToken,
     /// Stops the wheel.
     turning: CancellationToken,
@@ -540,6 +541,14 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
+/// How a TCP connection begins that has said something.
+enum Start {
+    /// With a handshake, in this place.
+    Shake(Place),
+    /// Not with TLS, but with this byte.
+    Away(u8),
+}
+
 async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, knock: Knock) {
     let settings = port.shared.door.link_settings();
     let mut deadline = Box::pin(sleep(settings.hello_deadline));
@@ -550,14 +559,19 @@ async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, kno
     let wait = async {
         // A place is for those who have something to say. That a socket is said to be readable does not mean that there is
         // something to read.
-        if !matches!(tcp.peek(&mut [0]).await, Ok(1..)) {
+        let mut first = [0];
+        if !matches!(tcp.peek(&mut first).await, Ok(1..)) {
             return Err("closed");
+        }
+        if !wire::begins_tls(first[0]) {
+            // There is no handshake to wait for, and whoever speaks HTTP may have said its last word before the answer.
+            return Ok(Start::Away(first[0]));
         }
         // With too little time left no handshake begins; whoever speaks late and need not wait is let in as ever.
         let place = timeout_at(begin_until, port.pace.place())
             .await
             .map_err(|_| Code::HelloTimeout.name())?;
-        is_still_there(&tcp).await.map(|()| place)
+        is_still_there(&tcp).await.map(|()| Start::Shake(place))
     };
     let begin = tokio::select! {
         place = wait => place,
@@ -566,7 +580,11 @@ async fn serve_tcp<D: Door>(port: Port<D>, tcp: TcpStream, peer: SocketAddr, kno
         () = port.accepting.cancelled() => Err(Code::Drain.name()),
     };
     let accepted = match begin {
-        Ok(place) => {
+        Ok(Start::Away(first)) => {
+            let answer = async { Err(websocket::turn_away(tcp, first).await) };
+            within(&port, &mut deadline, answer).await
+        }
+        Ok(Start::Shake(place)) => {
             let handshake = websocket::accept(tcp, port.tls.tcp(), settings.frame_max);
             let handshake = port.pace.in_place(place, Box::pin(handshake));
             within(&port, &mut deadline, handshake).await
@@ -738,7 +756,12 @@ async fn serve_quic<D: Door>(
         mut deadline,
         frame_max,
     } = arrival;
-    let way_in = quic::accept(connection, deadline.as_mut(), frame_max);
+    let way_in = quic::accept(
+        connection,
+        deadline.as_mut(),
+        port.closing.cancelled(),
+        frame_max,
+    );
     match port.pace.in_turns(Box::pin(way_in)).await {
         Ok(pipe) => {
             let shared = Arc::clone(&port.shared);

@@ -3,9 +3,11 @@
 //! A handshake is mostly work for the processor, and a little memory until it is through. So it needs two things here. A
 //! *turn* lets it compute: there are as many as processors, each is given back before the handshake waits for its peer
 //! again, and they go round in order; whoever serves the API or a link finds at most that many handshakes
-//! before it. A *place* lets it begin: it is taken when the peer has said something, and given back when the way in is
-//! through, or after [`PLACE_TIME`], so that slow or silent peers do not keep others out. Whoever waits for a place holds
-//! nothing but its socket; nobody is refused here ([`super::admission`] does that).
+//! before it. One part of a QUIC handshake has no turn: the answer to a first flight is computed in the call that takes it in, by the
+//! endpoint's task, which is one and lets others go first after some ([`super::quic`]). A *place* lets a handshake begin: it is
+//! taken when the peer has said something, and given back when the way in is through, or after [`PLACE_TIME`], so that slow
+//! or silent peers do not keep others out. Whoever waits for a place holds nothing but its socket, over QUIC its first
+//! datagrams; nobody is refused here ([`super::admission`] does that).
 
 use std::future::Future;
 use std::pin::{Pin, pin};

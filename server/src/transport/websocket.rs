@@ -143,6 +143,15 @@ fn refusal(trouble: &Trouble) -> Refusal {
     }
 }
 
+/// Answers a peer that began without TLS, if it is somebody who reads HTTP. There is nothing to compute, so nobody needs a
+/// place for it. Why there is no link.
+pub(crate) async fn turn_away(tcp: TcpStream, first: u8) -> Refusal {
+    if first.is_ascii_uppercase() {
+        refuse(Wire::plain(tcp), Refused::TlsRequired).await;
+    }
+    Refused::TlsRequired.code().name()
+}
+
 /// Answers a request that gets no link, and waits a little for the peer to take the answer.
 async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(mut wire: Wire<S>, refused: Refused) {
     let told = async {
@@ -339,7 +348,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Pipe for WebSocketPipe<
 
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if !self.shut {
-            if ready!(self.poll_write(cx)).is_err() || ready!(self.wire.poll_close(cx)).is_err() {
+            let Self { wire, outgoing, .. } = self;
+            if ready!(wire.poll_close(cx, outgoing)).is_err() {
                 return Poll::Ready(());
             }
             self.shut = true;

@@ -34,6 +34,11 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { incoming: Vec::new(), sealed: Vec::new() }) };
 }
 
+/// Whether somebody who says this first speaks TLS.
+pub(crate) const fn begins_tls(first: u8) -> bool {
+    first == TLS_HANDSHAKE
+}
+
 /// Memory that all connections of a thread use, one after the other.
 struct Scratch {
     incoming: Vec<u8>,
@@ -226,7 +231,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
             take(bytes);
             return (Poll::Ready(Ok(Came::Bytes)), true);
         };
-        if is_first && bytes[0] != TLS_HANDSHAKE {
+        if is_first && !begins_tls(bytes[0]) {
             return (Poll::Ready(Err(Trouble::NotTls(bytes[0]))), false);
         }
         let mut handed = false;
@@ -329,11 +334,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         Poll::Ready(Ok(written))
     }
 
-    /// Says that nothing more is said; ready when the system has that too.
-    pub(crate) fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Trouble>> {
+    /// Says these last words and that nothing follows them, together if they are few; ready when the system has all of it.
+    pub(crate) fn poll_close(
+        &mut self,
+        cx: &mut Context<'_>,
+        last: &mut Outgoing,
+    ) -> Poll<Result<(), Trouble>> {
         if !self.is_closed {
+            if self.secure.is_none() || last.len() > TOGETHER_BYTES {
+                ready!(self.poll_send(cx, last))?;
+            }
             self.is_closed = true;
             if let Some(secure) = &mut self.secure {
+                self.unsent.fill(|sealed| match last.is_empty() {
+                    true => Ok(()),
+                    false => secure.seal(last.rest(), sealed),
+                })?;
+                last.advance(last.len());
                 self.unsent.fill(|sealed| secure.close(sealed));
             }
         }
@@ -374,7 +391,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
 
     /// [`Wire::poll_close`], then [`Wire::poll_discard`].
     pub(crate) async fn finish(&mut self, max: u64) -> Result<(), Trouble> {
-        poll_fn(|cx| self.poll_close(cx)).await?;
+        poll_fn(|cx| self.poll_close(cx, &mut Outgoing::default())).await?;
         poll_fn(|cx| self.poll_discard(cx, max)).await;
         Ok(())
     }
@@ -498,27 +515,36 @@ pub(crate) mod tests {
     struct Configs {
         clients: [Arc<ClientConfig>; 2],
         server: Arc<rustls::ServerConfig>,
+        root: CertificateDer<'static>,
     }
 
     impl Configs {
         fn new() -> Configs {
             let (settings, root) = testing::tls_and_root();
-            let client = |version: &'static SupportedProtocolVersion| {
-                let mut roots = RootCertStore::empty();
-                let root = CertificateDer::from_pem_slice(root.as_bytes()).unwrap();
-                roots.add(root).unwrap();
-                let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-                let config = ClientConfig::builder_with_provider(provider)
-                    .with_protocol_versions(&[version])
-                    .unwrap()
-                    .with_root_certificates(roots)
-                    .with_no_client_auth();
-                Arc::new(config)
-            };
+            let root = CertificateDer::from_pem_slice(root.as_bytes()).unwrap();
+            let provider = rustls::crypto::aws_lc_rs::default_provider;
             Configs {
-                clients: [&rustls::version::TLS13, &rustls::version::TLS12].map(client),
+                clients: [0, 1].map(|version| Configs::client(provider(), version, root.clone())),
                 server: Tls::new(&settings).unwrap().tcp(),
+                root,
             }
+        }
+
+        fn client(
+            provider: rustls::crypto::CryptoProvider,
+            version: usize,
+            root: CertificateDer<'static>,
+        ) -> Arc<ClientConfig> {
+            let versions: [&'static SupportedProtocolVersion; 2] =
+                [&rustls::version::TLS13, &rustls::version::TLS12];
+            let mut roots = RootCertStore::empty();
+            roots.add(root).unwrap();
+            let config = ClientConfig::builder_with_provider(Arc::new(provider))
+                .with_protocol_versions(&versions[version..=version])
+                .unwrap()
+                .with_root_certificates(roots)
+                .with_no_client_auth();
+            Arc::new(config)
         }
     }
 
@@ -649,6 +675,80 @@ pub(crate) mod tests {
                 assert_eq!(pair.wire.secure.as_ref().unwrap().waiting(), 0);
                 pair.client.send_close_notify();
                 assert_eq!(pair.run().unwrap(), Came::End);
+            }
+        }
+    }
+
+    #[test]
+    fn our_order_of_cipher_suites_counts_and_who_offers_another_one_alone_gets_it() {
+        let mut configs = Configs::new();
+        let chosen = |configs: &Configs, version| {
+            let pair = Pair::standing(configs, version, Scripted::default());
+            let suite = pair.client.negotiated_cipher_suite().unwrap().suite();
+            format!("{suite:?}")
+        };
+        for version in [0, 1] {
+            let first = configs.clients[version].crypto_provider().cipher_suites[0].suite();
+            assert!(format!("{first:?}").contains("AES_256"), "{first:?}");
+            let light = chosen(&configs, version);
+            assert!(light.ends_with("AES_128_GCM_SHA256"), "{light}");
+            for only in ["AES_256_GCM_SHA384", "CHACHA20_POLY1305_SHA256"] {
+                let offering = |suite: &rustls::SupportedCipherSuite| {
+                    format!("{:?}", suite.suite()).ends_with(only)
+                };
+                let client = &configs.clients[version];
+                let mut provider = (**client.crypto_provider()).clone();
+                provider.cipher_suites.retain(offering);
+                let root = configs.root.clone();
+                let strict = Configs::client(provider, version, root);
+                let before = std::mem::replace(&mut configs.clients[version], strict);
+                let suite = chosen(&configs, version);
+                assert!(suite.ends_with(only), "{suite}");
+                configs.clients[version] = before;
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_words_and_the_end_go_in_one_call_and_wait_for_a_socket_that_has_no_room() {
+        let configs = Configs::new();
+        for version in [0, 1] {
+            // Few, none, and more than go together.
+            for (length, calls) in [(30, 1), (0, 1), (2 * TOGETHER_BYTES as u32, 2)] {
+                for has_room in [true, false] {
+                    let mut pair = Pair::standing(&configs, version, Scripted::default());
+                    let cx = &mut Context::from_waker(Waker::noop());
+                    // What TLS itself had to say has gone.
+                    pair.outgoing.push(b"!");
+                    pair.run().unwrap();
+                    pair.answered.clear();
+                    let last = words(length);
+                    pair.outgoing.push(&last);
+                    let writes = pair.wire.socket().writes;
+                    if !has_room {
+                        pair.wire.socket().room = 10;
+                        assert!(pair.wire.poll_close(cx, &mut pair.outgoing).is_pending());
+                        pair.wire.socket().room = usize::MAX;
+                    }
+                    let closed = pair.wire.poll_close(cx, &mut pair.outgoing);
+                    assert!(matches!(closed, Poll::Ready(Ok(()))));
+                    if has_room {
+                        assert_eq!(pair.wire.socket().writes - writes, calls);
+                    }
+                    let said = std::mem::take(&mut pair.wire.socket().sent);
+                    let mut said = &said[..];
+                    while !said.is_empty() {
+                        pair.client.read_tls(&mut said).unwrap();
+                        let state = pair.client.process_new_packets().unwrap();
+                        let mut plain = vec![0; state.plaintext_bytes_to_read()];
+                        pair.client.reader().read_exact(&mut plain).unwrap();
+                        pair.answered.extend(plain);
+                        if said.is_empty() {
+                            assert!(state.peer_has_closed());
+                        }
+                    }
+                    assert_eq!(pair.answered, last);
+                }
             }
         }
     }

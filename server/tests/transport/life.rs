@@ -310,14 +310,26 @@ async fn whoever_only_knocks_is_gone_when_the_server_stops() {
     half.write_all(&[0x16, 3, 1]).await.unwrap();
     let mut head = connect_tls(server, Arc::new(tls(&[]))).await.unwrap();
     head.write_all(b"GET /v1/link HTTP/1.1\r\n").await.unwrap();
-    desk.wait_until("all are there", || transport.connections() == 3)
+    // Over QUIC the handshake is all there is to it, and no stream follows.
+    let endpoint = endpoint(quic_tls(b"bellwire/1"));
+    let stands = endpoint
+        .connect(server, "localhost")
+        .unwrap()
+        .await
+        .unwrap();
+    desk.wait_until("all are there", || transport.connections() == 4)
         .await;
     transport.stop_accepting();
     // Who has said nothing is sent away; who has begun may go on until the end.
     is_closed("silent", silent).await;
-    desk.wait_until("one is gone", || transport.connections() <= 2)
+    desk.wait_until("one is gone", || transport.connections() <= 3)
         .await;
     transport.shutdown().await;
+    let gone = timeout(PATIENCE, stands.closed()).await.unwrap();
+    let quinn::ConnectionError::ApplicationClosed(close) = gone else {
+        panic!("{gone}")
+    };
+    assert_eq!(close.reason, Code::Drain.meaning());
     is_closed("half", half).await;
     is_closed("head", head).await;
     assert_eq!(desk.balance(), (0, 0));

@@ -310,6 +310,15 @@ async fn plain_http_on_the_tls_port_is_told_so() {
     let tcp = TcpStream::connect(transport.local_addr()).await.unwrap();
     let (status, code) = ask(tcp, "GET /v1/link HTTP/1.1\r\nHost: x\r\n\r\n").await;
     assert_eq!((status, code.as_str()), (400, "tls_required"));
+    // Also who has said its last word with it.
+    let mut tcp = TcpStream::connect(transport.local_addr()).await.unwrap();
+    let request = b"GET /v1/link HTTP/1.1\r\nHost: x\r\n\r\n";
+    tcp.write_all(request).await.unwrap();
+    tcp.shutdown().await.unwrap();
+    let mut answer = String::new();
+    let heard = timeout(PATIENCE, tcp.read_to_string(&mut answer)).await;
+    heard.unwrap().unwrap();
+    assert!(answer.contains("\"tls_required\""), "{answer:?}");
     // What does not even look like HTTP gets no answer.
     let mut tcp = TcpStream::connect(transport.local_addr()).await.unwrap();
     tcp.write_all(b"\x05\x01\x00").await.unwrap();

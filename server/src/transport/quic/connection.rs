@@ -11,7 +11,7 @@ use std::mem;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use atomic_waker::AtomicWaker;
 use bytes::Bytes;
@@ -34,6 +34,10 @@ const SENDS_PER_TURN: usize = 16;
 /// How often a turn looks whether what it did led to more; then others have theirs.
 const ROUNDS_PER_TURN: usize = 8;
 
+/// How long the protocol waits with an acknowledgement for words to go with, when it was not asked otherwise (RFC 9000
+/// section 18.2): quinn-proto has no setting for what we state.
+pub(super) const ACK_DELAY: Duration = Duration::from_millis(25);
+
 thread_local! {
     /// Where datagrams are made, for all connections of a thread.
     static DATAGRAMS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -45,6 +49,8 @@ struct Arrived {
     events: Vec<ConnectionEvent>,
     /// How many of these are datagrams.
     datagrams: u64,
+    /// When the last of them came.
+    last: Option<Instant>,
     close: Option<(VarInt, Bytes)>,
 }
 
@@ -61,14 +67,15 @@ impl Wire {
         self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands over a datagram; too many are dropped.
-    pub(super) fn datagram(&self, event: ConnectionEvent) {
+    /// Hands over a datagram that came `now`, as the protocol was told too; too many are dropped.
+    pub(super) fn datagram(&self, event: ConnectionEvent, now: Instant) {
         let mut arrived = self.arrived();
         if arrived.events.len() >= ARRIVED_MAX {
             return;
         }
         arrived.events.push(event);
         arrived.datagrams += 1;
+        arrived.last = Some(now);
         drop(arrived);
         self.waker.wake();
     }
@@ -137,6 +144,12 @@ pub(crate) struct Connection {
     /// What the timer is set to; `None`: it means nothing.
     rings: Option<Instant>,
     unsent: Option<Box<Unsent>>,
+    /// When something was said last.
+    said: Option<Instant>,
+    /// That was alone: what was said before it was said longer ago than [`ACK_DELAY`].
+    said_alone: bool,
+    /// When the protocol will acknowledge what came in this turn, if it waits with that.
+    acknowledges: Option<Instant>,
     stream: Option<StreamId>,
     lost: Option<Box<ConnectionError>>,
     is_connected: bool,
@@ -165,6 +178,9 @@ impl Connection {
             timer: Box::pin(sleep_until(begun.into())),
             rings: None,
             unsent: None,
+            said: None,
+            said_alone: false,
+            acknowledges: None,
             stream: None,
             lost: None,
             is_connected: false,
@@ -212,6 +228,9 @@ impl Connection {
         let mut rang = false;
         for _ in 0..ROUNDS_PER_TURN {
             self.transmit(cx);
+            if self.hasten_acknowledgement() {
+                self.transmit(cx);
+            }
             self.tell_endpoint();
             // A timer that has rung already may have something to say.
             rang = self.mind_timer(cx);
@@ -256,6 +275,12 @@ impl Connection {
         self.wire.arrived().events.len()
     }
 
+    /// Datagrams that were sent.
+    #[cfg(test)]
+    pub(super) fn sent(&self) -> u64 {
+        self.proto.stats().udp_tx.datagrams
+    }
+
     /// Hands the next bytes of the stream to `take`, at most `max`.
     pub(super) fn read(&mut self, max: usize, take: impl FnOnce(&[u8])) -> Read {
         let Some(id) = self.stream else {
@@ -287,7 +312,10 @@ impl Connection {
             return Write::Blocked;
         };
         match self.proto.send_stream(id).write(bytes) {
-            Ok(written) => Write::Bytes(written),
+            Ok(written) => {
+                self.note_said();
+                Write::Bytes(written)
+            }
             Err(WriteError::Blocked) => Write::Blocked,
             Err(WriteError::Stopped(_) | WriteError::ClosedStream) => Write::Stopped,
         }
@@ -319,6 +347,7 @@ impl Connection {
     fn take_arrived(&mut self) {
         let arrived = self.wire.take();
         self.heard += arrived.datagrams;
+        self.acknowledges = arrived.last.map(|last| last + ACK_DELAY);
         for event in arrived.events {
             self.proto.handle_event(event);
         }
@@ -344,6 +373,27 @@ impl Connection {
         }
         self.rings = None;
         self.proto.handle_timeout(now());
+        true
+    }
+
+    fn note_said(&mut self) {
+        let at = now();
+        let before = self.said.replace(at);
+        self.said_alone = before.is_some_and(|before| at - before > ACK_DELAY);
+    }
+
+    /// Has the protocol acknowledge at once what came in this turn, instead of waiting for words to go with: `true` if it
+    /// does. To a device that gets something now and then, none follow that soon, and the acknowledgement would cost a
+    /// turn of its own. Where words follow each other quickly it waits, and goes with them.
+    fn hasten_acknowledgement(&mut self) -> bool {
+        let Some(due) = self.acknowledges.take() else {
+            return false;
+        };
+        // What it waits for next is this and nothing else. It has no other way of being asked.
+        if !self.said_alone || self.proto.poll_timeout() != Some(due) {
+            return false;
+        }
+        self.proto.handle_timeout(due);
         true
     }
 

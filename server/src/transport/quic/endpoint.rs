@@ -417,7 +417,7 @@ impl<G: Gate> Serving<G> {
         match event {
             Some(DatagramEvent::ConnectionEvent(handle, event)) => {
                 if let Some(Some(wire)) = self.wires.get(handle.0) {
-                    wire.datagram(event);
+                    wire.datagram(event, now);
                 }
             }
             Some(DatagramEvent::NewConnection(incoming)) => self.knock(incoming),

@@ -75,13 +75,14 @@ pub(crate) fn server_config(tls: Arc<QuicServerConfig>, silence: Duration) -> Se
     config
 }
 
-/// Takes a QUIC connection to the first stream of its device, before the deadline.
+/// Takes a QUIC connection to the first stream of its device, before the deadline and before the server goes down.
 ///
 /// # Errors
 /// The word for metrics, when it came to nothing.
 pub(crate) async fn accept(
     mut connection: Connection,
     deadline: Pin<&mut Sleep>,
+    closing: impl Future<Output = ()>,
     frame_max: usize,
 ) -> Result<QuicPipe, &'static str> {
     let until = connection.keeps_place_until().unwrap_or_else(time::now);
@@ -103,10 +104,14 @@ pub(crate) async fn accept(
             false => Poll::Pending,
         }
     });
-    let late = Code::HelloTimeout;
+    let mut code = Code::HelloTimeout;
     let outcome = tokio::select! {
         outcome = stands => outcome,
-        () = deadline => Err(late.name()),
+        () = deadline => Err(code.name()),
+        () = closing => {
+            code = Code::Drain;
+            Err(code.name())
+        }
     };
     match outcome {
         Ok(()) => Ok(QuicPipe {
@@ -117,7 +122,7 @@ pub(crate) async fn accept(
             end: None,
         }),
         Err(reason) => {
-            connection.leave(close_number(late), late.meaning().as_bytes());
+            connection.leave(close_number(code), code.meaning().as_bytes());
             Err(reason)
         }
     }

@@ -1,5 +1,6 @@
 //! The endpoint and its connections, with quinn's client as the device.
 
+use std::future::pending;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
@@ -17,6 +18,9 @@ use crate::transport::testing;
 use crate::transport::tls::{Tls, TlsSettings};
 
 const LONG: Duration = Duration::from_secs(20);
+
+/// Silence that the server bears: longer than any test.
+const SILENCE: Duration = Duration::from_secs(60);
 
 mod hostile;
 
@@ -131,7 +135,7 @@ impl House {
             seen: Arc::clone(&seen),
             arrived,
         };
-        let config = server_config(tls.quic(), Duration::from_secs(60));
+        let config = server_config(tls.quic(), SILENCE);
         let endpoint = Endpoint::with_bounds(socket, config, gate, bounds).unwrap();
 
         House {
@@ -162,7 +166,9 @@ impl House {
         let server = async {
             let connection = self.arrivals.recv().await.unwrap();
             let deadline = std::pin::pin!(tokio::time::sleep(LONG));
-            accept(connection, deadline, 16 * 1024).await.unwrap()
+            accept(connection, deadline, pending(), 16 * 1024)
+                .await
+                .unwrap()
         };
         let ((connection, send, receive), pipe) = tokio::join!(device, server);
         (connection, send, receive, pipe)
@@ -351,7 +357,7 @@ async fn handshakes_begin_as_places_become_free_and_nobody_is_forgotten() {
     // Who is through makes room for the next.
     for through in 1..=6 {
         let deadline = std::pin::pin!(tokio::time::sleep(LONG));
-        let pipe = accept(begun.remove(0), deadline, 16 * 1024).await;
+        let pipe = accept(begun.remove(0), deadline, pending(), 16 * 1024).await;
         drop(pipe.unwrap());
         if through <= 4 {
             let next = timeout(LONG, house.arrivals.recv()).await.unwrap();
@@ -361,5 +367,81 @@ async fn handshakes_begin_as_places_become_free_and_nobody_is_forgotten() {
     for device in devices {
         timeout(LONG, device).await.unwrap().unwrap();
     }
+    house.nobody_is_left().await;
+}
+
+/// Has the pipe say this in a turn of its own.
+async fn say(pipe: &mut QuicPipe, words: &[u8]) {
+    pipe.queue(words, b"");
+    poll_fn(|cx| {
+        pipe.begin_turn(cx);
+        assert!(matches!(pipe.poll_send(cx), Poll::Ready(Ok(()))));
+        pipe.end_turn(cx);
+        Poll::Ready(())
+    })
+    .await;
+}
+
+/// Gives the pipe turns until the device's next word came; how many datagrams the turn sent that brought it.
+async fn hear(pipe: &mut QuicPipe) -> u64 {
+    let sent = |pipe: &QuicPipe| pipe.connection.as_ref().unwrap().sent();
+    let turns = poll_fn(|cx| {
+        let before = sent(pipe);
+        pipe.begin_turn(cx);
+        let came = pipe.poll_receive(cx);
+        pipe.end_turn(cx);
+        came.map(|came| {
+            came.unwrap().unwrap();
+            sent(pipe) - before
+        })
+    });
+    timeout(LONG, turns).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_to_what_was_said_after_a_pause_is_acknowledged_in_the_turn_that_takes_it() {
+    let mut house = House::new(Ask::Nobody);
+    let (connection, mut send, mut receive, mut pipe) = house.connect().await;
+    // What the device said when it opened its stream: two frames without anything in them.
+    hear(&mut pipe).await;
+    hear(&mut pipe).await;
+    let (mut at_once, mut later) = (0, 0);
+    for round in 0.. {
+        // Nothing of the words before is left to be acknowledged.
+        let quiet = turn(&mut pipe, |_, _| Poll::<()>::Pending);
+        let _ = timeout(3 * connection::ACK_DELAY, quiet).await;
+        let has_pause = round % 2 == 0;
+        let mut word = [0; 5];
+        say(&mut pipe, b"once").await;
+        receive.read_exact(&mut word).await.unwrap();
+        if has_pause {
+            tokio::time::sleep(2 * connection::ACK_DELAY).await;
+        }
+        say(&mut pipe, b"more").await;
+        receive.read_exact(&mut word).await.unwrap();
+        let before = connection.stats().frame_rx.acks;
+        send.write_all(&[1, 0]).await.unwrap();
+        let sent = hear(&mut pipe).await;
+        if has_pause {
+            assert!(sent > 0);
+            // It gets no other turn.
+            let heard = async {
+                while connection.stats().frame_rx.acks == before {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            timeout(LONG, heard).await.unwrap();
+            at_once += 1;
+        } else if sent == 0 {
+            later += 1;
+        }
+        if at_once > 1 && later > 0 {
+            break;
+        }
+        // On a machine that stands still in between there may have been a pause.
+        assert!(round < 50, "words that follow each other are waited for");
+    }
+    drop(pipe);
+    timeout(LONG, connection.closed()).await.unwrap();
     house.nobody_is_left().await;
 }

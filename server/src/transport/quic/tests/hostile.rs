@@ -86,7 +86,9 @@ impl House {
         let begun = timeout(LONG, self.arrivals.recv()).await.unwrap().unwrap();
         let serves = tokio::spawn(async move {
             let mut deadline = Box::pin(tokio::time::sleep(LONG));
-            accept(begun, deadline.as_mut(), 16 * 1024).await.map(drop)
+            accept(begun, deadline.as_mut(), pending(), 16 * 1024)
+                .await
+                .map(drop)
         });
         let connected = timeout(LONG, device).await.unwrap().unwrap().unwrap();
         connected.close(0_u32.into(), b"");
@@ -107,7 +109,9 @@ async fn a_peer_that_does_not_go_on_keeps_its_place_for_a_while_only() {
     let stuck = timeout(LONG, house.arrivals.recv()).await.unwrap().unwrap();
     let stuck = tokio::spawn(async move {
         let mut deadline = Box::pin(tokio::time::sleep(LONG * 10));
-        accept(stuck, deadline.as_mut(), 16 * 1024).await.map(drop)
+        accept(stuck, deadline.as_mut(), pending(), 16 * 1024)
+            .await
+            .map(drop)
     });
     let (connection, _send, _receive, pipe) = timeout(LONG, house.connect()).await.unwrap();
     assert!(!stuck.is_finished(), "the other still waits for its peer");
