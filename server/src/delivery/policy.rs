@@ -29,8 +29,6 @@ pub struct Policy {
     /// Longest time that a row of an attached device is kept from the disk, waiting for its acknowledgement.
     /// Default 50 ms; zero turns holding back off. Longer saves disk work on slow networks and makes the 2xx later.
     pub defer_max: Duration,
-    /// Quick acknowledgements in a row after which a session's rows are held back. Default 8.
-    pub defer_after: u8,
     /// How long a notification may be in flight without a verdict before the session is closed. Default 5 min.
     pub ack_timeout: Duration,
     /// Replacements by different instances within [`Policy::replacement_span`] after which newcomers are
@@ -52,7 +50,6 @@ impl Default for Policy {
             mailbox_bytes: 1 << 20,
             overflow: OverflowRule::Evict,
             defer_max: Duration::from_millis(50),
-            defer_after: 8,
             ack_timeout: Duration::from_secs(300),
             replacements: 3,
             replacement_span: Duration::from_secs(60),

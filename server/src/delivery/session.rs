@@ -12,6 +12,14 @@ use super::notification::Urgency;
 use super::policy::{AUDIENCE_DEFER_MAX, Policy};
 use super::time::Mono;
 
+/// Shortest time for which a row is held back: as long as a busy machine may keep a quick device, or us, from its turn. Who waits
+/// for a device that went without a word waits that much longer, once.
+const DEFER_MIN: Duration = Duration::from_millis(10);
+
+/// Longest acknowledgement time that counts: a device that was away for minutes and is back must not seem slow for as long. Longer
+/// than [`AUDIENCE_DEFER_MAX`], so that one that always takes longer is known to.
+const SAMPLE_MAX: Duration = Duration::from_secs(2);
+
 /// Held back until it is released, not until a moment.
 pub(super) const UNTIL_RELEASED: Mono = Mono(u64::MAX);
 
@@ -59,8 +67,8 @@ pub(super) struct Session {
     pub(super) in_flight: VecDeque<InFlight>,
     /// Smoothed acknowledgement time, microseconds; 0 before the first.
     smoothed_us: u32,
-    /// Quick acknowledgements in a row, up to the policy's `defer_after`.
-    quick: u8,
+    /// By how much acknowledgement times usually differ from that, microseconds.
+    varies_us: u32,
     pub(super) clones: Clones,
 }
 
@@ -116,7 +124,7 @@ impl Session {
             seq: 0,
             in_flight: VecDeque::new(),
             smoothed_us: 0,
-            quick: 0,
+            varies_us: 0,
             clones,
         }
     }
@@ -125,10 +133,33 @@ impl Session {
         self.in_flight.len() < usize::from(self.window)
     }
 
-    /// How long the rows of this session are held back; `None`: not at all.
-    pub(super) fn defers_for(&self, policy: &Policy) -> Option<Duration> {
-        (!policy.defer_max.is_zero() && self.quick >= policy.defer_after)
-            .then(|| Duration::from_micros(2 * u64::from(self.smoothed_us)).min(policy.defer_max))
+    /// How long rows of this session are held back, if nothing speaks against it now: until the acknowledgement may be expected,
+    /// as RFC 6298 expects one. `None`: not at all, because it would probably come too late, or nobody knows yet.
+    fn patience(&self, policy: &Policy) -> Option<Duration> {
+        let (smoothed, varies) = (u64::from(self.smoothed_us), u64::from(self.varies_us));
+        let usual = Duration::from_micros(smoothed + 2 * varies);
+        (self.smoothed_us > 0 && !policy.defer_max.is_zero() && usual <= policy.defer_max).then(
+            || {
+                Duration::from_micros(smoothed + 4 * varies)
+                    .max(DEFER_MIN)
+                    .min(policy.defer_max)
+            },
+        )
+    }
+
+    /// Whether acknowledgements may be expected in time.
+    pub(super) fn may_defer(&self, policy: &Policy) -> bool {
+        self.patience(policy).is_some()
+    }
+
+    /// How long a row that is sent now is held back; `None`: not at all. One that is still unanswered after that time shows that
+    /// the device is away, or slower than it was.
+    pub(super) fn defers_for(&self, now: Mono, policy: &Policy) -> Option<Duration> {
+        self.patience(policy).filter(|patience| {
+            self.in_flight
+                .front()
+                .is_none_or(|oldest| now - oldest.sent_at <= *patience)
+        })
     }
 
     /// Whether its device may be expected to acknowledge within [`AUDIENCE_DEFER_MAX`]: it usually does, and nothing that it has
@@ -143,21 +174,19 @@ impl Session {
                 .is_none_or(|oldest| now - oldest.sent_at < AUDIENCE_DEFER_MAX)
     }
 
-    /// Takes a measured acknowledgement time. Answers whether it was quick.
-    pub(super) fn observe(&mut self, took: Duration, policy: &Policy) -> bool {
-        let sample = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
-        self.smoothed_us = match self.smoothed_us {
-            0 => sample.max(1),
-            // RFC 6298 section 2 weighs a new sample one eighth.
-            known => known - known / 8 + sample / 8,
-        };
-        let quick = took < policy.defer_max / 2;
-        self.quick = if quick {
-            self.quick.saturating_add(1).min(policy.defer_after)
+    /// Takes a measured acknowledgement time, as RFC 6298 section 2 takes a round trip.
+    pub(super) fn observe(&mut self, took: Duration) {
+        let took = took.min(SAMPLE_MAX);
+        // At most two million.
+        let sample = u32::try_from(took.as_micros()).unwrap_or(u32::MAX).max(1);
+        if self.smoothed_us == 0 {
+            self.smoothed_us = sample;
+            self.varies_us = sample / 2;
         } else {
-            0
-        };
-        quick
+            let off = self.smoothed_us.abs_diff(sample);
+            self.varies_us = self.varies_us - self.varies_us / 4 + off / 4;
+            self.smoothed_us = self.smoothed_us - self.smoothed_us / 8 + sample / 8;
+        }
     }
 
     /// Takes one out of flight, by its order.

@@ -314,6 +314,12 @@ struct Queue {
     closed: bool,
 }
 
+impl Queue {
+    fn is_empty(&self) -> bool {
+        self.grants.is_empty() && self.inputs.is_empty()
+    }
+}
+
 impl Inbox {
     /// Leaves one input.
     pub(super) fn push(&self, input: Input) {
@@ -321,12 +327,10 @@ impl Inbox {
         if queue.closed {
             return;
         }
+        let first = queue.is_empty();
         queue.inputs.push_back(input);
-        let first = queue.inputs.len() == 1;
         drop(queue);
-        if first {
-            self.notify.notify_one();
-        }
+        self.tell(first);
     }
 
     /// Leaves several, in order.
@@ -335,15 +339,26 @@ impl Inbox {
         if queue.closed {
             return;
         }
+        let first = queue.is_empty();
         queue.inputs.extend(inputs);
         drop(queue);
-        self.notify.notify_one();
+        self.tell(first);
     }
 
     /// Leaves a word of the committer, which overtakes the inputs: the committer waits for nobody.
     fn grant(&self, grant: Grant) {
-        locked(&self.queue).grants.push(grant);
-        self.notify.notify_one();
+        let mut queue = locked(&self.queue);
+        let first = queue.is_empty();
+        queue.grants.push(grant);
+        drop(queue);
+        self.tell(first);
+    }
+
+    /// Something was left where nothing was: the shard takes everything at once, so behind something it was told already.
+    fn tell(&self, first: bool) {
+        if first {
+            self.notify.notify_one();
+        }
     }
 
     /// Inputs that the shard has not taken in.
@@ -728,6 +743,9 @@ impl ShardTask {
                 () = &mut timer, if armed.is_some() => armed = None,
             }
             loop {
+                // Whoever is ready goes first: those who post have posted then, and acknowledgements were read, so that one turn
+                // does it all and each link is woken once. If nobody is, this is a look at the sockets and nothing else.
+                tokio::task::yield_now().await;
                 let turn = catch_unwind(AssertUnwindSafe(|| self.turn()));
                 let Ok(more) = turn else {
                     tracing::error!(
@@ -741,12 +759,11 @@ impl ShardTask {
                 if !more {
                     break;
                 }
-                tokio::task::yield_now().await;
             }
         }
     }
 
-    /// One turn; `true` if more waits.
+    /// One turn; `true` if there was more than it may do. What was left meanwhile is told by itself.
     fn turn(&mut self) -> bool {
         {
             let mut queue = locked(&self.door.inbox.queue);
@@ -808,7 +825,7 @@ impl ShardTask {
         self.door.awake.store(self.core.awake(), Ordering::Relaxed);
         self.door.backlog.store(self.lanes.len(), Ordering::Relaxed);
         self.settle();
-        !self.lanes.is_empty() || !locked(&self.door.inbox.queue).inputs.is_empty()
+        !self.lanes.is_empty()
     }
 
     fn input(&mut self, input: Input, now: crate::delivery::Now) {

@@ -58,14 +58,14 @@ async fn every_session_is_told_when_to_come_back_and_the_store_is_closed() {
 async fn sessions_that_stay_are_cut_and_what_they_held_back_is_stored() {
     let mut settings = settings();
     settings.policy.defer_max = Duration::from_secs(3_600);
-    settings.policy.defer_after = 1;
     let house = House::with(settings, Arc::new(FakeStore::default())).await;
     let device = house.device("anna").await;
     let mut link = device.attach().await;
-    // A quick acknowledgement, so that the next row is held back.
+    // Its device takes its time, so that the next row is held back for three times that, which is longer than the drain.
     let first = house.handle.ping(ping(Target::Device(device.id)));
     let answer = async {
         link.notification().await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
         link.acknowledge(1);
     };
     let (first, ()) = tokio::join!(first, answer);

@@ -369,7 +369,7 @@ impl Mailbox {
             return false;
         };
         let now = cx.now.mono;
-        let (until, long) = match (cx.disk, session.defers_for(cx.policy)) {
+        let (until, long) = match (cx.disk, session.defers_for(now, cx.policy)) {
             (Disk::Full, _) => (now + FULL_DISK_PATIENCE, true),
             _ if waits && session.is_prompt(now, cx.policy) => (UNTIL_RELEASED, true),
             (_, Some(patience)) => (now + patience, false),

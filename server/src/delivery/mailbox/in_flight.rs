@@ -280,7 +280,8 @@ impl Mailbox {
                 .find(|flight| flight.order == order)
         {
             let (took, seq) = (cx.now.mono - flight.sent_at, flight.seq);
-            late = !session.observe(took, cx.policy);
+            session.observe(took);
+            late = !session.may_defer(cx.policy);
             self.heard_before(seq, cx);
         }
         if self.rows[index].stage == Stage::Held {

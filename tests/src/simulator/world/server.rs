@@ -47,7 +47,6 @@ impl World {
                 OverflowRule::Evict
             },
             defer_max: Duration::from_millis(if self.faults.defer { 50 } else { 0 }),
-            defer_after: 2,
             ack_timeout: Duration::from_secs(60),
             run,
             ..Policy::default()
