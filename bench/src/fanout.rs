@@ -83,7 +83,22 @@ async fn spread(
     let devices = u64::from(args.devices);
     let floor = match args.no_floor || args.server.smoke {
         true => None,
-        false => Some(beside::written(carrier, devices as usize, args.bytes, 1).await?),
+        false => {
+            let bar = progress.phase(&format!("{}, bare", carrier.name()), 2);
+            let answered = beside::answered(carrier, devices as usize, args.bytes).await?;
+            bar.step();
+            report.push(Figure::new(
+                format!(
+                    "{}: bare connections, each message answered",
+                    carrier.name()
+                ),
+                answered,
+                "messages per CPU-second",
+            ));
+            let written = beside::written(carrier, devices as usize, args.bytes, 1).await?;
+            bar.done();
+            Some(written)
+        }
     };
     let mut rig = Rig::start(&args.server, &[], devices as usize, progress).await?;
     let (api, key) = (rig.server.listen.api, rig.server.key.clone());

@@ -29,10 +29,26 @@ pub(crate) async fn written(
     content: u32,
     together: usize,
 ) -> Outcome<f64> {
+    let connections = connections.min(CONNECTIONS_MAX);
+    let manner = write::Manner::Write(together);
+    rate(carrier, manner, connections, content).await
+}
+
+/// Messages that are written for a second of CPU, one to each connection, when each is answered before the next.
+pub(crate) async fn answered(carrier: Carriers, connections: usize, content: u32) -> Outcome<f64> {
+    rate(carrier, write::Manner::Answered, connections, content).await
+}
+
+async fn rate(
+    carrier: Carriers,
+    manner: write::Manner,
+    connections: usize,
+    content: u32,
+) -> Outcome<f64> {
     let job = write::Job {
         over: over(carrier),
-        manner: write::Manner::Write(together),
-        connections: connections.min(CONNECTIONS_MAX),
+        manner,
+        connections,
         bytes: content as usize + FRAME_BYTES,
         seconds: SECONDS,
     };

@@ -213,8 +213,13 @@ async fn writes(args: &Floors, report: &mut Report, progress: Progress) -> Outco
     for over in or_all(&args.over, &Over::ALL) {
         for &bytes in &args.message {
             let readers = args.readers as usize;
-            let manners: [(String, write::Manner, usize); 3] = [
+            let manners: [(String, write::Manner, usize); 4] = [
                 ("one each".to_owned(), write::Manner::Write(1), readers),
+                (
+                    "one each, answered".to_owned(),
+                    write::Manner::Answered,
+                    readers,
+                ),
                 (
                     format!("{TOGETHER} in one write"),
                     write::Manner::Write(TOGETHER),

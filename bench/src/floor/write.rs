@@ -1,17 +1,20 @@
 //! The floor under delivering: messages of one size to many connections on loopback, once one to each in turn, once many to
-//! one in one write. The writer is a process of its own and counts its own processor time; this side only reads and counts.
+//! one in one write, or one to each, which each answers. The writer is a process of its own and counts its own processor time; this
+//! side only reads, answers and counts.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bellwire_protocol::ALPN;
-use futures_util::SinkExt;
+use futures_util::{SinkExt, StreamExt};
 use hdrhistogram::Histogram;
 use quinn::crypto::rustls::QuicClientConfig;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -29,6 +32,12 @@ const STEP_MAX: Duration = Duration::from_secs(60);
 
 /// Most that is read at a time, bytes.
 const READ_BYTES: usize = 64 * 1024;
+
+/// The same where there are thousands of connections that are written to one message at a time.
+const ANSWERED_READ_BYTES: usize = 1024;
+
+/// Size of an answer, about that of an acknowledgement, bytes.
+const ANSWER_BYTES: usize = 32;
 
 /// Round trips before they are counted.
 const TRIPS_WARM_UP: u64 = 200;
@@ -80,6 +89,8 @@ impl Over {
 pub(crate) enum Manner {
     /// So many messages to one connection in one write, then the next connection.
     Write(usize),
+    /// A message to each connection, each of which has a task and answers; then the next round.
+    Answered,
     /// What comes goes back.
     Echo,
 }
@@ -162,7 +173,10 @@ pub(crate) async fn measure(job: &Job) -> Outcome<Found> {
     }
     let mut readers = JoinSet::new();
     for stream in streams {
-        readers.spawn(count(stream));
+        match job.manner {
+            Manner::Answered => readers.spawn(answer(stream, job.over, job.bytes)),
+            Manner::Write(_) | Manner::Echo => readers.spawn(count(stream)),
+        };
     }
     child.tell("go").await?;
     let written: Written = child.hear(STEP_MAX + seconds).await?;
@@ -196,6 +210,32 @@ async fn count(mut stream: Stream) -> Outcome<u64> {
             read => bytes += read as u64,
         }
     }
+}
+
+/// Answers each message until the stream ends, and counts the bytes of the messages on the stream.
+async fn answer(mut stream: Stream, over: Over, bytes: usize) -> Outcome<u64> {
+    let answer = bytes::Bytes::from(vec![b'y'; ANSWER_BYTES]);
+    let mut arrived = 0;
+    if over == Over::Websocket {
+        let config = WebSocketConfig::default()
+            .read_buffer_size(ANSWERED_READ_BYTES)
+            .write_buffer_size(0);
+        let mut socket = WebSocketStream::from_raw_socket(stream, Role::Client, Some(config)).await;
+        // The writer ends the stream and not the WebSocket; whether anything is missing shows in the count.
+        while let Some(Ok(message)) = socket.next().await {
+            arrived += over.on_stream(message.len());
+            let answer = Message::Binary(answer.clone());
+            socket.send(answer).await.during("answer a message")?;
+        }
+        return Ok(arrived);
+    }
+    let mut message = vec![0; bytes];
+    while stream.read_exact(&mut message).await.is_ok() {
+        arrived += over.on_stream(bytes);
+        stream.write_all(&answer).await.during("answer a message")?;
+        stream.flush().await.during("answer a message")?;
+    }
+    Ok(arrived)
 }
 
 /// One message at a time, there and back.
@@ -305,38 +345,84 @@ pub(crate) async fn serve(args: FloorWrite) -> Outcome<()> {
         sinks.push(acceptor.accept(&job).await?);
     }
     child::say(&())?;
-    let group = match job.manner {
-        Manner::Write(group) => group,
-        Manner::Echo => {
-            let sink = sinks.pop();
-            let sink = sink.ok_or_else(|| Failure::new("an echo needs a connection"))?;
-            return sink.echo().await;
-        }
-    };
+    if job.manner == Manner::Echo {
+        let sink = sinks.pop();
+        let sink = sink.ok_or_else(|| Failure::new("an echo needs a connection"))?;
+        return sink.echo().await;
+    }
     child::heard()?;
 
-    let writers = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut parts: Vec<Vec<Sink>> = (0..writers).map(|_| Vec::new()).collect();
-    for (place, sink) in sinks.into_iter().enumerate() {
-        parts[place % writers].push(sink);
-    }
     let me = std::process::id();
     let cpu = process::cpu_time(me)?;
     let started = Instant::now();
     let end = started + Duration::from_secs(job.seconds.into());
-    let mut tasks = JoinSet::new();
-    for part in parts.into_iter().filter(|part| !part.is_empty()) {
-        tasks.spawn(write(part, job.bytes, group, end));
-    }
-    let mut messages = 0;
-    while let Some(done) = tasks.join_next().await {
-        messages += done.during("write")??;
-    }
+    let messages = match job.manner {
+        Manner::Answered => ask(sinks, job.bytes, end).await?,
+        Manner::Write(group) => write_all(sinks, job.bytes, group, end).await?,
+        Manner::Echo => 0,
+    };
     child::say(&Written {
         messages,
         seconds: started.elapsed().as_secs_f64(),
         cpu_seconds: process::cpu_time(me)?.saturating_sub(cpu).as_secs_f64(),
     })
+}
+
+/// Writes from as many tasks as there are processors. Answers the number of messages.
+async fn write_all(sinks: Vec<Sink>, bytes: usize, group: usize, end: Instant) -> Outcome<u64> {
+    let writers = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut parts: Vec<Vec<Sink>> = (0..writers).map(|_| Vec::new()).collect();
+    for (place, sink) in sinks.into_iter().enumerate() {
+        parts[place % writers].push(sink);
+    }
+    let mut tasks = JoinSet::new();
+    for part in parts.into_iter().filter(|part| !part.is_empty()) {
+        tasks.spawn(write(part, bytes, group, end));
+    }
+    let mut messages = 0;
+    while let Some(done) = tasks.join_next().await {
+        messages += done.during("write")??;
+    }
+    Ok(messages)
+}
+
+/// Has each write a message and wait for its answer, round after round until the time is over, then ends all streams. Answers the
+/// number of messages.
+async fn ask(sinks: Vec<Sink>, bytes: usize, end: Instant) -> Outcome<u64> {
+    let message = bytes::Bytes::from(vec![b'x'; bytes]);
+    let all = sinks.len();
+    let missing = Arc::new((AtomicUsize::new(all), Notify::new()));
+    let (round, rounds) = watch::channel(0_u64);
+    let mut asking = JoinSet::new();
+    for mut sink in sinks {
+        let (message, missing) = (message.clone(), Arc::clone(&missing));
+        let mut rounds = rounds.clone();
+        asking.spawn(async move {
+            while rounds.changed().await.is_ok() {
+                sink.write(&message, &message, 1).await?;
+                sink.answered().await?;
+                if missing.0.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    missing.1.notify_one();
+                }
+            }
+            sink.end().await
+        });
+    }
+    drop(rounds);
+    let mut messages = 0;
+    while Instant::now() < end {
+        missing.0.store(all, Ordering::Release);
+        round.send_modify(|round| *round += 1);
+        timeout(STEP_MAX, missing.1.notified())
+            .await
+            .map_err(|_| Failure::new("not all answered within 60 s"))?;
+        messages += all as u64;
+    }
+    drop(round);
+    while let Some(done) = asking.join_next().await {
+        done.during("end a stream")??;
+    }
+    Ok(messages)
 }
 
 /// Writes to each in turn until the time is over, then ends all streams. Answers the number of messages.
@@ -376,7 +462,7 @@ impl Acceptor {
                 // Whatever is written before the last was acknowledged would go out together with what follows.
                 let group = match job.manner {
                     Manner::Write(group) => group,
-                    Manner::Echo => 1,
+                    Manner::Answered | Manner::Echo => 1,
                 };
                 Acceptor::Quic(endpoint(config, Some((group * job.bytes) as u64))?)
             }
@@ -416,8 +502,12 @@ impl Acceptor {
                 if job.over == Over::Tls {
                     return Ok(Sink::Stream(stream));
                 }
+                let read_buffer = match job.manner {
+                    Manner::Answered => ANSWERED_READ_BYTES,
+                    Manner::Write(_) | Manner::Echo => READ_BYTES,
+                };
                 let config = WebSocketConfig::default()
-                    .read_buffer_size(READ_BYTES)
+                    .read_buffer_size(read_buffer)
                     // Whatever belongs into one write is kept until it is flushed.
                     .write_buffer_size(usize::MAX / 2)
                     .max_write_buffer_size(usize::MAX);
@@ -468,6 +558,26 @@ impl Sink {
                 socket.flush().await.during("write")
             }
             Sink::Quic(_, send, _) => send.write_all(together).await.during("write"),
+        }
+    }
+
+    /// Waits for the answer to a message.
+    async fn answered(&mut self) -> Outcome<()> {
+        let mut answer = [0; ANSWER_BYTES];
+        match self {
+            Sink::Stream(stream) => stream
+                .read_exact(&mut answer)
+                .await
+                .during("read an answer")
+                .map(|_| ()),
+            Sink::WebSocket(socket) => match socket.next().await {
+                Some(answer) => answer.during("read an answer").map(|_| ()),
+                None => Err(Failure::new("a stream ended before its answer")),
+            },
+            Sink::Quic(_, _, receive) => receive
+                .read_exact(&mut answer)
+                .await
+                .during("read an answer"),
         }
     }
 
