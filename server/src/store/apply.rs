@@ -35,6 +35,9 @@ use crate::ports::Clock;
 /// Most bytes of frames that are merged into one run while others wait for the engine: room comes back when a run is done.
 const RUN_BYTES: usize = 8 << 20;
 
+/// The same while the engine is slow.
+const RUN_BYTES_MIN: usize = 256 << 10;
+
 /// Most bytes that rest, and that are merged into one run while nobody waits for it.
 const REST_BYTES: usize = 16 << 20;
 
@@ -68,8 +71,16 @@ pub(super) struct SafeFrame {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LagLimit {
     pub(super) bytes: u64,
+    /// Age of the oldest frame that it does not have, and the time that it will take for all of them.
     pub(super) time: Duration,
 }
+
+/// Fewest bytes of a run that shows how fast the engine is.
+const PACE_BYTES: u64 = 64 << 10;
+
+/// Which part of the time that the engine may be behind a run takes at most while it is behind by more than half of it: those who wait for it
+/// go on when a run is done.
+const RUN_PART: u32 = 8;
 
 /// Frames on their way, and how far behind that makes the engine.
 pub(super) struct Queue {
@@ -90,6 +101,8 @@ struct QueueState {
     waiting: usize,
     /// When the oldest of them became safe.
     oldest: Option<Mono>,
+    /// Nanoseconds that the engine took for a byte of late; 0 as long as that is not known.
+    pace: f64,
     applied: u64,
     closing: bool,
     /// Held by a test that wants to see the lag.
@@ -159,6 +172,18 @@ impl Queue {
         bytes >= self.limit.bytes || time >= self.limit.time
     }
 
+    /// Whether new work waits: the engine is too far behind, or will be when it comes to the last frame. If only the age of the
+    /// oldest counted, a burst would be let in as a whole, and whoever comes after it would wait until the engine has nearly all
+    /// of it.
+    pub(super) fn holds(&self, now: Mono) -> bool {
+        self.behind(now) || self.takes_long(&self.lock(), 1)
+    }
+
+    /// Whether the engine will take one `part` of the time that it may be behind for what it does not have yet.
+    fn takes_long(&self, state: &QueueState, part: u32) -> bool {
+        state.pace * state.bytes as f64 >= (self.limit.time / part).as_nanos() as f64
+    }
+
     /// Whether it is behind by half of what it may be beyond the rest, or more. What rests within its own bounds is no lag: a server
     /// that has nothing to catch up with is never crowded.
     pub(super) fn crowded(&self, now: Mono) -> bool {
@@ -195,9 +220,21 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    fn take(&self, state: &mut QueueState) -> Vec<SafeFrame> {
-        let crowded = state.bytes >= self.limit.bytes / 2;
-        let most = if crowded { RUN_BYTES } else { REST_BYTES };
+    /// The next run.
+    pub(super) fn take(&self) -> Vec<SafeFrame> {
+        self.take_from(&mut self.lock())
+    }
+
+    fn take_from(&self, state: &mut QueueState) -> Vec<SafeFrame> {
+        let most = if self.takes_long(state, 2) {
+            let bytes = (self.limit.time / RUN_PART).as_nanos() as f64 / state.pace.max(1e-3);
+            // A float that is too large becomes the largest number.
+            (bytes as usize).clamp(RUN_BYTES_MIN, RUN_BYTES)
+        } else if state.bytes >= self.limit.bytes / 2 {
+            RUN_BYTES
+        } else {
+            REST_BYTES
+        };
         let mut run = Vec::new();
         let mut bytes = 0;
         while let Some(frame) = state.frames.front() {
@@ -211,9 +248,15 @@ impl Queue {
         run
     }
 
-    fn done(&self, run: &[SafeFrame]) {
+    /// A run is in the engine, which took so long for it.
+    pub(super) fn done(&self, run: &[SafeFrame], took: Duration) {
         let mut state = self.lock();
-        state.bytes -= run.iter().map(|frame| frame.bytes as u64).sum::<u64>();
+        let bytes = run.iter().map(|frame| frame.bytes as u64).sum::<u64>();
+        if bytes >= PACE_BYTES {
+            let pace = took.as_nanos() as f64 / bytes as f64;
+            state.pace = f64::midpoint(state.pace, pace);
+        }
+        state.bytes -= bytes;
         state.oldest = state.frames.front().map(|frame| frame.at);
         if let Some(last) = run.last() {
             state.applied = last.number;
@@ -268,6 +311,7 @@ impl Applier {
             let Some((run, closing)) = self.wait(queue) else {
                 return;
             };
+            let began = self.clock.now().mono;
             let mut tries = 0u64;
             while let Err(error) = self.apply(&run) {
                 // Said at once, then once a minute: somebody must act, but the log must not fill the disk as well.
@@ -288,7 +332,7 @@ impl Applier {
                         .unwrap_or_else(PoisonError::into_inner),
                 );
             }
-            queue.done(&run);
+            queue.done(&run, self.clock.now().mono - began);
             caught_up();
         }
     }
@@ -340,15 +384,16 @@ impl Applier {
                 break;
             }
         }
-        Some((queue.take(&mut state), state.closing))
+        Some((queue.take_from(&mut state), state.closing))
     }
 
     /// Applies what is in the queue, on this thread. Answers the number of frames.
     pub(super) fn step(&mut self, queue: &Queue) -> Result<usize, EngineError> {
-        let run = queue.take(&mut queue.lock());
+        let run = queue.take();
         if !run.is_empty() {
+            let began = self.clock.now().mono;
             self.apply(&run)?;
-            queue.done(&run);
+            queue.done(&run, self.clock.now().mono - began);
         }
         Ok(run.len())
     }

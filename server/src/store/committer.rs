@@ -570,7 +570,7 @@ impl Desk {
     /// Waits for an engine that is too far behind, then grants places to those who want one.
     fn reopen(&self, rides: Rides, writer: &Writer) {
         let mut state = self.lock();
-        while writer.queue.behind(writer.clock.now().mono) && !state.closing {
+        while writer.queue.holds(writer.clock.now().mono) && !state.closing {
             state = self
                 .changed
                 .wait(state)

@@ -501,3 +501,64 @@ fn half_a_run_of_frames_that_rot_took_leaves_nothing_under_numbers_that_are_give
         assert_eq!(house.engine.get(&key).unwrap(), None, "{kind:?}");
     }
 }
+
+#[test]
+fn new_work_waits_for_what_a_slow_engine_will_take_and_runs_are_short_then() {
+    const KIB: usize = 1 << 10;
+    let at = ManualClock::new(1_700_000_000_000).now().mono;
+    let limit = LagLimit {
+        bytes: 64 << 20,
+        time: Duration::from_secs(4),
+    };
+    let queue = Queue::new(limit, Duration::ZERO, 0);
+    let push = |kibs: usize| {
+        for number in 0..kibs as u64 / 64 {
+            queue.push(SafeFrame {
+                number,
+                writes: Vec::new(),
+                bytes: 64 * KIB,
+                at,
+            });
+        }
+    };
+    let done = |took| {
+        let run = queue.take();
+        queue.done(&run, took);
+        run.len() * 64
+    };
+    // As long as nothing is known of the engine, a burst is let in up to the bytes that it may be behind.
+    push(16 * KIB);
+    assert!(!queue.holds(at));
+    // A MiB in half a second, and again until that is what it does: 8 in four.
+    assert_eq!(done(Duration::from_secs(8)), 16 * KIB);
+    for _ in 0..20 {
+        push(KIB);
+        done(Duration::from_millis(500));
+    }
+    push(8 * KIB - 64);
+    assert!(!queue.holds(at));
+    push(128);
+    assert!(
+        queue.holds(at),
+        "the last of 8 MiB would come after four seconds"
+    );
+    assert!(!queue.behind(at), "but it has only just come");
+    // Those who wait go on when a run is done: after half a second.
+    let run = done(Duration::from_millis(500));
+    assert!((KIB - 64..=KIB).contains(&run), "{run}");
+    assert!(!queue.holds(at));
+    // Behind by less than half, it merges as much as there is.
+    let mut left = 8 * KIB + 64 - run;
+    while left >= 4 * KIB {
+        left -= done(Duration::from_millis(500));
+    }
+    assert!(left > 2 * KIB);
+    assert_eq!(done(Duration::from_millis(1_500)), left);
+    // And one that became quick is held to its bytes alone.
+    for _ in 0..20 {
+        push(KIB);
+        done(Duration::ZERO);
+    }
+    push(32 * KIB);
+    assert!(!queue.holds(at));
+}
