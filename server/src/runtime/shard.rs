@@ -743,9 +743,6 @@ impl ShardTask {
                 () = &mut timer, if armed.is_some() => armed = None,
             }
             loop {
-                // Whoever is ready goes first: those who post have posted then, and acknowledgements were read, so that one turn
-                // does it all and each link is woken once. If nobody is, this is a look at the sockets and nothing else.
-                tokio::task::yield_now().await;
                 let turn = catch_unwind(AssertUnwindSafe(|| self.turn()));
                 let Ok(more) = turn else {
                     tracing::error!(
@@ -759,6 +756,8 @@ impl ShardTask {
                 if !more {
                     break;
                 }
+                // Whoever else is ready goes first.
+                tokio::task::yield_now().await;
             }
         }
     }
