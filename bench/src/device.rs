@@ -376,7 +376,8 @@ fn describe(frame: &ServerFrame) -> String {
     }
 }
 
-fn endpoint(source: IpAddr) -> Outcome<quinn::Endpoint> {
+/// A QUIC client on a port of its own, with buffers for the words of thousands.
+pub(crate) fn endpoint(source: IpAddr) -> Outcome<quinn::Endpoint> {
     let socket = socket2::Socket::new(
         socket2::Domain::IPV4,
         socket2::Type::DGRAM,

@@ -2,7 +2,7 @@
 //! one in one write, or one to each, which each answers. The writer is a process of its own and counts its own processor time; this
 //! side only reads, answers and counts.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -23,6 +23,7 @@ use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig};
 
 use super::server::{endpoint, listen};
 use crate::child::{self, Child};
+use crate::device;
 use crate::failure::{During, Failure, Outcome};
 use crate::process;
 use crate::tls::{self, Identity};
@@ -296,8 +297,7 @@ impl Dialer {
             Over::Quic => {
                 config.alpn_protocols = vec![ALPN.to_vec()];
                 let config = QuicClientConfig::try_from(config).during("set up QUIC")?;
-                let any = SocketAddr::from(([127, 0, 0, 1], 0));
-                let mut endpoint = quinn::Endpoint::client(any).during("start QUIC")?;
+                let mut endpoint = device::endpoint(Ipv4Addr::LOCALHOST.into())?;
                 endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(config)));
                 Dialer::Quic(told.address, endpoint)
             }
