@@ -52,6 +52,20 @@ pub(super) struct Recovered {
     pub(super) doubtful: bool,
 }
 
+impl Recovered {
+    /// The engine as it was found, with what the log has behind its position.
+    fn of_engine(engine: Arc<dyn Engine>, tail: Tail, doubtful: bool) -> Recovered {
+        Recovered {
+            engine,
+            next_frame: tail.next_frame,
+            tail,
+            live: 0,
+            anew: false,
+            doubtful,
+        }
+    }
+}
+
 struct Replayed {
     tail: Tail,
     frames: u64,
@@ -101,14 +115,7 @@ pub(super) fn recover(
                 }
                 None => {
                     report.replayed_frames = replayed.frames;
-                    return Ok(Recovered {
-                        engine,
-                        next_frame: replayed.tail.next_frame,
-                        tail: replayed.tail,
-                        live: 0,
-                        anew: false,
-                        doubtful: false,
-                    });
+                    return Ok(Recovered::of_engine(engine, replayed.tail, false));
                 }
             },
             Err(why) => Some(why),
@@ -158,14 +165,7 @@ pub(super) fn recover(
             "the engine is used although it may know of frames that the log has lost: nothing else leads up to the log"
         );
         report.replayed_frames = replayed.frames;
-        return Ok(Recovered {
-            engine,
-            next_frame: replayed.tail.next_frame,
-            tail: replayed.tail,
-            live: 0,
-            anew: false,
-            doubtful: true,
-        });
+        return Ok(Recovered::of_engine(engine, replayed.tail, true));
     }
     if let Some(first) = shelf.first_frame()
         && first > 1

@@ -248,30 +248,11 @@ fn unmask(bytes: &mut [u8], mask: [u8; 4]) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::super::testing::frame;
     use super::*;
     use proptest::prelude::*;
 
     const MAX: usize = 70_000;
-
-    /// A frame as a client sends it.
-    fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
-        let mask = [0x12, 0x34, 0x56, 0x78];
-        let mut bytes = vec![first];
-        match payload.len() {
-            length @ 0..=125 => bytes.push(0x80 | length as u8),
-            length @ 126..=0xffff => {
-                bytes.push(0x80 | 126);
-                bytes.extend((length as u16).to_be_bytes());
-            }
-            length => {
-                bytes.push(0x80 | 127);
-                bytes.extend((length as u64).to_be_bytes());
-            }
-        }
-        bytes.extend(mask);
-        bytes.extend(payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m));
-        bytes
-    }
 
     /// All that comes out when these pieces go in one after the other.
     fn read<'b>(pieces: impl IntoIterator<Item = &'b [u8]>) -> Result<Vec<Message>, Wrong> {

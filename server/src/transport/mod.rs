@@ -67,4 +67,24 @@ mod testing {
         };
         (settings, authority.certificate_pem().to_owned())
     }
+
+    /// A WebSocket frame as a client sends it.
+    pub(crate) fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+        let mask = [0x9a, 0x03, 0xff, 0x40];
+        let mut bytes = vec![first];
+        match payload.len() {
+            length @ 0..=125 => bytes.push(0x80 | length as u8),
+            length @ 126..=0xffff => {
+                bytes.push(0x80 | 126);
+                bytes.extend((length as u16).to_be_bytes());
+            }
+            length => {
+                bytes.push(0x80 | 127);
+                bytes.extend((length as u64).to_be_bytes());
+            }
+        }
+        bytes.extend(mask);
+        bytes.extend(payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m));
+        bytes
+    }
 }

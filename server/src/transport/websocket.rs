@@ -398,6 +398,7 @@ fn broken(trouble: &Trouble) -> Broken {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::transport::testing::frame;
     use crate::transport::wire::tests::{Scripted, Then};
     use proptest::prelude::*;
     use std::collections::VecDeque;
@@ -415,26 +416,6 @@ mod tests {
             ..Scripted::default()
         });
         WebSocketPipe::new(wire, MessageReader::new(FRAME_MAX), codec)
-    }
-
-    /// A frame as a client sends it.
-    fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
-        let mask = [0x9a, 0x03, 0xff, 0x40];
-        let mut bytes = vec![first];
-        match payload.len() {
-            length @ 0..=125 => bytes.push(0x80 | length as u8),
-            length @ 126..=0xffff => {
-                bytes.push(0x80 | 126);
-                bytes.extend((length as u16).to_be_bytes());
-            }
-            length => {
-                bytes.push(0x80 | 127);
-                bytes.extend((length as u64).to_be_bytes());
-            }
-        }
-        bytes.extend(mask);
-        bytes.extend(payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m));
-        bytes
     }
 
     /// A blocking stream of pieces, for the other implementation; at its end it would block.
