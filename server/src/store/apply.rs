@@ -1,8 +1,9 @@
 //! From the log into the engine, a little later.
 //!
-//! Frames wait in a queue, in order. The applier takes as many as there are, up to a bound, and merges them: of several writes
-//! of one key only the last is done, and a row that came and went in between never reaches the engine. So the
-//! further the engine is behind, the cheaper a frame becomes.
+//! Frames wait in order, and what they come to is gathered in layers (`layer.rs`), which readers see meanwhile. The applier takes
+//! the oldest layer as one run: of several writes of one key only the last is done, and a row that came and went in between never
+//! reaches the engine. So the further the engine is behind, the cheaper a frame becomes. The queue here knows how many bytes
+//! wait and since when.
 //!
 //! That is why frames rest before they are taken (`docs/decisions/0043`): until the oldest is of a certain age, or until they
 //! come to so many bytes, or until the store is closed. What a device acknowledges within that time costs the
@@ -16,9 +17,8 @@
 //! (`docs/decisions/0002`). Only one shortcut is not allowed in a replay: leaving out a deletion because the run
 //! itself contains the insertion. An earlier try, with a shorter run, may have brought that insertion into the engine.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ops::{Bound, ControlFlow};
+use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,23 +26,24 @@ use bytes::Bytes;
 
 use super::engine::{BATCH_OPERATIONS, Direction, Engine, EngineError, EngineWrite};
 use super::keys;
+use super::layer::Layer;
 use super::overlay::Overlay;
 use super::record::{self, Pair, PairStored};
 use super::write::Write;
-use crate::delivery::{DeviceId, Mono, Outcome, PingId, RowKey};
+use crate::delivery::{Mono, Outcome, PingId};
 use crate::ports::Clock;
 
-/// Most bytes of frames that are merged into one run while others wait for the engine: room comes back when a run is done.
-const RUN_BYTES: usize = 8 << 20;
+/// Most bytes of frames that rest, and that are one run. Room for others comes back when a run is done.
+const RUN_BYTES: usize = 16 << 20;
 
-/// The same while the engine is slow.
+/// What a run may have however slow the engine is.
 const RUN_BYTES_MIN: usize = 256 << 10;
 
-/// Most bytes that rest, and that are merged into one run while nobody waits for it.
-const REST_BYTES: usize = 16 << 20;
+/// Which part of the bytes that the engine may be behind a run is at most: bursts keep the room of the others.
+const RUN_PART_OF_BYTES: u64 = 4;
 
-/// Which part of what the engine may be behind may rest: bursts keep the room of the others.
-const REST_PART: u64 = 4;
+/// Which part of the time that the engine may be behind a run takes at most: those who wait for it go on when a run is done.
+const RUN_PART_OF_TIME: u32 = 8;
 
 /// Most bytes of values in one batch.
 const BATCH_BYTES: usize = 4 << 20;
@@ -56,11 +57,10 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// How long the applier waits before it tries an engine again that failed.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// A frame that is safe, on its way into the engine.
+/// A frame that is safe, on its way into the engine. What it says is in a layer of the overlay.
 #[derive(Debug)]
 pub(super) struct SafeFrame {
     pub(super) number: u64,
-    pub(super) writes: Vec<Write>,
     /// Its size in the log.
     pub(super) bytes: usize,
     /// When it became safe.
@@ -71,16 +71,12 @@ pub(super) struct SafeFrame {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LagLimit {
     pub(super) bytes: u64,
-    /// Age of the oldest frame that it does not have, and the time that it will take for all of them.
+    /// Age of the oldest frame that it does not have.
     pub(super) time: Duration,
 }
 
 /// Fewest bytes of a run that shows how fast the engine is.
-const PACE_BYTES: u64 = 64 << 10;
-
-/// Which part of the time that the engine may be behind a run takes at most while it is behind by more than half of it: those who wait for it
-/// go on when a run is done.
-const RUN_PART: u32 = 8;
+const PACE_BYTES: usize = 64 << 10;
 
 /// Frames on their way, and how far behind that makes the engine.
 pub(super) struct Queue {
@@ -89,7 +85,14 @@ pub(super) struct Queue {
     limit: LagLimit,
     /// How old the oldest frame becomes before it is taken, unless there are so many bytes before.
     rest: Duration,
-    rest_bytes: usize,
+    /// Bytes of a run at most, with an engine that is quick enough for them.
+    run_bytes_max: usize,
+}
+
+/// A layer in the applier's hands, and how many frames it is made of.
+struct Run {
+    layer: Arc<Layer>,
+    frames: usize,
 }
 
 #[derive(Default)]
@@ -103,6 +106,8 @@ struct QueueState {
     oldest: Option<Mono>,
     /// Nanoseconds that the engine took for a byte of late; 0 as long as that is not known.
     pace: f64,
+    /// Bytes of a run at most, as quick as the engine is.
+    run_bytes: usize,
     applied: u64,
     closing: bool,
     /// Held by a test that wants to see the lag.
@@ -117,32 +122,40 @@ impl Queue {
 
     /// A queue behind the frame `applied`, in which frames rest for a time. The limit counts that time as well.
     pub(super) fn new(limit: LagLimit, rest: Duration, applied: u64) -> Queue {
-        let rest_bytes = usize::try_from(limit.bytes / REST_PART).unwrap_or(usize::MAX);
+        let part = usize::try_from(limit.bytes / RUN_PART_OF_BYTES).unwrap_or(usize::MAX);
+        let run_bytes_max = part.min(RUN_BYTES);
         Queue {
             state: Mutex::new(QueueState {
                 applied,
+                run_bytes: run_bytes_max,
                 ..QueueState::default()
             }),
             changed: Condvar::new(),
             limit,
             rest,
-            rest_bytes: rest_bytes.min(REST_BYTES),
+            run_bytes_max,
         }
+    }
+
+    /// Bytes of frames from which on they do not rest, and of which a layer is to be at most.
+    pub(super) fn run_bytes(&self) -> usize {
+        self.lock().run_bytes
     }
 
     fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Adds a frame that is being shown (`Showing`).
     pub(super) fn push(&self, frame: SafeFrame) {
         let mut state = self.lock();
-        let enough = state.waiting >= self.rest_bytes;
+        let enough = state.waiting >= state.run_bytes;
         state.bytes += frame.bytes as u64;
         state.waiting += frame.bytes;
         state.oldest.get_or_insert(frame.at);
         state.frames.push_back(frame);
         // Whoever rests for others is not woken by each of them.
-        if state.frames.len() == 1 || (!enough && state.waiting >= self.rest_bytes) {
+        if state.frames.len() == 1 || (!enough && state.waiting >= state.run_bytes) {
             self.changed.notify_all();
         }
     }
@@ -150,7 +163,7 @@ impl Queue {
     /// How long the frames that wait may still rest.
     fn rest_left(&self, state: &QueueState, now: Mono) -> Duration {
         match state.frames.front() {
-            Some(frame) if state.waiting < self.rest_bytes => {
+            Some(frame) if state.waiting < state.run_bytes => {
                 self.rest.saturating_sub(now - frame.at)
             }
             Some(_) | None => Duration::ZERO,
@@ -168,20 +181,26 @@ impl Queue {
 
     /// Whether the engine is too far behind for new work.
     pub(super) fn behind(&self, now: Mono) -> bool {
-        let (bytes, time) = self.lag(now);
-        bytes >= self.limit.bytes || time >= self.limit.time
+        self.is_behind(&self.lock(), now)
     }
 
-    /// Whether new work waits: the engine is too far behind, or will be when it comes to the last frame. If only the age of the
-    /// oldest counted, a burst would be let in as a whole, and whoever comes after it would wait until the engine has nearly all
-    /// of it.
+    fn is_behind(&self, state: &QueueState, now: Mono) -> bool {
+        let time = state.oldest.map_or(Duration::ZERO, |oldest| now - oldest);
+        state.bytes >= self.limit.bytes || time >= self.limit.time
+    }
+
+    /// Whether new work waits: the engine is too far behind, or would take too long for what it does not have yet. If only the age of
+    /// the oldest counted, a burst would be let in as a whole, and whoever comes after it would wait until the engine has nearly all
+    /// of it. The age comes to its limit only if the engine is slower than it was.
     pub(super) fn holds(&self, now: Mono) -> bool {
-        self.behind(now) || self.takes_long(&self.lock(), 1)
+        let state = self.lock();
+        let takes = state.pace * state.bytes as f64;
+        takes >= self.time().as_nanos() as f64 || self.is_behind(&state, now)
     }
 
-    /// Whether the engine will take one `part` of the time that it may be behind for what it does not have yet.
-    fn takes_long(&self, state: &QueueState, part: u32) -> bool {
-        state.pace * state.bytes as f64 >= (self.limit.time / part).as_nanos() as f64
+    /// How long the engine may take for what it does not have yet: the limit without the rest.
+    fn time(&self) -> Duration {
+        self.limit.time.saturating_sub(self.rest)
     }
 
     /// Whether it is behind by half of what it may be beyond the rest, or more. What rests within its own bounds is no lag: a server
@@ -191,7 +210,7 @@ impl Queue {
         let resting = if self.rest.is_zero() {
             0
         } else {
-            self.rest_bytes as u64
+            self.run_bytes_max as u64
         };
         bytes.saturating_sub(resting) >= self.limit.bytes.saturating_sub(resting) / 2
             || time.saturating_sub(self.rest) >= self.limit.time.saturating_sub(self.rest) / 2
@@ -220,47 +239,30 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// The next run.
-    pub(super) fn take(&self) -> Vec<SafeFrame> {
-        self.take_from(&mut self.lock())
-    }
-
-    fn take_from(&self, state: &mut QueueState) -> Vec<SafeFrame> {
-        let most = if self.takes_long(state, 2) {
-            let bytes = (self.limit.time / RUN_PART).as_nanos() as f64 / state.pace.max(1e-3);
-            // A float that is too large becomes the largest number.
-            (bytes as usize).clamp(RUN_BYTES_MIN, RUN_BYTES)
-        } else if state.bytes >= self.limit.bytes / 2 {
-            RUN_BYTES
-        } else {
-            REST_BYTES
-        };
-        let mut run = Vec::new();
-        let mut bytes = 0;
-        while let Some(frame) = state.frames.front() {
-            if !run.is_empty() && bytes + frame.bytes > most {
-                break;
-            }
-            bytes += frame.bytes;
-            run.extend(state.frames.pop_front());
-        }
-        state.waiting -= bytes;
-        run
-    }
-
-    /// A run is in the engine, which took so long for it.
-    pub(super) fn done(&self, run: &[SafeFrame], took: Duration) {
+    /// Takes the frames of a layer; answers how many they are.
+    fn take(&self, layer: &Layer) -> usize {
         let mut state = self.lock();
-        let bytes = run.iter().map(|frame| frame.bytes as u64).sum::<u64>();
+        let frames = state
+            .frames
+            .partition_point(|frame| frame.number <= layer.last());
+        let bytes: usize = state.frames.drain(..frames).map(|frame| frame.bytes).sum();
+        state.waiting -= bytes;
+        frames
+    }
+
+    /// The engine has a run of so many bytes up to the frame `last`, and took so long for it.
+    pub(super) fn done(&self, last: u64, bytes: usize, took: Duration) {
+        let mut state = self.lock();
         if bytes >= PACE_BYTES {
             let pace = took.as_nanos() as f64 / bytes as f64;
             state.pace = f64::midpoint(state.pace, pace);
+            let most = (self.time() / RUN_PART_OF_TIME).as_nanos() as f64 / state.pace.max(1e-3);
+            // A float that is too large becomes the largest number.
+            state.run_bytes = (most as usize).max(RUN_BYTES_MIN).min(self.run_bytes_max);
         }
-        state.bytes -= bytes;
+        state.bytes -= bytes as u64;
         state.oldest = state.frames.front().map(|frame| frame.at);
-        if let Some(last) = run.last() {
-            state.applied = last.number;
-        }
+        state.applied = last;
     }
 }
 
@@ -308,12 +310,15 @@ impl Applier {
     /// Runs until the queue is closed and empty. `caught_up` is called after every run.
     pub(super) fn run(mut self, queue: &Queue, caught_up: &dyn Fn()) {
         loop {
-            let Some((run, closing)) = self.wait(queue) else {
+            let Some(closing) = self.wait(queue) else {
                 return;
+            };
+            let Some(run) = self.take(queue) else {
+                continue;
             };
             let began = self.clock.now().mono;
             let mut tries = 0u64;
-            while let Err(error) = self.apply(&run) {
+            while let Err(error) = self.apply(&run.layer) {
                 // Said at once, then once a minute: somebody must act, but the log must not fill the disk as well.
                 if tries.is_multiple_of(60) {
                     tracing::error!(%error, tries, "the engine cannot take what is safe in the log; new work will wait. \
@@ -332,14 +337,27 @@ impl Applier {
                         .unwrap_or_else(PoisonError::into_inner),
                 );
             }
-            queue.done(&run, self.clock.now().mono - began);
+            self.done(queue, run, self.clock.now().mono - began);
             caught_up();
         }
     }
 
-    /// Waits until frames have rested, and takes a run of them; with it whether the queue is being closed. `None`: it is closed
-    /// and empty.
-    fn wait(&mut self, queue: &Queue) -> Option<(Vec<SafeFrame>, bool)> {
+    /// The oldest layer, and its frames out of the queue: at once, because a frame comes into both at once.
+    fn take(&self, queue: &Queue) -> Option<Run> {
+        let (layer, frames) = self.overlay.take(|layer| queue.take(layer))?;
+        Some(Run { layer, frames })
+    }
+
+    /// The engine has it.
+    fn done(&self, queue: &Queue, run: Run, took: Duration) {
+        self.overlay.remove(&run.layer);
+        queue.done(run.layer.last(), run.layer.bytes(), took);
+        // Its last holder lets go of it here, with all its keys, while nobody waits.
+        drop(run);
+    }
+
+    /// Waits until frames have rested; answers whether the queue is being closed. `None`: it is closed and empty.
+    fn wait(&mut self, queue: &Queue) -> Option<bool> {
         let mut state = queue.lock();
         loop {
             if state.closing {
@@ -375,7 +393,7 @@ impl Applier {
             let (guard, waited) = queue
                 .changed
                 .wait_timeout_while(state, left, |state| {
-                    !state.closing && !state.paused && state.waiting < queue.rest_bytes
+                    !state.closing && !state.paused && state.waiting < state.run_bytes
                 })
                 .unwrap_or_else(PoisonError::into_inner);
             state = guard;
@@ -384,32 +402,26 @@ impl Applier {
                 break;
             }
         }
-        Some((queue.take_from(&mut state), state.closing))
+        Some(state.closing)
     }
 
-    /// Applies what is in the queue, on this thread. Answers the number of frames.
+    /// Applies the oldest layer, on this thread. Answers the number of its frames.
     pub(super) fn step(&mut self, queue: &Queue) -> Result<usize, EngineError> {
-        let run = queue.take();
-        if !run.is_empty() {
-            let began = self.clock.now().mono;
-            self.apply(&run)?;
-            queue.done(&run, self.clock.now().mono - began);
-        }
-        Ok(run.len())
+        let Some(run) = self.take(queue) else {
+            return Ok(0);
+        };
+        let began = self.clock.now().mono;
+        self.apply(&run.layer)?;
+        let frames = run.frames;
+        self.done(queue, run, self.clock.now().mono - began);
+        Ok(frames)
     }
 
-    fn apply(&mut self, run: &[SafeFrame]) -> Result<(), EngineError> {
-        let Some(last) = run.last() else {
-            return Ok(());
-        };
-        let writes = run.iter().flat_map(|frame| &frame.writes);
+    fn apply(&mut self, layer: &Layer) -> Result<(), EngineError> {
         let elide = std::mem::replace(&mut self.elide, false);
-        apply_run(&*self.engine, writes, last.number + 1, elide)?;
+        apply_layer(&*self.engine, layer, layer.last() + 1, elide)?;
         self.elide = self.proven;
-        for frame in run {
-            self.overlay.remove(last.number, &frame.writes);
-            self.unflushed += frame.bytes;
-        }
+        self.unflushed += layer.bytes();
         if self.unflushed >= FLUSH_BYTES || self.clock.now().mono - self.flushed_at >= FLUSH_EVERY {
             self.flush();
         }
@@ -434,146 +446,187 @@ pub(super) fn apply_run<'a>(
     next: u64,
     elide: bool,
 ) -> Result<(), EngineError> {
-    let merged = Merged::of(writes, elide).judged(engine)?;
-    let mut batch = Vec::with_capacity(BATCH_OPERATIONS);
-    let mut bytes = 0;
-    for (key, value) in merged {
+    let mut layer = Layer::default();
+    writes.for_each(|write| layer.write(write.clone()));
+    apply_layer(engine, &layer, next, elide)
+}
+
+/// As [`apply_run`], of what they come to.
+fn apply_layer(
+    engine: &dyn Engine,
+    layer: &Layer,
+    next: u64,
+    elide: bool,
+) -> Result<(), EngineError> {
+    let mut ruled = Judge::new(engine, layer).judged()?.into_iter().peekable();
+    let mut batches = Batches {
+        engine,
+        batch: Vec::with_capacity(BATCH_OPERATIONS),
+        bytes: 0,
+    };
+    for (key, entry) in layer.entries() {
+        while let Some((before, value)) = ruled.next_if(|(ruled, _)| ruled < key) {
+            batches.add(before, value)?;
+        }
+        if let Some((key, value)) = ruled.next_if(|(ruled, _)| ruled == key) {
+            batches.add(key, value)?;
+        } else if !(elide && entry.came_and_went(key)) {
+            batches.add(key.clone(), entry.value.clone())?;
+        }
+    }
+    for (key, value) in ruled {
+        batches.add(key, value)?;
+    }
+    engine.apply(&batches.batch, Some(next))
+}
+
+/// Writes on their way, in batches of bounded size.
+struct Batches<'a> {
+    engine: &'a dyn Engine,
+    batch: Vec<EngineWrite>,
+    bytes: usize,
+}
+
+impl Batches<'_> {
+    fn add(&mut self, key: Bytes, value: Option<Bytes>) -> Result<(), EngineError> {
         let size = key.len() + value.as_ref().map_or(0, Bytes::len);
         // One place is left for the position.
-        if batch.len() + 1 >= BATCH_OPERATIONS || (bytes + size > BATCH_BYTES && bytes > 0) {
-            engine.apply(&batch, None)?;
-            batch.clear();
-            bytes = 0;
+        let full = self.batch.len() + 1 >= BATCH_OPERATIONS;
+        if full || (self.bytes + size > BATCH_BYTES && self.bytes > 0) {
+            self.engine.apply(&self.batch, None)?;
+            self.batch.clear();
+            self.bytes = 0;
         }
-        bytes += size;
-        batch.push(EngineWrite { key, value });
+        self.bytes += size;
+        self.batch.push(EngineWrite { key, value });
+        Ok(())
     }
-    engine.apply(&batch, Some(next))
 }
 
-/// What a run of frames comes to.
-#[derive(Default)]
-struct Merged {
-    writes: BTreeMap<Bytes, Option<Bytes>>,
-    settle: Vec<(u64, PingId, DeviceId, RowKey)>,
-    receipts: Vec<(u64, PingId, DeviceId)>,
-    collect: BTreeSet<PingId>,
+/// Judges the rules of a layer by the state at its end. Judging them all there, and not each in its frame, comes to
+/// the same: `docs/decisions/0003` goes through the cases.
+struct Judge<'a> {
+    engine: &'a dyn Engine,
+    layer: &'a Layer,
+    /// What the rules say so far, on top of the layer.
+    ruled: BTreeMap<Bytes, Option<Bytes>>,
 }
 
-impl Merged {
-    fn of<'a>(writes: impl Iterator<Item = &'a Write>, elide: bool) -> Merged {
-        let mut merged = Merged::default();
-        for write in writes {
-            match write {
-                Write::Put { key, value } => {
-                    merged.writes.insert(key.clone(), Some(value.clone()));
-                }
-                Write::Delete { key } => match merged.writes.entry(key.clone()) {
-                    Entry::Occupied(mut entry) => {
-                        if elide && entry.get().is_some() && keys::is_written_once(key) {
-                            entry.remove();
-                        } else {
-                            entry.insert(None);
-                        }
-                    }
-                    Entry::Vacant(entry) => {
-                        entry.insert(None);
-                    }
-                },
-                Write::Collect { ping } => {
-                    merged.collect.insert(*ping);
-                }
-                Write::DropReceipt {
-                    at_ms,
-                    ping,
-                    device,
-                } => merged.receipts.push((*at_ms, *ping, *device)),
-                Write::Settle {
-                    expires_ms,
-                    ping,
-                    device,
-                    row,
-                } => merged.settle.push((*expires_ms, *ping, *device, *row)),
-            }
+impl<'a> Judge<'a> {
+    fn new(engine: &'a dyn Engine, layer: &'a Layer) -> Judge<'a> {
+        Judge {
+            engine,
+            layer,
+            ruled: BTreeMap::new(),
         }
-        merged
     }
 
-    /// Judges the rules by the state at the end of the run. Judging them all there, and not each in its frame, comes to
-    /// the same: `docs/decisions/0003` goes through the cases.
-    fn judged(
-        mut self,
-        engine: &dyn Engine,
-    ) -> Result<BTreeMap<Bytes, Option<Bytes>>, EngineError> {
-        for (expires_ms, ping, device, row) in std::mem::take(&mut self.settle) {
-            let key = keys::pair(ping, device);
+    fn judged(mut self) -> Result<BTreeMap<Bytes, Option<Bytes>>, EngineError> {
+        let rules = self.layer.rules();
+        for rule in rules {
+            let Write::Settle {
+                expires_ms,
+                ping,
+                device,
+                row,
+            } = rule
+            else {
+                continue;
+            };
+            let key = keys::pair(*ping, *device);
             if let Some(Pair {
                 app,
                 state: PairStored::Waiting { row: waits, .. },
-            }) = self.pair(engine, &key)?
-                && waits == row
+            }) = self.pair(&key)?
+                && waits == *row
             {
                 let ended = Pair {
                     app,
                     state: PairStored::Ended {
                         outcome: Outcome::Expired,
-                        at_ms: expires_ms,
+                        at_ms: *expires_ms,
                     },
                 };
                 let mut value = Vec::new();
                 record::put_pair(&key, &mut value, ended);
-                self.writes
-                    .insert(Bytes::copy_from_slice(&key), Some(value.into()));
+                self.rule(&key, Some(value.into()));
             }
         }
-        for (at, ping, device) in std::mem::take(&mut self.receipts) {
-            let key = keys::pair(ping, device);
-            if let Some(PairStored::Ended { at_ms, .. }) =
-                self.pair(engine, &key)?.map(|pair| pair.state)
-                && at_ms == at
+        for rule in rules {
+            let Write::DropReceipt {
+                at_ms: at,
+                ping,
+                device,
+            } = rule
+            else {
+                continue;
+            };
+            let key = keys::pair(*ping, *device);
+            if let Some(PairStored::Ended { at_ms, .. }) = self.pair(&key)?.map(|pair| pair.state)
+                && at_ms == *at
             {
-                self.writes.insert(Bytes::copy_from_slice(&key), None);
+                self.rule(&key, None);
             }
         }
-        for ping in std::mem::take(&mut self.collect) {
-            if !self.waits(engine, ping)? {
-                self.writes
-                    .insert(Bytes::copy_from_slice(&keys::body(ping)), None);
+        let collect: BTreeSet<PingId> = rules
+            .iter()
+            .filter_map(|rule| match rule {
+                Write::Collect { ping } => Some(*ping),
+                Write::Put { .. }
+                | Write::Delete { .. }
+                | Write::DropReceipt { .. }
+                | Write::Settle { .. } => None,
+            })
+            .collect();
+        for ping in collect {
+            if !self.waits(ping)? {
+                self.rule(&keys::body(ping), None);
             }
         }
-        Ok(self.writes)
+        Ok(self.ruled)
     }
 
-    fn pair(&self, engine: &dyn Engine, key: &[u8]) -> Result<Option<Pair>, EngineError> {
-        let value = match self.writes.get(key) {
+    fn rule(&mut self, key: &[u8], value: Option<Bytes>) {
+        self.ruled.insert(Bytes::copy_from_slice(key), value);
+    }
+
+    /// What rules and layer say of a key; `None`: nothing, so the engine is asked.
+    fn said(&self, key: &[u8]) -> Option<&Option<Bytes>> {
+        let ruled = self.ruled.get(key);
+        ruled.or_else(|| self.layer.get(key).map(|entry| &entry.value))
+    }
+
+    fn pair(&self, key: &[u8]) -> Result<Option<Pair>, EngineError> {
+        let value = match self.said(key) {
             Some(value) => value.clone(),
-            None => engine.get(key)?,
+            None => self.engine.get(key)?,
         };
         // A rotten one is left as it is: it says nothing, and readers set it aside.
         Ok(value.and_then(|value| record::pair(key, &value).ok()))
     }
 
     /// Whether a notification of the ping still waits. One that cannot be read may.
-    fn waits(&self, engine: &dyn Engine, ping: PingId) -> Result<bool, EngineError> {
+    fn waits(&self, ping: PingId) -> Result<bool, EngineError> {
         let waiting = |key: &[u8], value: &[u8]| {
             record::pair(key, value).map_or(true, |pair| {
                 matches!(pair.state, PairStored::Waiting { .. })
             })
         };
         let (from, to) = (keys::pairs(ping), keys::pairs(ping).end());
-        let range = (Bound::Included(&*from), Bound::Excluded(&*to));
-        let mut waits = self
-            .writes
-            .range::<[u8], _>(range)
-            .any(|(key, value)| value.as_ref().is_some_and(|value| waiting(key, value)));
+        // What rules said of such a key, so that it ended or is forgotten, does not wait.
+        let mut waits = self.layer.range(&from, &to).any(|(key, entry)| {
+            !self.ruled.contains_key(key)
+                && (entry.value.as_ref()).is_some_and(|value| waiting(key, value))
+        });
         if !waits {
-            engine.scan(&*from..&*to, Direction::Up, &mut |key, value| {
-                if !self.writes.contains_key(key) && waiting(key, value) {
+            let unsaid = &mut |key: &[u8], value: &[u8]| {
+                if self.said(key).is_none() && waiting(key, value) {
                     waits = true;
                     return ControlFlow::Break(());
                 }
                 ControlFlow::Continue(())
-            })?;
+            };
+            self.engine.scan(&*from..&*to, Direction::Up, unsaid)?;
         }
         Ok(waits)
     }

@@ -39,9 +39,10 @@ use std::time::Duration;
 
 use super::apply::{Queue, SafeFrame};
 use super::backup::erasures::Fresh;
+use super::keys;
 use super::log::{AppendError, Log};
 use super::overlay::Overlay;
-use super::write::{Chore, FrameBuilder, Unwritable};
+use super::write::{Chore, FrameBuilder, Unwritable, Write};
 use crate::delivery::CommitFailure;
 use crate::ports::{Batch, Clock, Committed, Grant, Op, SourceId};
 
@@ -278,16 +279,15 @@ impl Writer {
         });
         match result {
             Ok((number, bytes, writes, at)) => {
-                self.overlay.publish(number, &writes);
-                if let Some(fresh) = &self.erased {
-                    fresh.note(&writes);
+                let erased = self.erased.as_ref().map(|fresh| (fresh, erasures(&writes)));
+                let most = self.queue.run_bytes();
+                let showing = self.overlay.publish(number, bytes, writes, most);
+                self.queue.push(SafeFrame { number, bytes, at });
+                drop(showing);
+                // Whoever looks into the store because not all of it could be noted must find it there.
+                if let Some((fresh, erased)) = erased {
+                    fresh.note(&erased);
                 }
-                self.queue.push(SafeFrame {
-                    number,
-                    writes,
-                    bytes,
-                    at,
-                });
                 self.figures.frames.fetch_add(1, Ordering::Relaxed);
                 self.figures
                     .bytes
@@ -308,6 +308,12 @@ impl Writer {
             }
         }
     }
+}
+
+/// Those writes of a frame that tell of erasures.
+fn erasures(writes: &[Write]) -> Vec<Write> {
+    let told = |write: &&Write| matches!(write, Write::Put { key, .. } if key.first() == Some(&keys::ERASURES));
+    writes.iter().filter(told).cloned().collect()
 }
 
 /// Runs a callback of somebody else's.

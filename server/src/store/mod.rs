@@ -10,7 +10,7 @@
 //! - [`log`]: segments of checksummed, numbered frames. What it synced is safe, and nothing else is.
 //! - [`committer`]: gathers what everybody wants written, one frame at a time.
 //! - [`mod@write`] and [`keys`]: from the port's operations to puts and deletes of keys; [`record`]: what a value looks like.
-//! - [`overlay`] and [`read`]: everything that is safe, in one consistent look, however far the engine is behind.
+//! - [`layer`], [`overlay`] and [`read`]: everything that is safe, in one consistent look, however far the engine is behind.
 //! - [`apply`]: from the log into the [`engine`].
 //! - [`outcomes`]: how notifications ended, as history that promises nothing.
 //! - [`snapshot`] and [`keeper`]: so that neither log nor engine grows for ever, and an engine can be rebuilt; [`current`]: how a
@@ -31,6 +31,7 @@ mod home;
 mod identity;
 mod keeper;
 mod keys;
+mod layer;
 mod little;
 mod lock;
 mod log;
@@ -298,7 +299,6 @@ fn assemble(
         })?;
     report.set_aside = set_aside;
     report.set_aside.append(&mut put_out);
-    let overlay = Arc::new(Overlay::new());
     let queue = Arc::new(Queue::new(
         LagLimit {
             // What waits for the engine is in memory.
@@ -308,6 +308,7 @@ fn assemble(
         settings.rest_time,
         next_frame - 1,
     ));
+    let overlay = Arc::new(Overlay::new());
     let figures = Arc::new(LogFigures::default());
     let engine = Arc::new(Current::new(engine));
     let unnumbered = Arc::new(SetAside::new(Arc::clone(&disk), 0));

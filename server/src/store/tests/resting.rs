@@ -83,13 +83,13 @@ struct Bench {
 impl Bench {
     fn new(rest: Duration, lag_bytes: u64) -> Bench {
         let engine = Arc::new(Recorder::default());
-        let overlay = Arc::new(Overlay::new());
         let clock = Arc::new(ManualClock::new(1_700_000_000_000));
         let limit = LagLimit {
             bytes: lag_bytes,
             time: LONG,
         };
         let queue = Arc::new(Queue::new(limit, rest, 0));
+        let overlay = Arc::new(Overlay::new());
         let applier = Applier::new(
             Arc::clone(&engine) as Arc<dyn Engine>,
             Arc::clone(&overlay),
@@ -114,13 +114,14 @@ impl Bench {
         let mut frame = FrameBuilder::new();
         ops.iter().for_each(|op| frame.add(op).unwrap());
         let (bytes, writes) = frame.seal(self.frames, 0);
-        self.overlay.publish(self.frames, &writes);
+        let most = self.queue.run_bytes();
+        let showing = self.overlay.publish(self.frames, bytes.len(), writes, most);
         self.queue.push(SafeFrame {
             number: self.frames,
-            writes,
             bytes: bytes.len(),
             at: self.clock.now().mono,
         });
+        drop(showing);
     }
 
     /// Waits until the engine has every frame.
@@ -351,7 +352,6 @@ fn what_rests_within_its_bounds_is_no_lag_and_what_goes_beyond_is() {
     let push = |queue: &Queue, bytes| {
         queue.push(SafeFrame {
             number: 1,
-            writes: Vec::new(),
             bytes,
             at,
         });
@@ -388,13 +388,13 @@ fn what_rests_within_its_bounds_is_no_lag_and_what_goes_beyond_is() {
 #[test]
 fn nothing_is_left_out_with_an_engine_that_may_know_of_lost_frames() {
     let engine = Arc::new(Recorder::default());
-    let overlay = Arc::new(Overlay::new());
     let clock = Arc::new(ManualClock::new(1_700_000_000_000));
     let limit = LagLimit {
         bytes: u64::MAX,
         time: LONG,
     };
     let queue = Queue::new(limit, LONG, 0);
+    let overlay = Arc::new(Overlay::new());
     let mut applier = Applier::new(
         Arc::clone(&engine) as Arc<dyn Engine>,
         Arc::clone(&overlay),
@@ -409,13 +409,13 @@ fn nothing_is_left_out_with_an_engine_that_may_know_of_lost_frames() {
         let ends = remove(device, order, &note, Outcome::Acknowledged, order);
         frame.add(&ends).unwrap();
         let (bytes, writes) = frame.seal(order, 0);
-        overlay.publish(order, &writes);
+        let showing = overlay.publish(order, bytes.len(), writes, queue.run_bytes());
         queue.push(SafeFrame {
             number: order,
-            writes,
             bytes: bytes.len(),
             at: clock.now().mono,
         });
+        drop(showing);
         assert_eq!(applier.step(&queue).unwrap(), 1);
         assert_eq!(engine.told(b'r'), (order as usize, 0), "its removal");
     }
@@ -505,60 +505,67 @@ fn half_a_run_of_frames_that_rot_took_leaves_nothing_under_numbers_that_are_give
 #[test]
 fn new_work_waits_for_what_a_slow_engine_will_take_and_runs_are_short_then() {
     const KIB: usize = 1 << 10;
+    const MIB: usize = 1 << 20;
     let at = ManualClock::new(1_700_000_000_000).now().mono;
     let limit = LagLimit {
         bytes: 64 << 20,
-        time: Duration::from_secs(4),
+        time: Duration::from_secs(5),
     };
-    let queue = Queue::new(limit, Duration::ZERO, 0);
-    let push = |kibs: usize| {
-        for number in 0..kibs as u64 / 64 {
-            queue.push(SafeFrame {
-                number,
-                writes: Vec::new(),
-                bytes: 64 * KIB,
-                at,
-            });
-        }
+    // Four seconds are for the engine.
+    let queue = Queue::new(limit, Duration::from_secs(1), 0);
+    let push = |bytes| {
+        queue.push(SafeFrame {
+            number: 1,
+            bytes,
+            at,
+        });
     };
-    let done = |took| {
-        let run = queue.take();
-        queue.done(&run, took);
-        run.len() * 64
-    };
-    // As long as nothing is known of the engine, a burst is let in up to the bytes that it may be behind.
-    push(16 * KIB);
+    let done = |bytes, took| queue.done(1, bytes, took);
+    // As long as nothing is known of the engine, a burst is let in up to the bytes that it may be behind, and runs are long.
+    push(63 * MIB);
     assert!(!queue.holds(at));
-    // A MiB in half a second, and again until that is what it does: 8 in four.
-    assert_eq!(done(Duration::from_secs(8)), 16 * KIB);
+    assert_eq!(queue.run_bytes(), 16 * MIB);
+    // A MiB in half a second, and again until that is what it does: 8 in four, and one in an eighth of that.
+    done(63 * MIB, Duration::from_secs(63) / 2);
     for _ in 0..20 {
-        push(KIB);
-        done(Duration::from_millis(500));
+        push(MIB);
+        done(MIB, Duration::from_millis(500));
     }
-    push(8 * KIB - 64);
+    let run = queue.run_bytes();
+    assert!((MIB - KIB..=MIB).contains(&run), "{run}");
+    push(8 * MIB - KIB);
     assert!(!queue.holds(at));
-    push(128);
+    push(2 * KIB);
     assert!(
         queue.holds(at),
         "the last of 8 MiB would come after four seconds"
     );
     assert!(!queue.behind(at), "but it has only just come");
     // Those who wait go on when a run is done: after half a second.
-    let run = done(Duration::from_millis(500));
-    assert!((KIB - 64..=KIB).contains(&run), "{run}");
+    done(MIB, Duration::from_millis(500));
     assert!(!queue.holds(at));
-    // Behind by less than half, it merges as much as there is.
-    let mut left = 8 * KIB + 64 - run;
-    while left >= 4 * KIB {
-        left -= done(Duration::from_millis(500));
-    }
-    assert!(left > 2 * KIB);
-    assert_eq!(done(Duration::from_millis(1_500)), left);
-    // And one that became quick is held to its bytes alone.
+    // Too little to learn from.
+    done(32 * KIB, Duration::from_secs(60));
+    assert_eq!(queue.run_bytes(), run);
+    done(7 * MIB - 31 * KIB, Duration::from_millis(3_500));
+    // An engine that stands still makes itself known by the age of what waits for it.
+    push(KIB);
+    assert!(!queue.holds(at + Duration::from_millis(4_999)));
+    assert!(queue.holds(at + Duration::from_secs(5)));
+    // One that is much slower still is given little at a time, but not nothing.
     for _ in 0..20 {
-        push(KIB);
-        done(Duration::ZERO);
+        push(MIB);
+        done(MIB, Duration::from_secs(60));
     }
-    push(32 * KIB);
+    assert_eq!(queue.run_bytes(), 256 * KIB);
+    // And one that became quick is held to its bytes alone.
+    for _ in 0..30 {
+        push(MIB);
+        done(MIB, Duration::ZERO);
+    }
+    assert_eq!(queue.run_bytes(), 16 * MIB);
+    push(62 * MIB);
     assert!(!queue.holds(at));
+    push(2 * MIB);
+    assert!(queue.holds(at));
 }
