@@ -99,12 +99,16 @@ pub(crate) fn run(args: &ServeArgs) -> Outcome {
     let data = DataDir::take(&checked.data_dir)?;
     data.forget_listeners()?;
     let devices_tls = devices_tls(&checked, &data)?;
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("bellwire")
         .build()
-        .map_err(|error| no_threads(&error))?
-        .block_on(serve(args, checked, &data, devices_tls, exposition, levels))
+        .map_err(|error| no_threads(&error))?;
+    let outcome = runtime.block_on(serve(args, checked, &data, devices_tls, exposition, levels));
+    // What is left are tasks that were cut off, of devices that did not answer: up to all of them. The process ends now, and need
+    // not give their memory back one by one.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn serve(
