@@ -22,6 +22,8 @@ pub struct Checked {
     pub proxies: Vec<(IpAddr, u8)>,
     /// The certificate for devices; `None`: make one for development.
     pub tls: Option<PemPair>,
+    /// No cipher suite but AES-256-GCM with SHA-384, for devices and the API.
+    pub aes_256_only: bool,
     /// How the API is protected on its way.
     pub api: ApiAccess,
     /// The store.
@@ -359,6 +361,7 @@ impl Checked {
             listen,
             proxies,
             tls,
+            aes_256_only: source.get(&keys::TLS_AES_256_ONLY),
             api,
             store,
             backup: backup(source),

@@ -64,6 +64,8 @@ keys! {
     TLS_CERT: PathSetting = "tls.cert", PathSetting, "";
     /// Private key of that certificate, PEM, not encrypted.
     TLS_KEY: PathSetting = "tls.key", PathSetting, "";
+    /// Speak AES-256-GCM with SHA-384 and no other cipher suite, with devices and on the API, where a regulation asks for it. Whoever offers none of it is refused, and a handshake takes a tenth more.
+    TLS_AES_256_ONLY: FlagSetting = "tls.aes_256_only", FlagSetting, "false";
 
     /// Certificate chain for the API, PEM. With it the API speaks HTTPS. Needed on any address but loopback, unless a trusted proxy stands in front.
     API_CERT: PathSetting = "api.cert", PathSetting, "";

@@ -29,12 +29,12 @@ mod wire;
 
 pub use door::Door;
 pub use listen::{Knocking, Transport, TransportError, TransportSettings};
-pub use tls::{PemSource, Prepared, TlsError, TlsSettings};
+pub use tls::{PemSource, Prepared, Suites, TlsError, TlsSettings};
 
 #[cfg(test)]
 mod testing {
     #![allow(clippy::unwrap_used)]
-    use super::{PemSource, TlsSettings};
+    use super::{PemSource, Suites, TlsSettings};
     use bellwire_certs::{DevAuthority, SanName, Validity};
 
     /// A fresh certificate for `localhost`.
@@ -64,6 +64,7 @@ mod testing {
         let settings = TlsSettings {
             chain: PemSource::Text(issued.chain_pem.as_bytes().to_vec()),
             key: PemSource::Text(issued.key_pem.as_bytes().to_vec()),
+            suites: Suites::All,
         };
         (settings, authority.certificate_pem().to_owned())
     }

@@ -6,7 +6,7 @@
 //! off, because a replayed `hello` could push out a living session (docs/protocol.md).
 //!
 //! Of the cipher suites that a client offers, our order decides: AES-128-GCM with SHA-256 before AES-256-GCM with SHA-384 and
-//! ChaCha20 (decision 0049).
+//! ChaCha20 (decision 0049). Whoever must speak AES-256 and nothing else says so ([`Suites`]).
 //!
 //! The provider is named wherever a configuration is made, so that nothing depends on a process-wide default.
 
@@ -16,10 +16,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use quinn_proto::crypto::rustls::QuicServerConfig;
+use rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::server::{NoServerSessionStorage, ProducesTickets};
 use rustls::version::{TLS12, TLS13};
-use rustls::{CipherSuite, ServerConfig, SupportedProtocolVersion};
+use rustls::{CipherSuite, ServerConfig, SupportedProtocolVersion, Tls13CipherSuite};
 use rustls_pki_types::pem::{self, PemObject};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -83,6 +85,31 @@ impl PemSource {
     }
 }
 
+/// Which cipher suites are spoken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Suites {
+    /// Those of the library, in our order.
+    #[default]
+    All,
+    /// AES-256-GCM with SHA-384 alone. QUIC's first packets keep the protection that RFC 9001 section 5.2 gives them: its keys are
+    /// known to everybody, and hide nothing.
+    Aes256,
+}
+
+impl Suites {
+    /// The cryptography, with these suites in our order: AES with 128 bits and SHA-256 come first.
+    #[must_use]
+    pub fn provider(self) -> CryptoProvider {
+        let mut provider = aws_lc_rs::default_provider();
+        let suites = &mut provider.cipher_suites;
+        match self {
+            Suites::All => suites.sort_by_key(|suite| !is_light(suite.suite())),
+            Suites::Aes256 => suites.retain(|suite| is_aes_256(suite.suite())),
+        }
+        provider
+    }
+}
+
 /// The certificate that the device port shows, and its key.
 #[derive(Debug, Clone)]
 pub struct TlsSettings {
@@ -90,6 +117,8 @@ pub struct TlsSettings {
     pub chain: PemSource,
     /// The private key of the first certificate; PEM (PKCS#8, PKCS#1 or SEC1), not encrypted.
     pub key: PemSource,
+    /// What is spoken. Fixed at the start: a reload takes the pair alone.
+    pub suites: Suites,
 }
 
 /// Why TLS cannot be set up. All of it is the operator's to mend.
@@ -151,7 +180,7 @@ pub(crate) struct Tls {
     /// Outlives reloads, so that tickets given before are good after.
     ticketer: Arc<dyn ProducesTickets>,
     tcp: ArcSwap<ServerConfig>,
-    quic: ArcSwap<quinn_proto::crypto::rustls::QuicServerConfig>,
+    quic: ArcSwap<QuicServerConfig>,
 }
 
 impl Tls {
@@ -160,7 +189,7 @@ impl Tls {
     /// # Errors
     /// When certificate or key cannot be read or used.
     pub(crate) fn new(settings: &TlsSettings) -> Result<Tls, TlsError> {
-        let provider = Arc::new(provider());
+        let provider = Arc::new(settings.suites.provider());
         let ticketer = aws_lc_rs::Ticketer::new()?;
         let pair = Pair::load(settings)?;
         let (tcp, quic) = configure(&provider, &ticketer, &pair)?;
@@ -194,7 +223,7 @@ impl Tls {
     }
 
     /// The configuration for the next QUIC connections.
-    pub(crate) fn quic(&self) -> Arc<quinn_proto::crypto::rustls::QuicServerConfig> {
+    pub(crate) fn quic(&self) -> Arc<QuicServerConfig> {
         self.quic.load_full()
     }
 }
@@ -202,7 +231,7 @@ impl Tls {
 /// A certificate that was read and checked, to be taken once everything else is in order too.
 pub struct Prepared {
     tcp: Arc<ServerConfig>,
-    quic: Arc<quinn_proto::crypto::rustls::QuicServerConfig>,
+    quic: Arc<QuicServerConfig>,
 }
 
 /// A chain and its key, read but not yet tried together.
@@ -242,15 +271,6 @@ fn malformed(what: &'static str, source: &PemSource, error: &pem::Error) -> TlsE
     }
 }
 
-/// The cryptography, with the cipher suites in our order: AES with 128 bits and SHA-256 come first.
-fn provider() -> CryptoProvider {
-    let mut provider = aws_lc_rs::default_provider();
-    provider
-        .cipher_suites
-        .sort_by_key(|suite| !is_light(suite.suite()));
-    provider
-}
-
 /// Suites whose hash processors have instructions for. A handshake hashes much and says little: over SHA-384 it costs a tenth
 /// more.
 fn is_light(suite: CipherSuite) -> bool {
@@ -262,10 +282,16 @@ fn is_light(suite: CipherSuite) -> bool {
     .contains(&suite)
 }
 
-type Configs = (
-    Arc<ServerConfig>,
-    Arc<quinn_proto::crypto::rustls::QuicServerConfig>,
-);
+fn is_aes_256(suite: CipherSuite) -> bool {
+    [
+        CipherSuite::TLS13_AES_256_GCM_SHA384,
+        CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+    ]
+    .contains(&suite)
+}
+
+type Configs = (Arc<ServerConfig>, Arc<QuicServerConfig>);
 
 fn configure(
     provider: &Arc<CryptoProvider>,
@@ -291,7 +317,12 @@ fn configure(
     };
     let tcp = build(&[&TLS13, &TLS12], ALPN_HTTP)?;
     let quic = build(&[&TLS13], ALPN)?;
-    let quic = quinn_proto::crypto::rustls::QuicServerConfig::try_from(quic)?;
+    // The suite of the first packets is stated by RFC 9001, whatever is spoken after them.
+    let first = TLS13_AES_128_GCM_SHA256.tls13();
+    let quic = match first.and_then(Tls13CipherSuite::quic_suite) {
+        Some(first) => QuicServerConfig::with_initial(Arc::new(quic), first)?,
+        None => QuicServerConfig::try_from(quic)?,
+    };
     Ok((Arc::new(tcp), Arc::new(quic)))
 }
 
@@ -323,6 +354,7 @@ mod tests {
         let with = |chain: &PemSource, key: &PemSource| TlsSettings {
             chain: chain.clone(),
             key: key.clone(),
+            suites: Suites::All,
         };
         let missing = PemSource::File("/nonexistent/chain.pem".into());
         let cases = [

@@ -402,8 +402,11 @@ pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::transport::testing;
-    use crate::transport::tls::Tls;
-    use rustls::{ClientConfig, ClientConnection, RootCertStore, SupportedProtocolVersion};
+    use crate::transport::tls::{Suites, Tls, TlsSettings};
+    use rustls::{
+        ClientConfig, ClientConnection, RootCertStore, SupportedCipherSuite,
+        SupportedProtocolVersion,
+    };
     use rustls_pki_types::CertificateDer;
     use rustls_pki_types::pem::PemObject;
     use std::io::{Read as _, Write as _};
@@ -520,7 +523,12 @@ pub(crate) mod tests {
 
     impl Configs {
         fn new() -> Configs {
+            Configs::speaking(Suites::All)
+        }
+
+        fn speaking(suites: Suites) -> Configs {
             let (settings, root) = testing::tls_and_root();
+            let settings = TlsSettings { suites, ..settings };
             let root = CertificateDer::from_pem_slice(root.as_bytes()).unwrap();
             let provider = rustls::crypto::aws_lc_rs::default_provider;
             Configs {
@@ -693,9 +701,8 @@ pub(crate) mod tests {
             let light = chosen(&configs, version);
             assert!(light.ends_with("AES_128_GCM_SHA256"), "{light}");
             for only in ["AES_256_GCM_SHA384", "CHACHA20_POLY1305_SHA256"] {
-                let offering = |suite: &rustls::SupportedCipherSuite| {
-                    format!("{:?}", suite.suite()).ends_with(only)
-                };
+                let offering =
+                    |suite: &SupportedCipherSuite| format!("{:?}", suite.suite()).ends_with(only);
                 let client = &configs.clients[version];
                 let mut provider = (**client.crypto_provider()).clone();
                 provider.cipher_suites.retain(offering);
@@ -706,6 +713,28 @@ pub(crate) mod tests {
                 assert!(suite.ends_with(only), "{suite}");
                 configs.clients[version] = before;
             }
+        }
+    }
+
+    #[test]
+    fn where_aes_256_is_asked_for_nothing_else_is_spoken() {
+        let mut configs = Configs::speaking(Suites::Aes256);
+        for version in [0, 1] {
+            let pair = Pair::standing(&configs, version, Scripted::default());
+            let suite = pair.client.negotiated_cipher_suite().unwrap().suite();
+            assert!(format!("{suite:?}").ends_with("AES_256_GCM_SHA384"));
+            let mut provider = (**configs.clients[version].crypto_provider()).clone();
+            let others =
+                |suite: &SupportedCipherSuite| !format!("{:?}", suite.suite()).contains("AES_256");
+            provider.cipher_suites.retain(others);
+            configs.clients[version] = Configs::client(provider, version, configs.root.clone());
+            let mut pair = Pair::new(&configs, version, Scripted::default());
+            pair.say();
+            let refused = pair.run().unwrap_err();
+            assert!(
+                format!("{refused:?}").contains("NoCipherSuitesInCommon"),
+                "{refused:?}"
+            );
         }
     }
 

@@ -13,7 +13,9 @@ use bellwire_server::delivery::{
 use bellwire_server::runtime::{
     AttachRequest, Identity, LinkSettings, Out, Outlet, RuntimeError, WhoError,
 };
-use bellwire_server::transport::{Door, PemSource, TlsSettings, Transport, TransportSettings};
+use bellwire_server::transport::{
+    Door, PemSource, Suites, TlsSettings, Transport, TransportSettings,
+};
 use tokio::time::timeout;
 
 /// How long a test waits for something that must happen. Only a hanging test gets here.
@@ -294,6 +296,7 @@ pub fn certificate() -> TlsSettings {
     TlsSettings {
         chain: PemSource::Text(issued.chain_pem.as_bytes().to_vec()),
         key: PemSource::Text(issued.key_pem.as_bytes().to_vec()),
+        suites: Suites::All,
     }
 }
 

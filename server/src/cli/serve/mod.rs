@@ -269,7 +269,7 @@ impl House {
         caller: Arc<Caller>,
     ) -> Result<House, Failure> {
         let api_tls = match &checked.api {
-            ApiAccess::Https(pair) => Some(ApiTls::new(pair)?),
+            ApiAccess::Https(pair) => Some(ApiTls::new(pair, checked)?),
             ApiAccess::Loopback | ApiAccess::TrustedProxy => None,
         };
         let (api_listener, api) = bind(&keys::LISTEN_API, checked.listen.api).await?;
@@ -452,7 +452,7 @@ impl House {
                 )
             })?;
         let api = match (&self.api, &next.api) {
-            (Some(api), ApiAccess::Https(pair)) => Some((api, ApiTls::load(pair)?)),
+            (Some(api), ApiAccess::Https(pair)) => Some((api, api.load(pair)?)),
             (Some(_) | None, _) => None,
         };
         Ok((devices, api, outbound::ways(next)?))

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bellwire_protocol::ALPN;
+use rustls::crypto::CryptoProvider;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use tokio::sync::mpsc;
@@ -15,7 +16,7 @@ use tokio::time::timeout;
 use super::endpoint::{Bounds, WAITING_MAX};
 use super::*;
 use crate::transport::testing;
-use crate::transport::tls::{Tls, TlsSettings};
+use crate::transport::tls::{Suites, Tls, TlsSettings};
 
 const LONG: Duration = Duration::from_secs(20);
 
@@ -91,12 +92,15 @@ struct House {
 
 /// A device's side that trusts this authority.
 fn client_of(root: &str) -> quinn::Endpoint {
+    client_speaking(rustls::crypto::aws_lc_rs::default_provider(), root)
+}
+
+fn client_speaking(provider: CryptoProvider, root: &str) -> quinn::Endpoint {
     let mut roots = rustls::RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_slice(root.as_bytes()).unwrap())
         .unwrap();
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+    let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(provider))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots)
@@ -120,6 +124,15 @@ impl House {
             patience: LONG,
         };
         House::with_bounds(ask, bounds, testing::tls_and_root())
+    }
+
+    fn with_tls(tls: (TlsSettings, String)) -> House {
+        let bounds = Bounds {
+            places: 64,
+            waiting: WAITING_MAX,
+            patience: LONG,
+        };
+        House::with_bounds(Ask::Nobody, bounds, tls)
     }
 
     fn with_bounds(ask: Ask, bounds: Bounds, tls: (TlsSettings, String)) -> House {

@@ -261,6 +261,35 @@ async fn who_waited_through_a_reload_is_shown_the_new_certificate() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_aes_256_is_asked_for_devices_speak_it_and_others_are_refused() {
+    let (settings, root) = testing::tls_and_root();
+    let suites = Suites::Aes256;
+    let mut house = House::with_tls((TlsSettings { suites, ..settings }, root.clone()));
+    let (connection, ..) = house.connect().await;
+    drop(connection);
+    let mut light = Suites::All.provider();
+    light
+        .cipher_suites
+        .retain(|suite| format!("{:?}", suite.suite()).contains("AES_128"));
+    house.client = client_speaking(light, &root);
+    let connecting = house.client.connect(house.address, "localhost").unwrap();
+    let server = async {
+        let connection = house.arrivals.recv().await.unwrap();
+        let deadline = std::pin::pin!(tokio::time::sleep(LONG));
+        accept(connection, deadline, pending(), 16 * 1024).await
+    };
+    let (refused, server) = timeout(LONG, async { tokio::join!(connecting, server) })
+        .await
+        .unwrap();
+    assert!(matches!(
+        refused.unwrap_err(),
+        ConnectionError::ConnectionClosed(_)
+    ));
+    assert!(server.is_err());
+    house.nobody_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_comes_from_strangers_others_go_on() {
     let mut house = House::new(Ask::Nobody);
     let (connection, mut send, _receive, mut pipe) = house.connect().await;
