@@ -99,9 +99,9 @@ keys! {
     STORE_RESERVE: BytesSetting = "store.reserve_bytes", bytes(0, TIB), "512MiB";
     /// How far the engine may be behind the log before new work waits. Never more than a quarter of `store.memory_bytes`.
     STORE_LAG_BYTES: BytesSetting = "store.lag_bytes", bytes(MIB, 4 * GIB), "64MiB";
-    /// The same, as a time; what rests counts from the end of its rest.
+    /// The same, as a time: what the engine will take for all that it does not have yet, as quick as it was of late, and the age of the oldest of it, counted from the end of its rest.
     STORE_LAG_TIME: SpanSetting = "store.lag_time", span(100, MINUTE), "2s";
-    /// How long what is safe in the log rests before the engine takes it; 16 MiB, or a quarter of `store.lag_bytes`, end the rest before. What is acknowledged within that time costs the engine next to nothing. Longer means a little more to replay after a kill. `0s` turns it off.
+    /// How long what is safe in the log rests before the engine takes it; 16 MiB, a quarter of `store.lag_bytes`, or what the engine takes an eighth of `store.lag_time` for, end the rest before. What is acknowledged within that time costs the engine next to nothing. Longer means a little more to replay after a kill. `0s` turns it off.
     STORE_REST_TIME: SpanSetting = "store.rest_time", span(0, 10 * SECOND), "1s";
     /// The data directory may lie on a network file system or behind FUSE, because you know that a sync there reaches a disk and a lock holds. Said wrongly, promised notifications can be lost and two servers can write into one directory.
     STORE_TRUST: FlagSetting = "store.trust_file_system", FlagSetting, "false";

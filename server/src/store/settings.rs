@@ -50,10 +50,12 @@ pub struct StoreSettings {
     /// How far the engine may be behind the log before new work waits. Default 64 MiB; that much memory may be held
     /// by frames on their way.
     pub lag_bytes: u64,
-    /// The same as a time, counted from the end of [`rest_time`](StoreSettings::rest_time). Default 2 seconds.
+    /// The same as a time: what the engine will take for all that it does not have yet, as quick as it was of late, and the age of the
+    /// oldest of it, counted from the end of [`rest_time`](StoreSettings::rest_time). Default 2 seconds.
     pub lag_time: Duration,
-    /// How long what is safe rests before the engine takes it, unless it comes to 16 MiB or to a quarter of
-    /// [`lag_bytes`](StoreSettings::lag_bytes) before. Default 1 second; 0: it does not rest. Longer means that more of what is
+    /// How long what is safe rests before the engine takes it, unless it comes to 16 MiB, to a quarter of
+    /// [`lag_bytes`](StoreSettings::lag_bytes), or to what the engine takes an eighth of [`lag_time`](StoreSettings::lag_time) for
+    /// before. Default 1 second; 0: it does not rest. Longer means that more of what is
     /// acknowledged soon never reaches the engine, and more to replay after a kill.
     pub rest_time: Duration,
     /// How many times what lives the engine's files may be before another is built beside it while the store serves.
